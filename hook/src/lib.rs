@@ -1,0 +1,1 @@
+//! The Nix build hook.

@@ -1,0 +1,2 @@
+//! The door of nix-offload.
+fn main() {}

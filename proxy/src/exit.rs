@@ -1,0 +1,72 @@
+//! How a command ends: one line for the error with its causes, one for the cure, and a code scripts can use.
+
+use std::{error::Error, fmt::Write};
+
+/// All went well.
+pub const OK: u8 = 0;
+/// It did not work, for a reason that has no code of its own.
+pub const FAILURE: u8 = 1;
+/// The command line is wrong.
+pub const USAGE: u8 = 2;
+/// A host or a service cannot be reached (`EX_UNAVAILABLE` of sysexits.h).
+pub const UNAVAILABLE: u8 = 69;
+/// Something failed that may work later (`EX_TEMPFAIL`).
+pub const TEMPORARY: u8 = 75;
+/// The far side does not let us in (`EX_NOPERM`).
+pub const NO_PERMISSION: u8 = 77;
+/// Something is set up wrongly on this machine (`EX_CONFIG`).
+pub const CONFIG: u8 = 78;
+
+/// Renders an error, its chain of causes and the cure: `error: a: b: c`, then `hint: ...` if there is one.
+/// Without a newline at the end. Line breaks within become blanks, and a cause whose text the line has
+/// already is not repeated.
+pub fn report(error: &dyn Error, cure: Option<&str>) -> String {
+    let mut text = format!("error: {}", one_line(&error.to_string()));
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = one_line(&cause.to_string());
+        if !text.contains(&cause_text) {
+            // Writing to a String cannot fail.
+            let _ = write!(text, ": {cause_text}");
+        }
+        source = cause.source();
+    }
+    if let Some(cure) = cure {
+        let _ = write!(text, "\nhint: {}", one_line(cure));
+    }
+    text
+}
+
+fn one_line(text: &str) -> String {
+    text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot open\nthe door")]
+    struct Outer(#[source] Inner);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("no key")]
+    struct Inner(#[source] io::Error);
+
+    #[test]
+    fn the_chain_becomes_one_line_and_the_cure_another() {
+        let error = Outer(Inner(io::Error::other("lost")));
+        assert_eq!(report(&error, None), "error: cannot open the door: no key: lost");
+        assert_eq!(
+            report(&error, Some("look\nagain")),
+            "error: cannot open the door: no key: lost\nhint: look again"
+        );
+    }
+
+    #[test]
+    fn a_cause_said_already_is_not_said_twice() {
+        let error = Outer(Inner(io::Error::other("no key")));
+        assert_eq!(report(&error, None), "error: cannot open the door: no key");
+    }
+}

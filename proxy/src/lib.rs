@@ -1,0 +1,8 @@
+//! Shared OpenSSH masters for many short-lived processes.
+//!
+//! A line belongs here if a ProxyCommand that has never heard of Nix would need it.
+
+pub mod cli;
+pub mod exit;
+pub mod log;
+pub mod master;

@@ -1,0 +1,441 @@
+//! Why a master did not start: from ssh's own words to the culprit and its cure.
+//!
+//! Pure. The texts are those of OpenSSH (`sshconnect.c`, `sshconnect2.c`, `misc.c`), the same since 7.x.
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use std::{fmt, io, path::PathBuf, time::Duration};
+
+use thiserror::Error;
+
+use super::name::{Endpoint, EndpointError};
+
+/// How many of ssh's last lines are quoted when none of them is known.
+const QUOTED_LINES: usize = 3;
+/// The longest quotation, in characters.
+const QUOTED_CHARS: usize = 400;
+
+/// Why no master could be started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// ssh gave up.
+    #[error("cannot connect to {destination}: {fault}")]
+    Failed {
+        /// The destination as it was given.
+        destination: String,
+        /// What went wrong.
+        fault: Fault,
+        /// What its cure depends on.
+        context: Box<Context>,
+    },
+    /// It took too long.
+    #[error("cannot connect to {destination}: no connection within {} s{}", bound.as_secs_f32(), said(stderr))]
+    TimedOut {
+        /// The destination as it was given.
+        destination: String,
+        /// The bound that was given.
+        bound: Duration,
+        /// What ssh said until then.
+        stderr: String,
+    },
+    /// Another process is starting the same master and has not finished.
+    #[error("cannot connect to {destination}: another process has been connecting for {} s", bound.as_secs_f32())]
+    Busy {
+        /// The destination as it was given.
+        destination: String,
+        /// The bound that was given.
+        bound: Duration,
+    },
+    /// There is no `ssh`.
+    #[error("cannot connect to {destination}: no program `ssh` in PATH")]
+    NoSsh {
+        /// The destination as it was given.
+        destination: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime directory's name is too long for sockets in it.
+    #[error("the control socket's path {} is {excess} bytes too long for ssh", control.display())]
+    PathTooLong {
+        /// The path.
+        control: PathBuf,
+        /// By how much.
+        excess: usize,
+    },
+    /// The endpoint cannot be given to ssh.
+    #[error("bad SSH endpoint")]
+    Endpoint(#[from] EndpointError),
+    /// A file of the runtime directory cannot be used.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What ssh stumbled over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The host's name means nothing here.
+    NameNotResolved {
+        /// ssh's line.
+        said: String,
+    },
+    /// Nobody listens at the port.
+    Refused {
+        /// ssh's line.
+        said: String,
+    },
+    /// Packets do not get there: no route, or no answer.
+    Unreachable {
+        /// ssh's line.
+        said: String,
+    },
+    /// The host's key is not known yet.
+    HostKeyUnknown,
+    /// The host's key is another one than before.
+    HostKeyChanged {
+        /// Where the old one is, as ssh names it (`FILE:LINE`).
+        known_hosts: Option<String>,
+    },
+    /// The host's key is not the pinned one.
+    PinnedKeyMismatch,
+    /// The host is the right one and does not let us in.
+    PermissionDenied {
+        /// What it would have accepted (`publickey,password`).
+        methods: String,
+    },
+    /// The identity file is not there or cannot be read.
+    IdentityUnreadable {
+        /// ssh's line.
+        said: String,
+    },
+    /// Others could read the identity file, so ssh does not use it.
+    IdentityPermissions {
+        /// ssh's line.
+        said: String,
+    },
+    /// Something else; ssh's last lines.
+    Other {
+        /// ssh's lines, or what happened if it said nothing.
+        said: String,
+    },
+}
+
+/// What cures depend on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    pub(super) user: String,
+    pub(super) known_hosts: PathBuf,
+    pub(super) host: String,
+    pub(super) port: Option<u16>,
+    pub(super) identity: Option<PathBuf>,
+    pub(super) ssh_options: Vec<String>,
+    pub(super) log: PathBuf,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::NameNotResolved { said } => write!(f, "the host name cannot be resolved ({said})"),
+            Fault::Refused { said } => write!(f, "connection refused ({said})"),
+            Fault::Unreachable { said } => write!(f, "the host does not answer ({said})"),
+            Fault::HostKeyUnknown => write!(f, "the host's key is not known (Host key verification failed)"),
+            Fault::HostKeyChanged { known_hosts } => {
+                write!(f, "the host's key has changed")?;
+                known_hosts.iter().try_for_each(|place| write!(f, " since {place} was written"))
+            }
+            Fault::PinnedKeyMismatch => write!(f, "the host's key is not the one that is pinned for it"),
+            Fault::PermissionDenied { methods } => write!(f, "permission denied ({methods})"),
+            Fault::IdentityUnreadable { said } => write!(f, "the identity file cannot be used ({said})"),
+            Fault::IdentityPermissions { said } => {
+                write!(f, "ssh does not use an identity file that others can read ({said})")
+            }
+            Fault::Other { said } => write!(f, "{said}"),
+        }
+    }
+}
+
+/// Finds the culprit in what ssh wrote to stderr. `pinned`: host keys were given.
+pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
+    let find = |needles: &[&str]| {
+        lines(stderr).find(|line| needles.iter().any(|needle| line.contains(needle))).map(|line| quote(&line))
+    };
+    // In the order of the connection, the later step first where ssh goes on after a warning.
+    if let Some(said) = find(&["Could not resolve hostname"]) {
+        return Fault::NameNotResolved { said };
+    }
+    if find(&["REMOTE HOST IDENTIFICATION HAS CHANGED"]).is_some() {
+        return if pinned {
+            Fault::PinnedKeyMismatch
+        } else {
+            Fault::HostKeyChanged { known_hosts: offending(stderr) }
+        };
+    }
+    if find(&["Host key verification failed", "host key is known for"]).is_some() {
+        return if pinned { Fault::PinnedKeyMismatch } else { Fault::HostKeyUnknown };
+    }
+    if let Some(denied) = find(&["Permission denied ("]) {
+        if let Some(said) = find(&["are too open", "bad permissions"]) {
+            return Fault::IdentityPermissions { said };
+        }
+        if let Some(said) = find(&["not accessible", "Load key "]) {
+            return Fault::IdentityUnreadable { said };
+        }
+        let methods = denied.split_once("Permission denied (").and_then(|(_, rest)| rest.split_once(')'));
+        return Fault::PermissionDenied {
+            methods: methods.map_or(denied.clone(), |(methods, _)| methods.into()),
+        };
+    }
+    if let Some(said) = find(&["Connection refused"]) {
+        return Fault::Refused { said };
+    }
+    let unreachable =
+        ["timed out", "No route to host", "Network is unreachable", "Host is down", "Host is unreachable"];
+    if let Some(said) = find(&unreachable) {
+        return Fault::Unreachable { said };
+    }
+    let last: Vec<_> = lines(stderr).collect();
+    let last = last[last.len().saturating_sub(QUOTED_LINES)..].join("; ");
+    Fault::Other { said: if last.is_empty() { "ssh gave no reason".into() } else { quote(&last) } }
+}
+
+/// `Offending ED25519 key in FILE:LINE`.
+fn offending(stderr: &str) -> Option<String> {
+    lines(stderr)
+        .filter(|line| line.contains("Offending"))
+        .find_map(|line| line.split_once(" key in ").map(|(_, place)| quote(place)))
+}
+
+/// ssh's lines without line ends, control characters and empty ones.
+fn lines(stderr: &str) -> impl Iterator<Item = String> {
+    stderr
+        .split(['\n', '\r'])
+        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>().trim().to_owned())
+        .filter(|line| !line.is_empty())
+}
+
+fn quote(text: &str) -> String {
+    text.chars().take(QUOTED_CHARS).collect()
+}
+
+fn said(stderr: &str) -> String {
+    let last = lines(stderr).last();
+    last.map_or_else(String::new, |line| format!(" (ssh said: {})", quote(&line)))
+}
+
+impl StartError {
+    /// What to do about it, if that can be said.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            StartError::Failed { destination, fault, context } => Some(context.cure(destination, fault)),
+            StartError::TimedOut { destination, .. } => {
+                Some(format!("check that the host is up and that the network lets SSH through to {destination}"))
+            }
+            StartError::Busy { .. } => Some("try again".into()),
+            StartError::NoSsh { .. } => {
+                Some("install OpenSSH's client, or put it on the PATH of this process (the Nix daemon's, for a build hook)".into())
+            }
+            StartError::PathTooLong { .. } => {
+                Some(format!("set {} to a shorter directory", super::directory::DIRECTORY_VARIABLE))
+            }
+            StartError::Endpoint(_) | StartError::Io { .. } => None,
+        }
+    }
+
+    /// It may work when tried again without anybody doing anything: the far side or the network failed,
+    /// not what is set up here.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            StartError::TimedOut { .. } | StartError::Busy { .. } => true,
+            StartError::Failed { fault, .. } => matches!(
+                fault,
+                Fault::NameNotResolved { .. }
+                    | Fault::Refused { .. }
+                    | Fault::Unreachable { .. }
+                    | Fault::Other { .. }
+            ),
+            _ => false,
+        }
+    }
+
+    /// The exit code a command ends with, from [`crate::exit`].
+    pub fn exit_code(&self) -> u8 {
+        use crate::exit;
+        match self {
+            StartError::TimedOut { .. } => exit::UNAVAILABLE,
+            StartError::Busy { .. } => exit::TEMPORARY,
+            StartError::Failed { fault: Fault::PermissionDenied { .. }, .. } => exit::NO_PERMISSION,
+            StartError::Failed { .. } if self.is_temporary() => exit::UNAVAILABLE,
+            StartError::Failed { .. } | StartError::NoSsh { .. } | StartError::PathTooLong { .. } => {
+                exit::CONFIG
+            }
+            StartError::Endpoint(_) => exit::USAGE,
+            StartError::Io { .. } => exit::FAILURE,
+        }
+    }
+}
+
+impl Context {
+    pub(super) fn of(endpoint: &Endpoint, user: String, known_hosts: PathBuf, log: PathBuf) -> Self {
+        Context {
+            user,
+            known_hosts,
+            host: endpoint.host().to_owned(),
+            port: endpoint.port,
+            identity: endpoint.identity.clone(),
+            ssh_options: endpoint.ssh_options.clone(),
+            log,
+        }
+    }
+
+    /// The `ssh` command that does by hand what was tried.
+    fn command(&self, destination: &str) -> String {
+        let mut words = vec!["ssh".to_owned()];
+        words.extend(self.ssh_options.iter().map(|word| shell_word(word)));
+        words.extend(self.identity.iter().map(|path| format!("-i {}", shell_word(&path.to_string_lossy()))));
+        words.extend(self.port.map(|port| format!("-p {port}")));
+        words.push(shell_word(destination));
+        words.join(" ")
+    }
+
+    /// The host's name in known_hosts.
+    fn known_name(&self) -> String {
+        match self.port {
+            None | Some(22) => self.host.clone(),
+            Some(port) => format!("[{}]:{port}", self.host),
+        }
+    }
+
+    fn cure(&self, destination: &str, fault: &Fault) -> String {
+        let Context { user, known_hosts, log, .. } = self;
+        let command = self.command(destination);
+        match fault {
+            Fault::NameNotResolved { .. } => {
+                format!("check the spelling of {}, DNS, and user {user}'s ssh_config", self.host)
+            }
+            Fault::Refused { .. } => {
+                format!(
+                    "check that sshd runs on {} and that {} is its port",
+                    self.host,
+                    self.port.unwrap_or(22)
+                )
+            }
+            Fault::Unreachable { .. } => {
+                format!("check that {} is up and that the network lets SSH through to it", self.host)
+            }
+            Fault::HostKeyUnknown => format!(
+                "as user {user} run `{command} true` once and compare the fingerprint before saying yes; \
+                 that adds the key to {}",
+                known_hosts.display()
+            ),
+            Fault::HostKeyChanged { known_hosts: place } => {
+                let file = place
+                    .as_deref()
+                    .and_then(|place| place.rsplit_once(':'))
+                    .map(|(file, _)| file.to_owned());
+                let file = file.unwrap_or_else(|| known_hosts.display().to_string());
+                format!(
+                    "if the host really has a new key, as user {user} run `ssh-keygen -f {} -R {}`, then `{command} true` once; \
+                     if not, somebody may be in between",
+                    shell_word(&file),
+                    shell_word(&self.known_name())
+                )
+            }
+            Fault::PinnedKeyMismatch => format!(
+                "compare the pinned public host key with `ssh-keyscan{} {}`; if the host really has a new key, pin that one",
+                self.port.map_or_else(String::new, |port| format!(" -p {port}")),
+                shell_word(&self.host)
+            ),
+            Fault::PermissionDenied { .. } => {
+                let key = self.identity.as_ref().map(|path| path.display().to_string());
+                format!(
+                    "add the public half of {} to ~/.ssh/authorized_keys of {} on {}; the key must have no passphrase \
+                     unless an agent that user {user} reaches holds it; `{command} true` shows whether it works",
+                    key.map_or_else(|| format!("a key of user {user}"), |key| format!("the key {key}")),
+                    destination.rsplit_once('@').map_or("the user", |(name, _)| name),
+                    self.host
+                )
+            }
+            Fault::IdentityUnreadable { .. } => format!(
+                "check that {} exists, is a private key, and that user {user} can read it",
+                self.identity
+                    .as_ref()
+                    .map_or_else(|| "the identity file".into(), |path| path.display().to_string())
+            ),
+            Fault::IdentityPermissions { .. } => format!(
+                "run `chmod 600 {}`",
+                self.identity
+                    .as_ref()
+                    .map_or_else(|| "FILE".into(), |path| shell_word(&path.to_string_lossy()))
+            ),
+            Fault::Other { .. } => {
+                format!("as user {user} try `{command} true`; all that ssh said is in {}", log.display())
+            }
+        }
+    }
+}
+
+/// A word as a shell takes it.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./@%+=:,".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sshs_words_lead_to_the_culprit() {
+        let said = |text: &str| text.to_owned();
+        let line = "ssh: connect to host h port 22: No route to host";
+        assert_eq!(diagnose(&format!("{line}\r\n"), false), Fault::Unreachable { said: said(line) });
+        for text in ["Connection timed out during banner exchange", "Connection to 1.2.3.4 port 22 timed out"]
+        {
+            assert_eq!(diagnose(text, false), Fault::Unreachable { said: said(text) });
+        }
+        let changed = "@@@@\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n@@@@\n\
+                       Offending ED25519 key in /root/.ssh/known_hosts:3\nHost key verification failed.\n";
+        let known_hosts = Some(said("/root/.ssh/known_hosts:3"));
+        assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts });
+        assert_eq!(diagnose(changed, true), Fault::PinnedKeyMismatch);
+        let unknown = "No RSA host key is known for h and you have requested strict checking.\r\n";
+        assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown);
+        assert_eq!(diagnose(unknown, true), Fault::PinnedKeyMismatch);
+    }
+
+    #[test]
+    fn the_last_step_reached_is_the_one_that_counts() {
+        // The first address of two refused, the second one answered.
+        let text = "ssh: connect to host h port 22: Connection refused\nu@h: Permission denied (publickey,password).";
+        assert_eq!(diagnose(text, false), Fault::PermissionDenied { methods: "publickey,password".into() });
+        let text = "Load key \"/k\": invalid format\nu@h: Permission denied (publickey).";
+        assert!(matches!(diagnose(text, false), Fault::IdentityUnreadable { said } if said.contains("/k")));
+    }
+
+    #[test]
+    fn unknown_words_are_quoted_without_what_upsets_terminals() {
+        assert_eq!(diagnose("", false), Fault::Other { said: "ssh gave no reason".into() });
+        let text = "a\nb\n\n\u{1b}[31mc\r\nd\n";
+        assert_eq!(diagnose(text, false), Fault::Other { said: "b; [31mc; d".into() });
+        let Fault::Other { said } = diagnose(&"x".repeat(10_000), false) else { panic!() };
+        assert_eq!(said.len(), QUOTED_CHARS);
+    }
+
+    #[test]
+    fn words_for_a_shell_are_quoted() {
+        assert_eq!(shell_word("/a/b-c"), "/a/b-c");
+        assert_eq!(shell_word("a b'c"), "'a b'\\''c'");
+        assert_eq!(shell_word(""), "''");
+    }
+}

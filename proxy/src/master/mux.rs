@@ -1,0 +1,113 @@
+//! The mux conversation with a master: is it alive, and sessions on it.
+//!
+//! The only file that names tokio and openssh_mux_client. Descriptors are passed, payload is never carried.
+//! That crate trusts the lengths it reads, so everything is under a time limit and no connection is used
+//! again after an error.
+
+use std::{
+    borrow::Cow,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
+
+use openssh_mux_client::{Connection, Error, EstablishedSession, NonZeroByteSlice, Session, SessionStatus};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::timeout,
+};
+
+use super::OpenError;
+
+/// What a master says of itself.
+#[derive(Debug)]
+pub(super) enum Health {
+    /// It answers, and this is its process.
+    Alive { pid: u32 },
+    /// Nobody listens: no socket, or one that was left behind.
+    Absent,
+    /// Somebody listens but does not answer as a master would.
+    Hung,
+}
+
+/// Asks a master whether it lives. Says nothing of its link to the host.
+pub(super) fn health(control: &Path, bound: Duration) -> Health {
+    let Ok(runtime) = runtime() else { return Health::Hung };
+    let ask = async {
+        let mut connection = Connection::connect(control).await?;
+        connection.send_alive_check().await
+    };
+    // A timer is made within the runtime, or tokio panics.
+    let asked = runtime.block_on(async { timeout(bound, ask).await });
+    match asked {
+        Ok(Ok(pid)) => Health::Alive { pid: pid.get() },
+        Ok(Err(Error::IOError(error)))
+            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) =>
+        {
+            Health::Absent
+        }
+        Ok(Err(_)) | Err(_) => Health::Hung,
+    }
+}
+
+/// A session that runs on the far side, with what is needed to learn its end. It ends when this is dropped.
+pub(super) struct OpenSession {
+    runtime: Runtime,
+    session: Option<EstablishedSession>,
+}
+
+impl std::fmt::Debug for OpenSession {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OpenSession").field("open", &self.session.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl OpenSession {
+    /// Runs `command` in the far user's shell with the given stdin, stdout and stderr, which must be in
+    /// blocking mode.
+    pub(super) fn open(
+        control: &Path,
+        command: &str,
+        fds: [OwnedFd; 3],
+        bound: Duration,
+    ) -> Result<Self, OpenError> {
+        let gone = |source| OpenError::Gone { control: control.to_owned(), source };
+        let command = NonZeroByteSlice::new(command.as_bytes())
+            .filter(|_| !command.is_empty())
+            .ok_or(OpenError::Argument { what: "command" })?;
+        let no_terminal = NonZeroByteSlice::new(b"").ok_or(OpenError::Argument { what: "terminal" })?;
+        let request = Session::builder().term(Cow::Borrowed(no_terminal)).cmd(Cow::Borrowed(command)).build();
+        let runtime = runtime().map_err(gone)?;
+        let mut answers = false;
+        let open = async {
+            let connection = Connection::connect(control).await?;
+            answers = true;
+            connection.open_new_session(&request, &fds.each_ref().map(AsRawFd::as_raw_fd)).await
+        };
+        let opened = runtime.block_on(async { timeout(bound, open).await });
+        match opened {
+            Ok(Ok(session)) => Ok(OpenSession { runtime, session: Some(session) }),
+            Ok(Err(Error::RequestFailure(reason) | Error::PermissionDenied(reason))) => {
+                Err(OpenError::Refused { reason: reason.into() })
+            }
+            Ok(Err(Error::IOError(source))) => Err(gone(source)),
+            Ok(Err(error)) => Err(gone(io::Error::new(io::ErrorKind::InvalidData, error))),
+            Err(_) => Err(OpenError::TimedOut { bound, master_answers: answers }),
+        }
+    }
+
+    /// Waits for the command's exit status. `None` when it has none (a signal, a lost connection), when it
+    /// has not ended within the bound, and when it was asked for before.
+    pub(super) fn exit_status(&mut self, bound: Duration) -> Option<u32> {
+        let session = self.session.take()?;
+        match self.runtime.block_on(async { timeout(bound, session.wait()).await }) {
+            Ok(Ok(SessionStatus::Exited { exit_value })) => exit_value,
+            _ => None,
+        }
+    }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_io().enable_time().build()
+}

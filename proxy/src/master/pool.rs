@@ -1,0 +1,406 @@
+//! The masters of one user: find a living one, start one once, check it, retire it.
+//!
+//! A line here must not parse the mux protocol, nor know what the streams are for.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use serde_json::{Value, json};
+use thiserror::Error;
+
+use super::{
+    Channel, OpenError, Session, channel, connect,
+    diagnosis::StartError,
+    directory::{self, DirectoryError},
+    mux::{self, Health},
+    name::{self, Endpoint},
+    process,
+    start::{self, ALIVE_BOUND, Attempt, Files, Setback},
+};
+
+/// How often a lock that somebody else holds is tried again.
+const LOCK_INTERVAL: Duration = Duration::from_millis(5);
+/// How long stopping waits for the lock, and for ssh to go before it is killed.
+const STOP_BOUND: Duration = Duration::from_secs(5);
+/// How much longer than its own bound a start waits for that of another, so that two which began together
+/// end with the same error.
+const SHARE_GRACE: Duration = Duration::from_secs(1);
+/// How long retiring waits for the lock: who holds it is about to replace the master anyway.
+const RETIRE_BOUND: Duration = Duration::from_millis(500);
+
+/// The masters of this user, in one runtime directory.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    directory: PathBuf,
+}
+
+/// Why the masters could not be listed, or one not be stopped.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PoolError {
+    /// A file of the runtime directory cannot be used.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process is starting or stopping it.
+    #[error("another process is starting or stopping the master to {destination}")]
+    Busy {
+        /// Its destination.
+        destination: String,
+    },
+    /// It does not go.
+    #[error("the master to {destination} does not end")]
+    Stubborn {
+        /// Its destination.
+        destination: String,
+    },
+}
+
+/// What is known of a master.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MasterInfo {
+    /// The destination as it was given.
+    pub destination: String,
+    /// Its process.
+    pub pid: u32,
+    /// Its control socket.
+    pub control_path: PathBuf,
+    /// Its log.
+    pub log_path: PathBuf,
+    /// When it was started.
+    pub started_at: SystemTime,
+    /// It answers.
+    pub alive: bool,
+    name: String,
+    born: Option<String>,
+}
+
+/// A master that was alive when this value was made.
+#[derive(Debug, Clone)]
+pub struct Master {
+    files: Files,
+    destination: String,
+    socket_identity: Option<(u64, i64, i64)>,
+}
+
+impl Pool {
+    /// The masters of a runtime directory, which is made (0700) if need be; its parent must exist.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or others could meddle with it.
+    pub fn open(directory: impl Into<PathBuf>) -> Result<Self, DirectoryError> {
+        let directory = directory.into();
+        directory::ensure(&directory)?;
+        Ok(Pool { directory })
+    }
+
+    /// The masters of the usual directory: `NIX_OFFLOAD_RUNTIME_DIR`, else `/run/nix-offload` for root,
+    /// `$XDG_RUNTIME_DIR/nix-offload` for others, else `/tmp/nix-offload-UID`.
+    ///
+    /// # Errors
+    /// As [`Pool::open`].
+    pub fn from_env() -> Result<Self, DirectoryError> {
+        Pool::open(directory::by_environment(|name| std::env::var_os(name)))
+    }
+
+    /// The runtime directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The master if there is one that takes connections. Starts nothing and does not wait: microseconds.
+    pub fn live(&self, endpoint: &Endpoint) -> Option<Master> {
+        let files = self.files(endpoint);
+        connect(&files.socket, Instant::now()).ok()?;
+        Some(Master::new(files, endpoint))
+    }
+
+    /// The master, started if there is none that answers within a second. Concurrent calls, of whatever
+    /// process, start one and share its success or its failure. `first_command` runs on a new master once;
+    /// what it prints is [`Master::first_output`]. Returns after `bound`, or up to
+    /// two seconds later if a hung master or another process's start is in the way.
+    ///
+    /// # Errors
+    /// What was in the way, with its cure: [`StartError::cure`].
+    pub fn start(
+        &self,
+        endpoint: &Endpoint,
+        bound: Duration,
+        first_command: &str,
+    ) -> Result<Master, StartError> {
+        let deadline = Instant::now() + bound;
+        endpoint.check()?;
+        let files = self.files(endpoint);
+        if let Some(excess) = name::excess_length(&files.socket) {
+            return Err(StartError::PathTooLong { control: files.socket, excess });
+        }
+        if let Health::Alive { .. } = mux::health(&files.socket, ALIVE_BOUND) {
+            return Ok(Master::new(files, endpoint));
+        }
+        let failed_before = fs::read(&files.failure).ok();
+        let io_error = |source| StartError::Io { path: files.lock.clone(), source };
+        let Some(_lock) = lock(&files.lock, deadline + SHARE_GRACE).map_err(io_error)? else {
+            return Err(StartError::Busy { destination: endpoint.destination.clone(), bound });
+        };
+        // Whoever had the lock before us has tried for us too.
+        match mux::health(&files.socket, ALIVE_BOUND) {
+            Health::Alive { .. } => return Ok(Master::new(files, endpoint)),
+            Health::Hung => {
+                tracing::warn!(
+                    destination = endpoint.destination,
+                    "SSH master does not answer, replacing it"
+                );
+                kill_recorded(&files);
+            }
+            Health::Absent => {}
+        }
+        let failed_now = fs::read(&files.failure).ok();
+        if let Some(setback) =
+            failed_now.filter(|now| Some(now) != failed_before.as_ref()).as_deref().and_then(read_failure)
+        {
+            return Err(setback.explain(endpoint, &files, bound));
+        }
+        remove(&files.socket).map_err(|source| StartError::Io { path: files.socket.clone(), source })?;
+
+        let began = Instant::now();
+        let left = deadline.saturating_duration_since(began);
+        match start::attempt(endpoint, &files, left, first_command)? {
+            Attempt::Started { pid } => {
+                let took = began.elapsed().as_millis() as u64;
+                tracing::info!(
+                    destination = endpoint.destination,
+                    pid,
+                    milliseconds = took,
+                    "SSH master started"
+                );
+                if let Err(error) = start::write_whole(&files.record, &record(endpoint, pid)) {
+                    tracing::warn!(path = %files.record.display(), %error, "cannot record the SSH master");
+                }
+                let _ = remove(&files.failure);
+                Ok(Master::new(files, endpoint))
+            }
+            Attempt::Failed(setback) => {
+                // If it cannot be shared, the others try for themselves.
+                let _ = start::write_whole(&files.failure, &failure(&setback));
+                let error = setback.explain(endpoint, &files, bound);
+                tracing::warn!(destination = endpoint.destination, %error, "SSH master not started");
+                Err(error)
+            }
+        }
+    }
+
+    /// All masters that were started and not stopped, by destination. Each is asked whether it lives.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn list(&self) -> Result<Vec<MasterInfo>, PoolError> {
+        let io_error = |source| PoolError::Io { path: self.directory.clone(), source };
+        let mut masters = Vec::new();
+        for entry in fs::read_dir(&self.directory).map_err(io_error)? {
+            let name = entry.map_err(io_error)?.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            let files = Files::new(&self.directory, name);
+            if let Some(mut info) = read_record(&files) {
+                info.alive = matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. });
+                masters.push(info);
+            }
+        }
+        masters.sort_by(|a, b| (&a.destination, &a.name).cmp(&(&b.destination, &b.name)));
+        Ok(masters)
+    }
+
+    /// Ends a master at once, with all its streams, and removes its files except the log.
+    ///
+    /// # Errors
+    /// When another process is busy with it, or when it does not go.
+    pub fn stop(&self, master: &MasterInfo) -> Result<(), PoolError> {
+        let files = Files::new(&self.directory, &master.name);
+        let io_error = |path: &Path| {
+            let path = path.to_owned();
+            move |source| PoolError::Io { path, source }
+        };
+        let Some(_lock) = lock(&files.lock, Instant::now() + STOP_BOUND).map_err(io_error(&files.lock))?
+        else {
+            return Err(PoolError::Busy { destination: master.destination.clone() });
+        };
+        match mux::health(&files.socket, ALIVE_BOUND) {
+            // The socket is ours alone, so what answers there is the master.
+            Health::Alive { pid } => {
+                if let Some(born) = process::birth(pid) {
+                    process::end(pid, &born, STOP_BOUND);
+                }
+            }
+            Health::Hung => kill_recorded(&files),
+            Health::Absent => {}
+        }
+        if !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Absent) {
+            return Err(PoolError::Stubborn { destination: master.destination.clone() });
+        }
+        tracing::info!(destination = master.destination, pid = master.pid, "SSH master stopped");
+        // The lock last, and while it is held: see `lock`.
+        for path in [&files.socket, &files.record, &files.output, &files.hosts, &files.failure, &files.lock] {
+            remove(path).map_err(io_error(path))?;
+        }
+        Ok(())
+    }
+
+    fn files(&self, endpoint: &Endpoint) -> Files {
+        Files::new(&self.directory, &endpoint.name())
+    }
+}
+
+impl Master {
+    fn new(files: Files, endpoint: &Endpoint) -> Self {
+        let socket_identity = socket_identity(&files.socket);
+        Master { files, destination: endpoint.destination.clone(), socket_identity }
+    }
+
+    /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
+    pub fn first_output(&self) -> Option<String> {
+        start::first_output(&self.files)
+    }
+
+    /// Opens a stream to a unix socket on the far side: no shell, no process, and it is closed there as soon
+    /// as it is dropped here. Does not count against sshd's MaxSessions.
+    ///
+    /// A refusal costs: OpenSSH bears it only while the connection is held, so a small process holds it (and
+    /// the master never gets idle) until the master ends. Whoever is refused should not ask again soon.
+    ///
+    /// # Errors
+    /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
+    pub fn open_unix_socket(&self, path: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open(&self.files.socket, path, bound)
+    }
+
+    /// Runs a command in the far user's shell.
+    ///
+    /// # Errors
+    /// `Refused` when sshd has no session to give; see [`OpenError`]. A command that does not exist is no
+    /// error here: the shell on the far side says so, and exits with 127.
+    pub fn open_session(&self, command: &str, bound: Duration) -> Result<Session, OpenError> {
+        Session::open(&self.files.socket, command, bound)
+    }
+
+    /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
+    /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
+    /// a master that has replaced it meanwhile.
+    pub fn retire(&self) {
+        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else { return };
+        let now = socket_identity(&self.files.socket);
+        if now.is_none() || now != self.socket_identity {
+            return;
+        }
+        tracing::info!(destination = self.destination, "SSH master retired");
+        kill_recorded(&self.files);
+        let _ = remove(&self.files.socket);
+    }
+
+    /// The destination as it was given.
+    pub fn destination(&self) -> &str {
+        &self.destination
+    }
+
+    /// The control socket.
+    pub fn control_path(&self) -> &Path {
+        &self.files.socket
+    }
+
+    /// What ssh has to say: its stderr while it connects, its log afterwards.
+    pub fn log_path(&self) -> &Path {
+        &self.files.log
+    }
+}
+
+/// Tells one control socket from its successor of the same name: inode numbers are used again at once.
+fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
+    let metadata = fs::symlink_metadata(socket).ok()?;
+    Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
+
+/// Takes a lock file, or gives up at the deadline. The file may be removed by whoever holds the lock, so
+/// one that has no name any more does not count.
+fn lock(path: &Path, deadline: Instant) -> io::Result<Option<Flock<File>>> {
+    loop {
+        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) if lock.metadata()?.nlink() > 0 => return Ok(Some(lock)),
+            Ok(_) => continue,
+            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_INTERVAL);
+            }
+            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => return Ok(None),
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the process of the record, if it still is that process.
+fn kill_recorded(files: &Files) {
+    if let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) {
+        // It had its chance to answer.
+        process::end(pid, &born, Duration::from_millis(200));
+    }
+}
+
+fn record(endpoint: &Endpoint, pid: u32) -> String {
+    let started_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    json!({
+        "destination": endpoint.destination,
+        "pid": pid,
+        "born": process::birth(pid),
+        "started-at": started_at,
+    })
+    .to_string()
+}
+
+fn read_record(files: &Files) -> Option<MasterInfo> {
+    let record: Value = serde_json::from_slice(&fs::read(&files.record).ok()?).ok()?;
+    let started_at = Duration::try_from_secs_f64(record["started-at"].as_f64()?).ok()?;
+    Some(MasterInfo {
+        destination: record["destination"].as_str()?.to_owned(),
+        pid: record["pid"].as_u64()?.try_into().ok()?,
+        control_path: files.socket.clone(),
+        log_path: files.log.clone(),
+        started_at: UNIX_EPOCH.checked_add(started_at)?,
+        alive: false,
+        name: files.name.clone(),
+        born: record["born"].as_str().map(str::to_owned),
+    })
+}
+
+/// A failure as text, different each time.
+fn failure(setback: &Setback) -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    let stamp = format!("{}-{count}-{now}", std::process::id());
+    json!({ "stamp": stamp, "timed-out": setback.timed_out, "stderr": setback.stderr }).to_string()
+}
+
+fn read_failure(text: &[u8]) -> Option<Setback> {
+    let failure: Value = serde_json::from_slice(text).ok()?;
+    let timed_out = failure["timed-out"].as_bool()?;
+    Some(Setback { timed_out, stderr: failure["stderr"].as_str()?.to_owned() })
+}

@@ -1,0 +1,304 @@
+//! Starting one master: ssh's command line, the wait for its first command, and what it left behind.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::mpsc,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::{Pid, User, geteuid},
+};
+
+use super::{
+    diagnosis::{Context, StartError, diagnose},
+    mux::{self, Health},
+    name::Endpoint,
+};
+
+/// Seconds that a master lives on without a client.
+const PERSIST: &str = "600";
+/// How long a master may take to answer on its own socket before it counts as hung.
+pub(super) const ALIVE_BOUND: Duration = Duration::from_secs(1);
+/// How long ssh may take to go when asked to.
+const LEAVE_BOUND: Duration = Duration::from_millis(300);
+/// How much of ssh's stderr is looked at, in bytes: its end.
+const STDERR_READ: u64 = 16 * 1024;
+/// How much of the first command's output is kept, in bytes.
+const OUTPUT_READ: u64 = 4096;
+
+/// The files of one master, all in the runtime directory.
+#[derive(Debug, Clone)]
+pub(super) struct Files {
+    pub(super) name: String,
+    /// ssh's control socket.
+    pub(super) socket: PathBuf,
+    /// Held while a master is started or ended.
+    pub(super) lock: PathBuf,
+    /// Who it is: destination, process, time.
+    pub(super) record: PathBuf,
+    /// What its first command wrote to stdout.
+    pub(super) output: PathBuf,
+    /// What ssh wrote to stderr and, later, to its log.
+    pub(super) log: PathBuf,
+    /// The pinned host keys.
+    pub(super) hosts: PathBuf,
+    /// The last failed start, for those who waited for it.
+    pub(super) failure: PathBuf,
+}
+
+impl Files {
+    pub(super) fn new(directory: &Path, name: &str) -> Self {
+        let file = |extension: &str| directory.join(format!("{name}.{extension}"));
+        Files {
+            name: name.to_owned(),
+            socket: file("sock"),
+            lock: file("lock"),
+            record: file("json"),
+            output: file("out"),
+            log: file("log"),
+            hosts: file("hosts"),
+            failure: file("failed"),
+        }
+    }
+}
+
+/// A start that failed, in the form that can be handed to others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Setback {
+    pub(super) timed_out: bool,
+    pub(super) stderr: String,
+}
+
+impl Setback {
+    /// The error to give to the caller, with all that its cure needs.
+    pub(super) fn explain(self, endpoint: &Endpoint, files: &Files, bound: Duration) -> StartError {
+        let destination = endpoint.destination.clone();
+        if self.timed_out {
+            return StartError::TimedOut { destination, bound, stderr: self.stderr };
+        }
+        let account = User::from_uid(geteuid()).ok().flatten();
+        // ssh looks in the home directory of the password database, not in $HOME.
+        let (user, home) = account.map_or_else(
+            || (geteuid().to_string(), PathBuf::from("~")),
+            |account| (account.name, account.dir),
+        );
+        StartError::Failed {
+            fault: diagnose(&self.stderr, endpoint.host_keys.is_some()),
+            context: Box::new(Context::of(endpoint, user, home.join(".ssh/known_hosts"), files.log.clone())),
+            destination,
+        }
+    }
+}
+
+/// What became of an attempt.
+pub(super) enum Attempt {
+    /// A master answers.
+    Started { pid: u32 },
+    /// ssh did not get there.
+    Failed(Setback),
+}
+
+/// Runs ssh once. The caller holds the lock, and no socket is in the way.
+pub(super) fn attempt(
+    endpoint: &Endpoint,
+    files: &Files,
+    bound: Duration,
+    first_command: &str,
+) -> Result<Attempt, StartError> {
+    let deadline = Instant::now() + bound;
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| StartError::Io { path, source }
+    };
+    if endpoint.host_keys.is_some() {
+        write_hosts(endpoint, files).map_err(at(&files.hosts))?;
+    }
+    let output = private_file(&files.output).map_err(at(&files.output))?;
+    let log = private_file(&files.log).map_err(at(&files.log))?;
+
+    // Descriptors that we inherited without close-on-exec (a build hook's 4 and 5) do not stay open in the
+    // master: ssh begins with closefrom(3) (main in ssh.c). In the background it has its own session.
+    let mut command = Command::new("ssh");
+    command
+        .args(arguments(endpoint, files, bound, first_command))
+        .env_remove("DISPLAY")
+        .env_remove("SSH_ASKPASS")
+        .env_remove("SSH_ASKPASS_REQUIRE")
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(log)
+        .current_dir("/")
+        .process_group(0);
+    let mut child = command.spawn().map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => StartError::NoSsh { destination: endpoint.destination.clone(), source },
+        _ => StartError::Io { path: "ssh".into(), source },
+    })?;
+    let pid = child.id();
+    // The thread reaps it whenever it ends, which may be after we went on.
+    let (ended, wait) = mpsc::channel();
+    let reaper = std::thread::Builder::new().spawn(move || ended.send(child.wait()));
+    if let Err(source) = reaper {
+        end_group(pid, Signal::SIGKILL);
+        return Err(StartError::Io { path: "ssh".into(), source });
+    }
+
+    let first = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    let health = mux::health(&files.socket, ALIVE_BOUND);
+    if let Health::Alive { pid } = health {
+        // While the first command still runs its output is not complete, but the master is there.
+        if !matches!(&first, Ok(Ok(status)) if status.success()) {
+            let _ = fs::remove_file(&files.output);
+        }
+        return Ok(Attempt::Started { pid });
+    }
+    let timed_out = first.is_err();
+    if timed_out {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            end_group(pid, signal);
+            if wait.recv_timeout(LEAVE_BOUND).is_ok() {
+                break;
+            }
+        }
+    }
+    let _ = fs::remove_file(&files.socket);
+    let _ = fs::remove_file(&files.output);
+    Ok(Attempt::Failed(Setback { timed_out, stderr: read_end(&files.log, STDERR_READ) }))
+}
+
+fn end_group(leader: u32, signal: Signal) {
+    if let Ok(number) = i32::try_from(leader) {
+        // It may be gone in between, which is what we want.
+        let _ = killpg(Pid::from_raw(number), signal);
+    }
+}
+
+/// ssh's words. Where an option is given more than once the first one counts, except for `-S` and `-E`, where
+/// the last one does. So ours come first where they must hold, then the user's, then our defaults.
+fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command: &str) -> Vec<OsString> {
+    let mut words: Vec<OsString> = Vec::new();
+    let option = |words: &mut Vec<OsString>, option: &str| words.extend(["-o".into(), option.into()]);
+    option(&mut words, "ControlMaster=yes");
+    option(&mut words, &format!("ControlPersist={PERSIST}"));
+    if endpoint.host_keys.is_some() {
+        option(&mut words, &format!("HostKeyAlias={}", alias(files)));
+        option(&mut words, "GlobalKnownHostsFile=/dev/null");
+        option(&mut words, "StrictHostKeyChecking=yes");
+        option(&mut words, "UpdateHostKeys=no"); // the file is ours
+        let mut hosts = OsString::from("UserKnownHostsFile=\"");
+        hosts.push(escape_percent(&files.hosts));
+        hosts.push("\"");
+        words.extend(["-o".into(), hosts]);
+    }
+    // A second ControlMaster=yes, which is what -M means, would make ssh ask before each use.
+    words.extend(endpoint.ssh_options.iter().filter(|word| *word != "-M").map(OsString::from));
+    words.extend(["-x", "-a", "-T"].map(OsString::from));
+    option(&mut words, "BatchMode=yes");
+    let seconds = bound.as_secs() + u64::from(bound.subsec_nanos() > 0);
+    option(&mut words, &format!("ConnectTimeout={}", seconds.max(1)));
+    option(&mut words, "ServerAliveInterval=15");
+    option(&mut words, "ServerAliveCountMax=3");
+    option(&mut words, "RemoteCommand=none");
+    option(&mut words, "PermitLocalCommand=no");
+    option(&mut words, "ClearAllForwardings=yes");
+    if let Some(identity) = &endpoint.identity {
+        words.extend(["-i".into(), identity.into()]);
+    }
+    if let Some(port) = endpoint.port {
+        words.extend(["-p".into(), port.to_string().into()]);
+    }
+    if endpoint.compress {
+        words.push("-C".into());
+    }
+    words.extend(["-S".into(), escape_percent(&files.socket)]);
+    // In the background ssh's stderr is /dev/null; a log file it keeps.
+    words.extend(["-E".into(), files.log.clone().into()]);
+    words.extend(["--".into(), endpoint.destination.clone().into(), first_command.into()]);
+    words
+}
+
+/// The name under which the pinned keys are filed, whatever ssh calls the host.
+fn alias(files: &Files) -> String {
+    format!("nix-offload-{}", files.name)
+}
+
+fn escape_percent(path: &Path) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let bytes = path.as_os_str().as_bytes();
+    OsString::from_vec(
+        bytes.iter().flat_map(|byte| std::iter::repeat_n(*byte, 1 + usize::from(*byte == b'%'))).collect(),
+    )
+}
+
+fn write_hosts(endpoint: &Endpoint, files: &Files) -> io::Result<()> {
+    let alias = alias(files);
+    let text: String = endpoint.pinned_keys().map(|key| format!("{alias} {key}\n")).collect();
+    private_file(&files.hosts)?.write_all(text.as_bytes())
+}
+
+/// An empty file for us alone. Appending, because ssh writes to its log by two ways.
+fn private_file(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    file.set_len(0)?;
+    Ok(file)
+}
+
+/// The end of a text file, or as much as can be had of it.
+fn read_end(path: &Path, most: u64) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(most)))?;
+        let mut bytes = Vec::new();
+        file.take(most).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
+}
+
+/// What the first command wrote, without blanks around it.
+pub(super) fn first_output(files: &Files) -> Option<String> {
+    let mut bytes = Vec::new();
+    File::open(&files.output).ok()?.take(OUTPUT_READ).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes).trim().to_owned();
+    (!text.is_empty()).then_some(text)
+}
+
+/// Replaces a file in one step.
+pub(super) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or(OsStr::new("file")).to_owned();
+    name.push(".new");
+    let temporary = path.with_file_name(name);
+    private_file(&temporary)?.write_all(text.as_bytes())?;
+    fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_must_hold_comes_before_the_users_words_and_the_defaults_after() {
+        let mut endpoint = Endpoint::new("u@h").unwrap();
+        endpoint.ssh_options = ["-M", "-o", "ControlMaster=no", "-4"].map(String::from).to_vec();
+        endpoint.host_keys = Some("ssh-ed25519 AAAA".into());
+        endpoint.port = Some(7);
+        let files = Files::new(Path::new("/run/10%"), "n");
+        let words = arguments(&endpoint, &files, Duration::from_millis(1500), "true");
+        let words: Vec<_> = words.iter().map(|word| word.to_str().unwrap()).collect();
+        let place = |word: &str| words.iter().position(|w| *w == word).unwrap_or_else(|| panic!("no {word}"));
+        assert!(place("ControlMaster=yes") < place("ControlMaster=no"));
+        assert!(place("StrictHostKeyChecking=yes") < place("-4"));
+        assert!(place("UserKnownHostsFile=\"/run/10%%/n.hosts\"") < place("-4"));
+        assert!(place("-4") < place("ConnectTimeout=2"));
+        assert!(place("-4") < place("/run/10%%/n.sock"));
+        assert!(!words.contains(&"-M"));
+        assert_eq!(words[words.len() - 3..], ["--", "u@h", "true"]);
+    }
+}

@@ -1,0 +1,12 @@
+//! Masters to a real sshd, run by the ssh and sshd of this machine. Needs root, as sshd does.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "clippy.toml allows it in tests, but not in their helpers"
+)]
+
+mod hostile;
+mod starts;
+mod streams;
+mod world;

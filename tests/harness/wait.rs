@@ -1,0 +1,19 @@
+//! Waiting for something to become true, never for time to pass.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// Asks every few milliseconds until `question` says yes; panics with `what` after `limit`.
+/// Returns how long it took.
+pub fn wait_until(what: &str, limit: Duration, mut question: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    while !question() {
+        assert!(start.elapsed() < limit, "still not so after {limit:?}: {what}");
+        thread::sleep(INTERVAL);
+    }
+    start.elapsed()
+}
