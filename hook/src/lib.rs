@@ -1,1 +1,4 @@
 //! The Nix build hook.
+
+pub mod path_info;
+pub mod store;
