@@ -1,0 +1,314 @@
+//! A machine: what its line in the list says, and the parts of its store URI.
+//!
+//! Owns the nouns and the reading of store URIs. Must never know how a connection is made.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use thiserror::Error;
+
+/// One machine of the list.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Machine {
+    /// Its store URI as written, with `ssh://` in front where that was implied; the name Nix shows.
+    pub name: String,
+    /// The URI's parts.
+    pub uri: StoreUri,
+    /// Systems it builds for.
+    pub systems: BTreeSet<String>,
+    /// SSH identity file (column 3).
+    pub identity: Option<String>,
+    /// Slots: builds it runs at the same time.
+    pub max_jobs: u64,
+    /// Speed in relation to the other machines; never 0 or negative.
+    pub speed_factor: f32,
+    /// Features it has.
+    pub supported_features: BTreeSet<String>,
+    /// Features it has and which a derivation must require to be built there.
+    pub mandatory_features: BTreeSet<String>,
+    /// Public host key lines (column 8, decoded), for instance `ssh-ed25519 AAAA...`.
+    pub host_key: Option<String>,
+    /// Where the line stands; empty for a machine that comes from no list.
+    pub place: Place,
+}
+
+/// Where a machine's line stands.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Place {
+    /// A file, or the name of what the text came from (`builders`).
+    pub source: String,
+    /// Line, from 1.
+    pub line: usize,
+    /// Column of the machine's first character, from 1.
+    pub column: usize,
+}
+
+impl Machine {
+    /// A machine with every column but the URI left to its default.
+    ///
+    /// # Errors
+    /// If the URI cannot be read.
+    pub fn for_uri(uri: &str, default_systems: BTreeSet<String>) -> Result<Self, UriError> {
+        let name = StoreUri::with_implied_scheme(uri);
+        Ok(Self {
+            uri: StoreUri::parse(&name)?,
+            name,
+            systems: default_systems,
+            identity: None,
+            max_jobs: 1,
+            speed_factor: 1.0,
+            supported_features: BTreeSet::new(),
+            mandatory_features: BTreeSet::new(),
+            host_key: None,
+            place: Place::default(),
+        })
+    }
+
+    /// The SSH identity file to use: the column wins over the URI's `ssh-key`, as in Nix.
+    pub fn identity_file(&self) -> Option<&str> {
+        self.identity.as_deref().or_else(|| self.uri.param("ssh-key"))
+    }
+}
+
+/// How a store is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scheme {
+    /// `ssh://`: the older of Nix's two ways over SSH.
+    Ssh,
+    /// `ssh-ng://`: the worker protocol over SSH.
+    SshNg,
+    /// Anything else, by the text before `://`, or the whole word (`auto`, `/path`).
+    Other(String),
+}
+
+/// A store URI in its parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreUri {
+    /// How it is reached.
+    pub scheme: Scheme,
+    /// `[user@]host` as ssh takes it, brackets of an IPv6 address removed; empty for other schemes.
+    pub destination: String,
+    /// The port, if the URI names one.
+    pub port: Option<u16>,
+    /// Parameters behind `?`, percent-decoded once.
+    pub params: BTreeMap<String, String>,
+}
+
+/// Why a store URI cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum UriError {
+    /// There is no host in it.
+    #[error("the store URI '{0}' names no host")]
+    NoHost(String),
+    /// The host begins with a dash, so ssh would take it for an option.
+    #[error("the host '{0}' would be taken for an option of ssh")]
+    DashHost(String),
+    /// A character that cannot be part of a host name.
+    #[error("the host '{0}' contains a blank or control character")]
+    BadHost(String),
+    /// The port is no number from 1 to 65535.
+    #[error("the port '{0}' is not a number from 1 to 65535")]
+    BadPort(String),
+    /// A percent sign without two hexadecimal digits behind it, or one that makes no text.
+    #[error("the parameter '{0}' has a bad percent escape")]
+    BadEscape(String),
+    /// A parameter without a value.
+    #[error("the parameter '{0}' has no value (expected name=value)")]
+    NoValue(String),
+}
+
+impl StoreUri {
+    /// Puts `ssh://` in front of a bare host, by the rule of Nix 2.34 `src/libstore/machines.cc`.
+    pub fn with_implied_scheme(text: &str) -> String {
+        let special = ["auto", "daemon", "local"]
+            .iter()
+            .any(|word| text == *word || text.strip_prefix(word).is_some_and(|rest| rest.starts_with('?')));
+        if text.contains("://") || special || text.starts_with('?') {
+            return text.to_owned();
+        }
+        // A slash makes it a path, but not one inside a parameter: `mac?ssh-key=/home/alice/key` names a host.
+        let authority = text.split('?').next().unwrap_or_default();
+        if authority.contains('/') { text.to_owned() } else { format!("ssh://{text}") }
+    }
+
+    /// Reads a store URI that has its scheme.
+    ///
+    /// # Errors
+    /// For `ssh` and `ssh-ng`: no usable host or port, or parameters that are not `name=value`. Other schemes
+    /// are kept by name only and never fail.
+    pub fn parse(text: &str) -> Result<Self, UriError> {
+        let (scheme, rest) = match text.split_once("://") {
+            Some(("ssh", rest)) => (Scheme::Ssh, rest),
+            Some(("ssh-ng", rest)) => (Scheme::SshNg, rest),
+            Some((other, _)) => return Ok(Self::other(other)),
+            None => return Ok(Self::other(text)),
+        };
+        // Only the first question mark separates: `remote-store=PATH?system-features=x` keeps its own.
+        let (authority, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let authority = authority.trim_end_matches('/');
+        let (user, host_port) = match authority.rsplit_once('@') {
+            Some((user, host)) => (Some(user), host),
+            None => (None, authority),
+        };
+        let (host, port) = split_port(host_port)?;
+        if host.is_empty() || user == Some("") {
+            return Err(UriError::NoHost(text.to_owned()));
+        }
+        let destination = match user {
+            Some(user) => format!("{user}@{host}"),
+            None => host.to_owned(),
+        };
+        if destination.starts_with('-') || host.starts_with('-') {
+            return Err(UriError::DashHost(destination));
+        }
+        if destination.chars().any(|c| c.is_whitespace() || c.is_control() || c == '/') {
+            return Err(UriError::BadHost(destination));
+        }
+        Ok(Self { scheme, destination, port, params: parse_query(query)? })
+    }
+
+    fn other(scheme: &str) -> Self {
+        Self {
+            scheme: Scheme::Other(scheme.to_owned()),
+            destination: String::new(),
+            port: None,
+            params: BTreeMap::new(),
+        }
+    }
+
+    /// A parameter's value, if it is given and not empty.
+    pub fn param(&self, name: &str) -> Option<&str> {
+        self.params.get(name).map(String::as_str).filter(|v| !v.is_empty())
+    }
+
+    /// A parameter read as Nix reads booleans (`true`, `yes`, `1`).
+    pub fn flag(&self, name: &str) -> bool {
+        matches!(self.param(name), Some("true" | "yes" | "1"))
+    }
+}
+
+/// Splits `host[:port]`; an IPv6 address may stand in brackets, or bare without a port.
+fn split_port(text: &str) -> Result<(&str, Option<u16>), UriError> {
+    let (host, port) = if let Some(rest) = text.strip_prefix('[') {
+        let Some((host, after)) = rest.split_once(']') else {
+            return Err(UriError::BadHost(text.to_owned()));
+        };
+        (host, after.strip_prefix(':').or(if after.is_empty() { None } else { Some(after) }))
+    } else {
+        match text.split_once(':') {
+            Some((_, after)) if after.contains(':') => (text, None),
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        }
+    };
+    match port {
+        None => Ok((host, None)),
+        Some(digits) => match digits.parse::<u16>() {
+            Ok(port) if port > 0 && digits.bytes().all(|b| b.is_ascii_digit()) => Ok((host, Some(port))),
+            _ => Err(UriError::BadPort(digits.to_owned())),
+        },
+    }
+}
+
+fn parse_query(query: &str) -> Result<BTreeMap<String, String>, UriError> {
+    let mut params = BTreeMap::new();
+    for pair in query.split('&').filter(|p| !p.is_empty()) {
+        let (name, value) = pair.split_once('=').ok_or_else(|| UriError::NoValue(pair.to_owned()))?;
+        params.insert(percent_decode(name)?, percent_decode(value)?);
+    }
+    Ok(params)
+}
+
+fn percent_decode(text: &str) -> Result<String, UriError> {
+    let bad = || UriError::BadEscape(text.to_owned());
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte != b'%' {
+            bytes.push(byte);
+            continue;
+        }
+        let mut digit = || rest.next().and_then(|b| char::from(b).to_digit(16));
+        match (digit(), digit()) {
+            (Some(high), Some(low)) => bytes.push((high * 16 + low) as u8),
+            _ => return Err(bad()),
+        }
+    }
+    String::from_utf8(bytes).map_err(|_| bad())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<StoreUri, UriError> {
+        StoreUri::parse(&StoreUri::with_implied_scheme(text))
+    }
+
+    #[test]
+    fn ssh_is_implied_for_hosts_but_not_for_paths_and_words_of_nix() {
+        for (text, expected) in [
+            ("mac", "ssh://mac"),
+            ("nix@mac", "ssh://nix@mac"),
+            ("h:22?compress=true", "ssh://h:22?compress=true"),
+            ("mac?ssh-key=/home/alice/my-key", "ssh://mac?ssh-key=/home/alice/my-key"),
+            ("ssh-ng://mac", "ssh-ng://mac"),
+            ("auto", "auto"),
+            ("local?root=/x", "local?root=/x"),
+            ("daemon", "daemon"),
+            ("/tmp/store", "/tmp/store"),
+            ("unix:///run/x", "unix:///run/x"),
+            ("localhost", "ssh://localhost"),
+        ] {
+            assert_eq!(StoreUri::with_implied_scheme(text), expected);
+        }
+    }
+
+    #[test]
+    fn user_host_port_and_parameters_are_taken_apart() {
+        let uri = parse("ssh-ng://alice@mac:2222?ssh-key=/k%20ey&compress=true").unwrap();
+        assert_eq!(uri.scheme, Scheme::SshNg);
+        assert_eq!(uri.destination, "alice@mac");
+        assert_eq!(uri.port, Some(2222));
+        assert_eq!(uri.param("ssh-key"), Some("/k ey"));
+        assert!(uri.flag("compress"));
+    }
+
+    #[test]
+    fn ipv6_addresses_stand_in_brackets_or_bare() {
+        assert_eq!(parse("ssh://root@[::1]").unwrap().destination, "root@::1");
+        assert_eq!(parse("ssh://root@[::1]:22").unwrap().port, Some(22));
+        let bare = parse("ssh://root@::1").unwrap();
+        assert_eq!((bare.destination.as_str(), bare.port), ("root@::1", None));
+    }
+
+    #[test]
+    fn a_second_question_mark_belongs_to_the_value() {
+        let uri = parse("ssh://h?remote-store=/p?system-features=foo%20bar").unwrap();
+        assert_eq!(uri.param("remote-store"), Some("/p?system-features=foo bar"));
+    }
+
+    #[test]
+    fn bad_uris_name_what_is_wrong_with_them() {
+        assert_eq!(parse("ssh://"), Err(UriError::NoHost("ssh://".into())));
+        assert_eq!(parse("ssh://@mac"), Err(UriError::NoHost("ssh://@mac".into())));
+        assert_eq!(parse("ssh://-oProxyCommand=x"), Err(UriError::DashHost("-oProxyCommand=x".into())));
+        assert_eq!(parse("ssh://a@-b"), Err(UriError::DashHost("a@-b".into())));
+        assert_eq!(parse("ssh://mac:0"), Err(UriError::BadPort("0".into())));
+        assert_eq!(parse("ssh://mac:+22"), Err(UriError::BadPort("+22".into())));
+        assert_eq!(parse("ssh://mac:99999"), Err(UriError::BadPort("99999".into())));
+        assert_eq!(parse("ssh://[::1"), Err(UriError::BadHost("[::1".into())));
+        assert_eq!(parse("ssh://mac?compress"), Err(UriError::NoValue("compress".into())));
+        assert_eq!(parse("ssh://mac?a=%zz"), Err(UriError::BadEscape("%zz".into())));
+        assert_eq!(parse("ssh://mac?a=%ff"), Err(UriError::BadEscape("%ff".into())));
+        assert_eq!(parse("ssh://a/b"), Err(UriError::BadHost("a/b".into())));
+    }
+
+    #[test]
+    fn the_key_column_wins_over_the_parameter() {
+        let mut machine = Machine::for_uri("ssh://mac?ssh-key=/a", BTreeSet::new()).unwrap();
+        assert_eq!(machine.identity_file(), Some("/a"));
+        machine.identity = Some("/b".into());
+        assert_eq!(machine.identity_file(), Some("/b"));
+    }
+}

@@ -1,0 +1,606 @@
+//! The worker protocol as a client speaks it: greeting, versions, the operations we use, and the messages a
+//! daemon sends while it works.
+//!
+//! Encoders append to a buffer, decoders read from a stream; neither knows who is at the other end or when to
+//! speak.
+//!
+//! Source: Nix 2.34 `src/libstore/worker-protocol.cc`, `worker-protocol-connection.cc`, `daemon.cc`,
+//! `remote-store.cc`; Nix 2.8 `daemon.cc` for the older forms.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use super::hook::Field;
+use super::{
+    MAX_NAME, MAX_STRING, WireError, put_bytes, put_str, put_strings, put_u64, read_bytes, read_list,
+    read_string, read_u64,
+};
+use crate::path_info::PathInfo;
+use nix_derivation::{CAHash, Derivation, NixHash, Output, StoreDir, StorePath};
+use std::collections::BTreeSet;
+use std::io::Read;
+
+/// The newest minor version offered. From 1.38 on both sides exchange feature lists, which costs a round trip
+/// and brings nothing for builds of derivations with known output paths.
+pub const NEWEST_MINOR: u8 = 37;
+
+/// The oldest minor version spoken (Nix 2.0).
+pub const OLDEST_MINOR: u8 = 21;
+
+/// Most bytes skipped before a daemon's greeting: what login scripts and banners may print.
+pub const MAX_BANNER: usize = 64 << 10;
+
+const CLIENT_MAGIC: u64 = 0x6e69_7863;
+const DAEMON_MAGIC: u64 = 0x6478_696f;
+
+const OP_ADD_TEMP_ROOT: u64 = 11;
+const OP_SET_OPTIONS: u64 = 19;
+const OP_QUERY_PATH_INFO: u64 = 26;
+const OP_QUERY_VALID_PATHS: u64 = 31;
+const OP_BUILD_DERIVATION: u64 = 36;
+const OP_NAR_FROM_PATH: u64 = 38;
+const OP_ADD_TO_STORE_NAR: u64 = 39;
+const OP_ADD_MULTIPLE_TO_STORE: u64 = 44;
+
+const MESSAGE_LAST: u64 = 0x616c_7473;
+const MESSAGE_NEXT: u64 = 0x6f6c_6d67;
+const MESSAGE_ERROR: u64 = 0x6378_7470;
+const MESSAGE_START: u64 = 0x5354_5254;
+const MESSAGE_STOP: u64 = 0x5354_4f50;
+const MESSAGE_RESULT: u64 = 0x5253_4c54;
+const MESSAGE_READ: u64 = 0x6461_7461;
+
+/// The minor version both sides speak; the major version is always 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(u8);
+
+impl Version {
+    /// The version of that minor number, if we speak it.
+    pub fn new(minor: u8) -> Option<Self> {
+        (OLDEST_MINOR..=NEWEST_MINOR).contains(&minor).then_some(Self(minor))
+    }
+
+    /// The newest one we offer.
+    pub const fn newest() -> Self {
+        Self(NEWEST_MINOR)
+    }
+
+    /// Whether the daemon takes several paths in one operation (1.32).
+    pub const fn has_add_multiple(self) -> bool {
+        self.0 >= 32
+    }
+
+    /// Whether a NAR is sent in frames (1.23) instead of being asked for piece by piece.
+    pub const fn has_frames(self) -> bool {
+        self.0 >= 23
+    }
+
+    /// The minor number.
+    pub const fn minor(self) -> u8 {
+        self.0
+    }
+}
+
+/// What a daemon says of itself in the greeting.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// The version both sides speak.
+    pub version: Version,
+    /// The version of Nix (from 1.33).
+    pub nix_version: Option<String>,
+    /// Whether it trusts us (from 1.35, and only if it knows).
+    pub trusted: Option<bool>,
+}
+
+/// Appends the client's greeting.
+pub fn put_greeting(buffer: &mut Vec<u8>, offer: Version) {
+    put_u64(buffer, CLIENT_MAGIC);
+    put_u64(buffer, 0x100 | u64::from(offer.0));
+    // Two settings of old: CPU affinity (none) and reserved space.
+    put_u64(buffer, 0);
+    put_u64(buffer, 0);
+}
+
+/// Finds the daemon's greeting, skipping what login scripts print before it, and reads the version.
+///
+/// On failure the second value holds what came instead, up to [`MAX_BANNER`] bytes.
+///
+/// # Errors
+/// If the stream ends, no greeting is found within [`MAX_BANNER`] bytes, or the daemon is too old.
+pub fn read_greeting(source: &mut impl Read, offer: Version) -> Result<Version, (WireError, Vec<u8>)> {
+    let magic = DAEMON_MAGIC.to_le_bytes();
+    let mut seen = Vec::new();
+    while !seen.ends_with(&magic) {
+        if seen.len() >= MAX_BANNER {
+            let limit = MAX_BANNER as u64;
+            return Err((
+                WireError::TooLong { what: "text before the greeting", length: limit, limit },
+                seen,
+            ));
+        }
+        let mut byte = [0];
+        if let Err(error) = source.read_exact(&mut byte) {
+            return Err((WireError::io("the daemon's greeting", error), seen));
+        }
+        seen.push(byte[0]);
+    }
+    let version = read_u64(source, "the daemon's version").map_err(|e| (e, Vec::new()))?;
+    let minor = (version & 0xff) as u8;
+    if version >> 8 != 1 || minor < OLDEST_MINOR {
+        let error = WireError::Unexpected {
+            what: "the daemon's protocol version",
+            got: format!("{}.{}", version >> 8, minor),
+            expected: "1.21 or newer (Nix 2.0 or newer)",
+        };
+        return Err((error, Vec::new()));
+    }
+    Ok(Version(minor.min(offer.0)))
+}
+
+/// Reads what follows the version in the greeting. The message loop after it is the caller's.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_peer(source: &mut impl Read, version: Version) -> Result<Peer, WireError> {
+    let nix_version =
+        if version.0 >= 33 { Some(read_string(source, "the daemon's Nix version", MAX_NAME)?) } else { None };
+    let trusted = match version.0 {
+        35.. => match read_u64(source, "whether the daemon trusts us")? {
+            0 => None,
+            1 => Some(true),
+            2 => Some(false),
+            other => {
+                return Err(WireError::Unexpected {
+                    what: "whether the daemon trusts us",
+                    got: other.to_string(),
+                    expected: "0, 1 or 2",
+                });
+            }
+        },
+        _ => None,
+    };
+    Ok(Peer { version, nix_version, trusted })
+}
+
+/// An error a daemon reports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DaemonError {
+    /// Its message and, each on a line of its own, its traces.
+    pub message: String,
+}
+
+/// What a daemon sends while it works on an operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// The work is done; the answer follows.
+    Last,
+    /// The work failed; no answer follows.
+    Error(DaemonError),
+    /// A text for the user.
+    Text(Vec<u8>),
+    /// An activity begins.
+    Start {
+        /// The daemon's number for it.
+        id: u64,
+        /// Its importance.
+        level: u64,
+        /// Its kind.
+        kind: u64,
+        /// What to show.
+        text: Vec<u8>,
+        /// Fields by the kind.
+        fields: Vec<Field>,
+    },
+    /// An activity is over.
+    Stop {
+        /// The daemon's number for it.
+        id: u64,
+    },
+    /// An activity has a result.
+    Result {
+        /// The daemon's number for the activity.
+        id: u64,
+        /// The result's kind.
+        kind: u64,
+        /// Fields by the kind.
+        fields: Vec<Field>,
+    },
+    /// The daemon wants up to so many bytes of the NAR that is being sent (before 1.23 only).
+    Read {
+        /// How many it can take.
+        length: u64,
+    },
+}
+
+/// Reads one message.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_message(source: &mut impl Read, version: Version) -> Result<Message, WireError> {
+    let text = |source: &mut _, what| read_bytes(source, what, MAX_STRING);
+    match read_u64(source, "a message of the daemon")? {
+        MESSAGE_LAST => Ok(Message::Last),
+        MESSAGE_ERROR => Ok(Message::Error(read_error(source, version)?)),
+        MESSAGE_NEXT => Ok(Message::Text(text(source, "a message's text")?)),
+        MESSAGE_START => {
+            let id = read_u64(source, "an activity's number")?;
+            let level = read_u64(source, "an activity's level")?;
+            let kind = read_u64(source, "an activity's kind")?;
+            let text = text(source, "an activity's text")?;
+            let fields = read_fields(source)?;
+            read_u64(source, "an activity's parent")?;
+            Ok(Message::Start { id, level, kind, text, fields })
+        }
+        MESSAGE_STOP => Ok(Message::Stop { id: read_u64(source, "an activity's number")? }),
+        MESSAGE_RESULT => Ok(Message::Result {
+            id: read_u64(source, "an activity's number")?,
+            kind: read_u64(source, "a result's kind")?,
+            fields: read_fields(source)?,
+        }),
+        MESSAGE_READ => Ok(Message::Read { length: read_u64(source, "a wanted length")? }),
+        other => Err(WireError::Unexpected {
+            what: "a message of the daemon",
+            got: format!("{other:#x}"),
+            expected: "one of the worker protocol's messages",
+        }),
+    }
+}
+
+fn read_error(source: &mut impl Read, version: Version) -> Result<DaemonError, WireError> {
+    let lossy = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    if version.0 < 26 {
+        let message = lossy(read_bytes(source, "an error's message", MAX_STRING)?);
+        read_u64(source, "an error's exit status")?;
+        return Ok(DaemonError { message });
+    }
+    read_bytes(source, "an error's type", MAX_NAME)?;
+    read_u64(source, "an error's level")?;
+    read_bytes(source, "an error's name", MAX_STRING)?;
+    let mut message = lossy(read_bytes(source, "an error's message", MAX_STRING)?);
+    read_u64(source, "an error's position")?;
+    let traces = read_list(source, "an error's traces", |source| {
+        read_u64(source, "a trace's position")?;
+        read_bytes(source, "a trace's text", MAX_STRING)
+    })?;
+    for trace in traces {
+        message.push('\n');
+        message.push_str(&lossy(trace));
+    }
+    Ok(DaemonError { message })
+}
+
+fn read_fields(source: &mut impl Read) -> Result<Vec<Field>, WireError> {
+    read_list(source, "an activity's fields", |source| match read_u64(source, "a field's type")? {
+        0 => Ok(Field::Int(read_u64(source, "a field")?)),
+        1 => Ok(Field::Text(read_bytes(source, "a field", MAX_STRING)?)),
+        other => Err(WireError::Unexpected {
+            what: "a field's type",
+            got: other.to_string(),
+            expected: "0 (number) or 1 (text)",
+        }),
+    })
+}
+
+/// Options of the builder's daemon that a client may set for its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Keep the directory of a failed build.
+    pub keep_failed: bool,
+    /// Seconds without output after which a build is ended; 0 for never.
+    pub max_silent_time: u64,
+    /// Seconds after which a build is ended; 0 for never.
+    pub timeout: u64,
+}
+
+/// Appends the operation that sets options; it has no answer.
+pub fn put_set_options(buffer: &mut Vec<u8>, options: Options) {
+    put_u64(buffer, OP_SET_OPTIONS);
+    put_u64(buffer, options.keep_failed.into());
+    put_u64(buffer, 0); // keep-going
+    put_u64(buffer, 0); // fallback
+    put_u64(buffer, 3); // verbosity: info
+    put_u64(buffer, 1); // max-jobs: one build is asked for at a time
+    put_u64(buffer, options.max_silent_time);
+    put_u64(buffer, 1); // obsolete: use of a build hook
+    put_u64(buffer, 7); // build output as results of the build's activity, not as texts
+    put_u64(buffer, 0); // obsolete: log type
+    put_u64(buffer, 0); // obsolete: print build trace
+    put_u64(buffer, 0); // cores: all
+    put_u64(buffer, 1); // use of substitutes, as by default
+    let overrides: &[(&str, u64)] = if options.timeout > 0 { &[("timeout", options.timeout)] } else { &[] };
+    put_u64(buffer, overrides.len() as u64);
+    for (name, value) in overrides {
+        put_str(buffer, name);
+        put_str(buffer, &value.to_string());
+    }
+}
+
+/// Appends the operation that keeps a path from the garbage collector while the connection is open. Answer: a
+/// number.
+pub fn put_add_temp_root(buffer: &mut Vec<u8>, store_dir: &StoreDir, path: &StorePath) {
+    put_u64(buffer, OP_ADD_TEMP_ROOT);
+    put_str(buffer, &store_dir.render_path(path));
+}
+
+/// Appends the question which of the paths are valid. Answer: [`read_paths`].
+///
+/// With `substitute` the daemon first tries to fetch missing ones from its substituters (from 1.27; older ones
+/// do not).
+pub fn put_query_valid_paths<'a>(
+    buffer: &mut Vec<u8>,
+    version: Version,
+    store_dir: &StoreDir,
+    paths: impl ExactSizeIterator<Item = &'a StorePath>,
+    substitute: bool,
+) {
+    put_u64(buffer, OP_QUERY_VALID_PATHS);
+    put_strings(buffer, paths.map(|p| store_dir.render_path(p)));
+    if version.0 >= 27 {
+        put_u64(buffer, substitute.into());
+    }
+}
+
+/// Appends the question for a path's metadata. Answer: [`read_path_info`].
+pub fn put_query_path_info(buffer: &mut Vec<u8>, store_dir: &StoreDir, path: &StorePath) {
+    put_u64(buffer, OP_QUERY_PATH_INFO);
+    put_str(buffer, &store_dir.render_path(path));
+}
+
+/// Appends the request for a path's NAR. Answer: the bare NAR, of the size its metadata names.
+pub fn put_nar_from_path(buffer: &mut Vec<u8>, store_dir: &StoreDir, path: &StorePath) {
+    put_u64(buffer, OP_NAR_FROM_PATH);
+    put_str(buffer, &store_dir.render_path(path));
+}
+
+/// Appends a build of one derivation that need not be in the builder's store. Answer: [`read_build_result`].
+///
+/// `inputs` replaces the derivation's own input sources when it has input derivations, as the stock hook does.
+/// Outputs must have known paths; others are left out.
+pub fn put_build_derivation<'a>(
+    buffer: &mut Vec<u8>,
+    store_dir: &StoreDir,
+    drv_path: &StorePath,
+    drv: &Derivation,
+    inputs: impl ExactSizeIterator<Item = &'a StorePath>,
+) {
+    put_u64(buffer, OP_BUILD_DERIVATION);
+    put_str(buffer, &store_dir.render_path(drv_path));
+    let outputs: Vec<_> = drv
+        .outputs()
+        .iter()
+        .filter_map(|(name, output)| {
+            let path = output.path_in(store_dir, drv.name(), name).ok()??;
+            let (method, digest) = match output {
+                Output::Fixed { ca } => fixed_output(ca),
+                _ => (String::new(), String::new()),
+            };
+            Some((name, path, method, digest))
+        })
+        .collect();
+    put_u64(buffer, outputs.len() as u64);
+    for (name, path, method, digest) in outputs {
+        put_str(buffer, name);
+        put_str(buffer, &store_dir.render_path(&path));
+        put_str(buffer, &method);
+        put_str(buffer, &digest);
+    }
+    put_strings(buffer, inputs.map(|p| store_dir.render_path(p)));
+    put_str(buffer, drv.system());
+    put_str(buffer, drv.builder());
+    put_strings(buffer, drv.arguments().iter());
+    let structured = drv.structured_attrs().map(|attrs| ("__json", attrs.raw_json()));
+    put_u64(buffer, (drv.environment().len() + usize::from(structured.is_some())) as u64);
+    let environment = drv.environment().iter().map(|(name, value)| (name.as_str(), value.as_slice()));
+    for (name, value) in environment.chain(structured) {
+        put_str(buffer, name);
+        put_bytes(buffer, value);
+    }
+    put_u64(buffer, 0); // build mode: normal
+}
+
+/// Method with algorithm, and digest in base 16, as they stand in a derivation.
+fn fixed_output(ca: &CAHash) -> (String, String) {
+    let prefix = match ca {
+        CAHash::Flat(_) => "",
+        CAHash::Nar(_) => "r:",
+        CAHash::Text(_) => "text:",
+        CAHash::Git(_) => "git:",
+    };
+    (format!("{prefix}{}", ca.hash().algorithm()), base16(&ca.hash()))
+}
+
+fn base16(hash: &NixHash) -> String {
+    let text = hash.to_nix_base16_string();
+    text.split_once(':').map(|(_, digest)| digest.to_owned()).unwrap_or(text)
+}
+
+/// Appends the head of the operation that imports several paths; a framed stream follows (see
+/// [`put_frame`]): the number of paths, and for each [`put_path_info`] and its NAR. Answer: nothing.
+pub fn put_add_multiple(buffer: &mut Vec<u8>) {
+    put_u64(buffer, OP_ADD_MULTIPLE_TO_STORE);
+    put_u64(buffer, 0); // repair
+    put_u64(buffer, 1); // do not check signatures; only a trusted client is obeyed
+}
+
+/// Appends the head of the operation that imports one path (before 1.32); the NAR follows, framed from 1.23,
+/// before that piece by piece as [`Message::Read`] asks. Answer: nothing.
+pub fn put_add_to_store_nar(buffer: &mut Vec<u8>, store_dir: &StoreDir, info: &PathInfo) {
+    put_u64(buffer, OP_ADD_TO_STORE_NAR);
+    put_path_info(buffer, store_dir, info);
+    put_u64(buffer, 0); // repair
+    put_u64(buffer, 1); // do not check signatures
+}
+
+/// Appends one frame; an empty one ends the framed stream.
+pub fn put_frame(buffer: &mut Vec<u8>, data: &[u8]) {
+    put_u64(buffer, data.len() as u64);
+    buffer.extend_from_slice(data);
+}
+
+/// Appends a path and its metadata. `ultimate` is never claimed: the path was not built over there.
+pub fn put_path_info(buffer: &mut Vec<u8>, store_dir: &StoreDir, info: &PathInfo) {
+    put_str(buffer, &store_dir.render_path(&info.path));
+    put_str(buffer, &info.deriver.as_ref().map(|p| store_dir.render_path(p)).unwrap_or_default());
+    put_str(buffer, &base16(&NixHash::Sha256(info.nar_hash)));
+    put_strings(buffer, info.references.iter().map(|p| store_dir.render_path(p)));
+    put_u64(buffer, info.registration_time);
+    put_u64(buffer, info.nar_size);
+    put_u64(buffer, 0);
+    put_strings(buffer, info.signatures.iter());
+    put_str(buffer, info.content_address.as_deref().unwrap_or_default());
+}
+
+/// Reads a set of store paths.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_paths(source: &mut impl Read, store_dir: &StoreDir) -> Result<BTreeSet<StorePath>, WireError> {
+    Ok(read_list(source, "a store path", |source| read_path(source, store_dir, "a store path"))?
+        .into_iter()
+        .collect())
+}
+
+fn read_path(
+    source: &mut (impl Read + ?Sized),
+    store_dir: &StoreDir,
+    what: &'static str,
+) -> Result<StorePath, WireError> {
+    let bytes = read_bytes(source, what, MAX_NAME)?;
+    store_dir.parse_path(&bytes).map_err(|_| not_a_path(what, &bytes))
+}
+
+fn not_a_path(what: &'static str, bytes: &[u8]) -> WireError {
+    const SHOWN: usize = 100;
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]).escape_debug().to_string();
+    WireError::Unexpected { what, got: format!("'{text}'"), expected: "a store path" }
+}
+
+/// Reads a path's metadata; `None` when the path is not valid there.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_path_info(
+    source: &mut impl Read,
+    store_dir: &StoreDir,
+    path: &StorePath,
+) -> Result<Option<PathInfo>, WireError> {
+    if read_u64(source, "whether a path is valid")? == 0 {
+        return Ok(None);
+    }
+    let deriver = match read_bytes(source, "a path's deriver", MAX_NAME)? {
+        empty if empty.is_empty() => None,
+        bytes => Some(store_dir.parse_path(&bytes).map_err(|_| not_a_path("a path's deriver", &bytes))?),
+    };
+    let digest = read_string(source, "a path's NAR hash", MAX_NAME)?;
+    let nar_hash = match NixHash::parse(&format!("sha256:{digest}")) {
+        Ok(NixHash::Sha256(hash)) => hash,
+        _ => {
+            return Err(WireError::Unexpected {
+                what: "a path's NAR hash",
+                got: format!("'{}'", digest.chars().take(80).collect::<String>().escape_debug()),
+                expected: "a SHA-256 digest",
+            });
+        }
+    };
+    let references = read_paths(source, store_dir)?;
+    let registration_time = read_u64(source, "a path's registration time")?;
+    let nar_size = read_u64(source, "a path's NAR size")?;
+    let ultimate = read_u64(source, "whether a path is ultimate")? != 0;
+    let signatures =
+        read_list(source, "a path's signatures", |source| read_string(source, "a signature", MAX_NAME))?;
+    let content_address = Some(read_string(source, "a path's content address", MAX_NAME)?);
+    Ok(Some(PathInfo {
+        path: path.clone(),
+        deriver,
+        nar_hash,
+        nar_size,
+        references,
+        registration_time,
+        ultimate,
+        signatures,
+        content_address: content_address.filter(|ca| !ca.is_empty()),
+    }))
+}
+
+/// How a build ended (`BuildResult` in Nix 2.34 `src/libstore/include/nix/store/build-result.hh`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildResult {
+    /// The number on the wire.
+    pub status: u64,
+    /// The builder's own message when it failed.
+    pub message: String,
+    /// Seconds since the epoch at which the build began and ended (from 1.29).
+    pub times: Option<(u64, u64)>,
+}
+
+/// What a build's status means for the one who asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The outputs are there.
+    Built,
+    /// It will fail again.
+    Failed,
+    /// It took too long, or was silent for too long.
+    TimedOut,
+    /// The builder could not do it now; another try or another machine may.
+    NotThere,
+}
+
+impl BuildResult {
+    /// Reads the status.
+    pub fn outcome(&self) -> Outcome {
+        match self.status {
+            0 | 1 | 2 | 13 => Outcome::Built,
+            8 => Outcome::TimedOut,
+            6 | 9 | 10 | 14 => Outcome::NotThere,
+            _ => Outcome::Failed,
+        }
+    }
+}
+
+/// Reads the answer to a build.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<BuildResult, WireError> {
+    let status = read_u64(source, "a build's status")?;
+    let message = String::from_utf8_lossy(&read_bytes(source, "a build's message", MAX_STRING)?).into_owned();
+    let mut times = None;
+    if version.0 >= 29 {
+        read_u64(source, "how often it was built")?;
+        read_u64(source, "whether it is deterministic")?;
+        times = Some((read_u64(source, "a build's begin")?, read_u64(source, "a build's end")?));
+    }
+    if version.0 >= 37 {
+        for what in ["a build's user time", "a build's system time"] {
+            match read_u64(source, what)? {
+                0 => {}
+                1 => drop(read_u64(source, what)?),
+                other => {
+                    return Err(WireError::Unexpected {
+                        what,
+                        got: other.to_string(),
+                        expected: "0 (absent) or 1 (present)",
+                    });
+                }
+            }
+        }
+    }
+    if version.0 >= 28 {
+        read_list(source, "a build's outputs", |source| {
+            read_bytes(source, "an output's identity", MAX_STRING)?;
+            read_bytes(source, "an output's realisation", MAX_STRING)
+        })?;
+    }
+    Ok(BuildResult { status, message, times })
+}
+
+/// Reads the number some operations answer with.
+///
+/// # Errors
+/// If the stream ends.
+pub fn read_number(source: &mut impl Read) -> Result<u64, WireError> {
+    read_u64(source, "an answer")
+}
+
+#[cfg(test)]
+mod tests;
