@@ -1,7 +1,16 @@
-//! The Nix build hook.
+//! The Nix build hook. The rooms of the house and the arrows between them are drawn in ARCHITECTURE.md.
 
+pub mod builder;
+pub mod cli;
 pub mod config;
+pub mod fds;
+pub mod job;
+pub mod nix_side;
 pub mod path_info;
+pub mod ping;
 pub mod plan;
+pub mod reach;
+pub mod serve;
+pub mod slots;
 pub mod store;
 pub mod wire;

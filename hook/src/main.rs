@@ -1,2 +1,26 @@
-//! The door of nix-offload.
-fn main() {}
+//! The door of nix-offload: the hook that Nix starts, and the commands for people.
+
+use nix_offload::cli::{self, Action};
+use nix_offload::{ping, serve};
+use nix_offload_proxy::exit;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let (code, text) = match cli::parse(std::env::args_os()) {
+        Err(usage) => usage.exit(),
+        Ok(Action::Hook { verbosity }) => match serve::serve(verbosity) {
+            Ok(code) => (code, None),
+            Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+        },
+        Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
+            Ok(code) => (code, None),
+            Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure()))),
+        },
+    };
+    if let Some(text) = text {
+        // Nowhere is left to report that this failed.
+        let _ = writeln!(io::stderr(), "nix-offload: {text}");
+    }
+    ExitCode::from(code)
+}

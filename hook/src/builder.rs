@@ -1,0 +1,785 @@
+//! A builder's store: the worker protocol spoken over a byte stream, with its clocks and its transfers.
+//!
+//! Owns what is said when. Must never know how the stream was made, nor what the answers are used for.
+
+use crate::path_info::PathInfo;
+use crate::wire::hook::{Field, activity, result};
+use crate::wire::worker::{self, BuildResult, Message, Options, Peer, Version};
+use crate::wire::{MAX_STRING, WireError, put_u64};
+use nix_derivation::{Derivation, StoreDir, StorePath};
+use nix_offload_proxy::master::{CloseWrite, Stream, TimedRead};
+use std::collections::BTreeSet;
+use std::io::{self, BufReader, Read, Write};
+use std::thread;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Bytes gathered into one frame of an upload.
+const FRAME: usize = 64 << 10;
+
+/// Operations sent together before their answers are read: their answers must fit the receive window.
+const BATCH: usize = 1000;
+
+/// What can go wrong with a builder's store.
+#[derive(Debug, Error)]
+pub enum BuilderError {
+    /// The connection ended or broke. Another try may succeed.
+    #[error("the connection was lost while {doing}")]
+    Lost {
+        /// What was being done.
+        doing: &'static str,
+        /// How it broke.
+        #[source]
+        source: WireError,
+    },
+    /// Something that is no Nix daemon answered.
+    #[error("no Nix daemon answered{}", quoted(.seen))]
+    NoDaemon {
+        /// What was sent instead of a greeting.
+        seen: String,
+        /// How reading ended.
+        #[source]
+        source: WireError,
+    },
+    /// The daemon did not answer in time.
+    #[error("no answer within {} s while {doing}", .bound.as_secs_f32())]
+    NoAnswer {
+        /// What was being done.
+        doing: &'static str,
+        /// The time given.
+        bound: Duration,
+    },
+    /// The daemon sent something that the protocol does not allow there.
+    #[error("the daemon broke the worker protocol while {doing}")]
+    Protocol {
+        /// What was being done.
+        doing: &'static str,
+        /// What was wrong.
+        #[source]
+        source: WireError,
+    },
+    /// The daemon refused what it was asked for.
+    #[error("{message}")]
+    Refused {
+        /// What was being done.
+        doing: &'static str,
+        /// The daemon's words.
+        message: String,
+    },
+    /// The build wrote nothing for too long (`max-silent-time`).
+    #[error("timed out after {0} seconds of silence")]
+    Silent(u64),
+    /// The build took too long (`timeout`).
+    #[error("timed out after {0} seconds")]
+    TimedOut(u64),
+    /// A path of the local store could not be read for sending.
+    #[error("cannot send {path}")]
+    Dump {
+        /// The path.
+        path: String,
+        /// Why it could not be read.
+        #[source]
+        source: io::Error,
+    },
+    /// The receiver of an output failed.
+    #[error("{0}")]
+    Receive(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl BuilderError {
+    /// Whether the transport is to blame, so that another connection may do better.
+    pub fn is_transport(&self) -> bool {
+        matches!(self, Self::Lost { .. } | Self::NoAnswer { .. } | Self::NoDaemon { .. })
+    }
+
+    fn wire(doing: &'static str, source: WireError) -> Self {
+        if source.is_disconnect() { Self::Lost { doing, source } } else { Self::Protocol { doing, source } }
+    }
+}
+
+fn quoted(seen: &str) -> String {
+    if seen.is_empty() { String::new() } else { format!("; instead came '{}'", seen.escape_debug()) }
+}
+
+/// What a builder's daemon tells while it works, sorted by what it is for.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A line of the build's log, without its end.
+    LogLine(&'a [u8]),
+    /// The build entered a phase.
+    Phase(&'a [u8]),
+    /// A text for the user.
+    Text(&'a [u8]),
+    /// Something else began, for instance a substitution; numbers are the daemon's.
+    Start {
+        /// Its number.
+        id: u64,
+        /// Its importance.
+        level: u64,
+        /// Its kind.
+        kind: u64,
+        /// What to show.
+        text: &'a [u8],
+        /// Fields by the kind.
+        fields: &'a [Field],
+    },
+    /// It has a result.
+    Result {
+        /// Its number.
+        id: u64,
+        /// The result's kind.
+        kind: u64,
+        /// Fields by the kind.
+        fields: &'a [Field],
+    },
+    /// It is over.
+    Stop {
+        /// Its number.
+        id: u64,
+    },
+}
+
+/// Receives events.
+pub type OnEvent<'a> = &'a mut dyn FnMut(Event<'_>);
+
+/// Writes a store path's NAR, for sending.
+pub type Dump<'a> = &'a (dyn Fn(&StorePath, &mut dyn Write) -> io::Result<()> + Sync);
+
+/// Told how an upload proceeds: the path begun, `None` at the end.
+pub type OnUpload<'a> = &'a (dyn Fn(Option<&PathInfo>) + Sync);
+
+/// How long a build may be silent and how long it may take, in seconds; 0 is for ever.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Clocks {
+    /// Nix's setting `max-silent-time`.
+    pub max_silent_time: u64,
+    /// Nix's setting `timeout`.
+    pub timeout: u64,
+}
+
+/// A connection to a builder's store. After an error it is not to be used again.
+pub struct Builder {
+    input: Input,
+    output: Box<dyn CloseWrite + Send>,
+    store_dir: StoreDir,
+    peer: Peer,
+    /// Numbers of the daemon's own activities for builds, whose logs are ours to pass on.
+    builds: BTreeSet<u64>,
+}
+
+impl Builder {
+    /// Greets the daemon at the other end of the stream.
+    ///
+    /// # Errors
+    /// If no daemon answers within `bound`, or one that is too old.
+    pub fn connect(
+        stream: Stream,
+        store_dir: StoreDir,
+        offer: Version,
+        bound: Duration,
+    ) -> Result<Self, BuilderError> {
+        const DOING: &str = "greeting the daemon";
+        let Stream { reader, writer } = stream;
+        let mut input =
+            Input { inner: BufReader::with_capacity(32 << 10, reader), deadline: None, timed: false };
+        let mut output = writer;
+        input.deadline = Some(Instant::now() + bound);
+        let no_answer = |source: WireError| {
+            if source.is_timeout() {
+                BuilderError::NoAnswer { doing: DOING, bound }
+            } else {
+                BuilderError::wire(DOING, source)
+            }
+        };
+        let mut greeting = Vec::new();
+        worker::put_greeting(&mut greeting, offer);
+        // A peer that is already gone may still have said why; the reading below finds that.
+        let sent = output.write_all(&greeting).and_then(|()| output.flush());
+        let version = worker::read_greeting(&mut input, offer).map_err(|(source, seen)| {
+            if source.is_timeout() {
+                return BuilderError::NoAnswer { doing: DOING, bound };
+            }
+            if matches!(source, WireError::Unexpected { .. }) {
+                return BuilderError::Protocol { doing: DOING, source };
+            }
+            const SHOWN: usize = 200;
+            let seen = String::from_utf8_lossy(&seen[..seen.len().min(SHOWN)]).trim().to_owned();
+            BuilderError::NoDaemon { seen, source }
+        })?;
+        sent.map_err(|e| BuilderError::wire(DOING, WireError::Io { what: "the greeting", source: e }))?;
+        let peer = worker::read_peer(&mut input, version).map_err(no_answer)?;
+        let mut builder = Self { input, output, store_dir, peer, builds: BTreeSet::new() };
+        match builder.work(DOING, &mut |_| {}) {
+            Err(BuilderError::Lost { source, .. }) if source.is_timeout() => {
+                return Err(BuilderError::NoAnswer { doing: DOING, bound });
+            }
+            other => other?,
+        }
+        builder.input.deadline = None;
+        Ok(builder)
+    }
+
+    /// What the daemon said of itself.
+    pub fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Sets options for this connection's builds.
+    ///
+    /// # Errors
+    /// If the connection fails or the daemon refuses.
+    pub fn set_options(&mut self, options: Options, on: OnEvent<'_>) -> Result<(), BuilderError> {
+        const DOING: &str = "setting options";
+        let mut request = Vec::new();
+        worker::put_set_options(&mut request, options);
+        self.send(DOING, &request)?;
+        self.work(DOING, on)
+    }
+
+    /// Keeps the paths from the builder's garbage collector as long as the connection is open, whether they
+    /// exist or not, and tells which of them are valid there.
+    ///
+    /// The roots come first: a path found valid before it is rooted may be gone when it is used. With
+    /// `substitute` the builder first tries to fetch what it lacks.
+    ///
+    /// # Errors
+    /// If the connection fails or the daemon refuses.
+    pub fn hold_and_query(
+        &mut self,
+        paths: &[StorePath],
+        substitute: bool,
+        on: OnEvent<'_>,
+    ) -> Result<BTreeSet<StorePath>, BuilderError> {
+        const DOING: &str = "asking which inputs are there";
+        let mut batches = paths.chunks(BATCH).peekable();
+        let mut request = Vec::new();
+        let mut valid = None;
+        while let Some(batch) = batches.next() {
+            request.clear();
+            for path in batch {
+                worker::put_add_temp_root(&mut request, &self.store_dir, path);
+            }
+            let last = batches.peek().is_none();
+            if last {
+                let version = self.peer.version;
+                worker::put_query_valid_paths(
+                    &mut request,
+                    version,
+                    &self.store_dir,
+                    paths.iter(),
+                    substitute,
+                );
+            }
+            let (input, output) = (&mut self.input, &mut self.output);
+            let version = self.peer.version;
+            let (store_dir, builds) = (&self.store_dir, &mut self.builds);
+            both(output, &request, DOING, || {
+                for _ in batch {
+                    work(input, version, builds, DOING, on)?;
+                    worker::read_number(input).map_err(|e| BuilderError::wire(DOING, e))?;
+                }
+                if last {
+                    work(input, version, builds, DOING, on)?;
+                    let paths = worker::read_paths(input, store_dir);
+                    valid = Some(paths.map_err(|e| BuilderError::wire(DOING, e))?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(valid.unwrap_or_default())
+    }
+
+    /// Sends paths, which must be ordered references first, and waits until they are valid there.
+    ///
+    /// Needs the memory of one frame, whatever the paths' size.
+    ///
+    /// # Errors
+    /// If a path cannot be read, the connection fails, or the daemon refuses one.
+    pub fn upload(
+        &mut self,
+        infos: &[PathInfo],
+        dump: Dump<'_>,
+        progress: OnUpload<'_>,
+        on: OnEvent<'_>,
+    ) -> Result<(), BuilderError> {
+        const DOING: &str = "sending inputs";
+        let version = self.peer.version;
+        let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
+        let store_dir = &self.store_dir;
+        if version.has_add_multiple() {
+            beside(
+                output,
+                DOING,
+                |output| send_many(output, store_dir, infos, dump, progress),
+                || work(input, version, builds, DOING, on),
+            )?;
+        } else {
+            for info in infos {
+                progress(Some(info));
+                if version.has_frames() {
+                    beside(
+                        output,
+                        DOING,
+                        |output| send_framed(output, store_dir, info, dump),
+                        || work(input, version, builds, DOING, on),
+                    )?;
+                } else {
+                    send_asked(input, output, version, builds, store_dir, info, dump, on)?;
+                }
+            }
+            progress(None);
+        }
+        Ok(())
+    }
+
+    /// Builds a derivation and passes on what the builder tells meanwhile.
+    ///
+    /// # Errors
+    /// If the connection fails, the daemon refuses, or a clock runs out. A build that failed is no error: its
+    /// result says so.
+    pub fn build(
+        &mut self,
+        drv_path: &StorePath,
+        drv: &Derivation,
+        inputs: &[StorePath],
+        clocks: Clocks,
+        on: OnEvent<'_>,
+    ) -> Result<BuildResult, BuilderError> {
+        const DOING: &str = "building";
+        let mut request = Vec::new();
+        worker::put_build_derivation(&mut request, &self.store_dir, drv_path, drv, inputs.iter());
+        let version = self.peer.version;
+        let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
+        let mut answer = None;
+        both(output, &request, DOING, || {
+            let started = Instant::now();
+            let seconds = |n: u64| (n > 0).then(|| Duration::from_secs(n));
+            let end = seconds(clocks.timeout).map(|d| started + d);
+            let mut heard = started;
+            loop {
+                let silent = seconds(clocks.max_silent_time).map(|d| heard + d);
+                input.deadline = [end, silent].into_iter().flatten().min();
+                let message = match worker::read_message(input, version) {
+                    Err(e) if e.is_timeout() => {
+                        return Err(match (silent, end) {
+                            (Some(silent), Some(end)) if end < silent => {
+                                BuilderError::TimedOut(clocks.timeout)
+                            }
+                            (None, _) => BuilderError::TimedOut(clocks.timeout),
+                            _ => BuilderError::Silent(clocks.max_silent_time),
+                        });
+                    }
+                    other => other.map_err(|e| BuilderError::wire(DOING, e))?,
+                };
+                if matches!(&message, Message::Result { kind: result::BUILD_LOG_LINE, .. } | Message::Text(_))
+                {
+                    heard = Instant::now();
+                }
+                if handle(message, builds, DOING, on)? {
+                    break;
+                }
+            }
+            input.deadline = None;
+            let result = worker::read_build_result(input, version);
+            answer = Some(result.map_err(|e| BuilderError::wire(DOING, e))?);
+            Ok(())
+        })?;
+        answer.ok_or(BuilderError::Lost { doing: DOING, source: WireError::Truncated { what: "a result" } })
+    }
+
+    /// Metadata of paths, in their order; `None` for one that is not valid there.
+    ///
+    /// # Errors
+    /// If the connection fails or the daemon refuses.
+    pub fn path_infos(
+        &mut self,
+        paths: &[StorePath],
+        on: OnEvent<'_>,
+    ) -> Result<Vec<Option<PathInfo>>, BuilderError> {
+        const DOING: &str = "asking for the outputs' metadata";
+        let mut request = Vec::new();
+        for path in paths {
+            worker::put_query_path_info(&mut request, &self.store_dir, path);
+        }
+        self.send(DOING, &request)?;
+        let mut infos = Vec::with_capacity(paths.len());
+        for path in paths {
+            self.work(DOING, on)?;
+            let info = worker::read_path_info(&mut self.input, &self.store_dir, path);
+            infos.push(info.map_err(|e| BuilderError::wire(DOING, e))?);
+        }
+        Ok(infos)
+    }
+
+    /// Fetches the NARs of paths, one after another in their order, and gives each as a stream to `receive`.
+    ///
+    /// # Errors
+    /// If the connection fails, the daemon refuses, or `receive` fails.
+    pub fn nars<E: std::error::Error + Send + Sync + 'static>(
+        &mut self,
+        infos: &[PathInfo],
+        mut receive: impl FnMut(&PathInfo, &mut dyn Read) -> Result<(), E>,
+        on: OnEvent<'_>,
+    ) -> Result<(), BuilderError> {
+        const DOING: &str = "fetching outputs";
+        let mut request = Vec::new();
+        for info in infos {
+            worker::put_nar_from_path(&mut request, &self.store_dir, &info.path);
+        }
+        self.send(DOING, &request)?;
+        for info in infos {
+            self.work(DOING, on)?;
+            let mut nar = Counted { inner: &mut self.input, left: info.nar_size, broken: None };
+            let received = receive(info, &mut nar);
+            if let Some(error) = nar.broken.take() {
+                // The receiver's error only repeats this one.
+                return Err(BuilderError::wire(DOING, WireError::io("a NAR", error)));
+            }
+            received.map_err(|e| BuilderError::Receive(Box::new(e)))?;
+            if nar.left > 0 {
+                let what = "a NAR that is shorter than its metadata says";
+                return Err(BuilderError::Protocol { doing: DOING, source: WireError::Truncated { what } });
+            }
+        }
+        Ok(())
+    }
+
+    /// The time one question and its answer take.
+    ///
+    /// # Errors
+    /// If the connection fails or `bound` passes without an answer.
+    pub fn round_trip(&mut self, bound: Duration) -> Result<Duration, BuilderError> {
+        const DOING: &str = "measuring the round trip";
+        let mut request = Vec::new();
+        worker::put_query_valid_paths(
+            &mut request,
+            self.peer.version,
+            &self.store_dir,
+            [].into_iter(),
+            false,
+        );
+        let begin = Instant::now();
+        self.input.deadline = Some(begin + bound);
+        self.send(DOING, &request)?;
+        self.work(DOING, &mut |_| {})?;
+        worker::read_paths(&mut self.input, &self.store_dir).map_err(|e| BuilderError::wire(DOING, e))?;
+        self.input.deadline = None;
+        Ok(begin.elapsed())
+    }
+
+    /// Writes a request that is small enough never to block for want of the other side's reading.
+    fn send(&mut self, doing: &'static str, request: &[u8]) -> Result<(), BuilderError> {
+        send(&mut self.output, doing, request)
+    }
+
+    fn work(&mut self, doing: &'static str, on: OnEvent<'_>) -> Result<(), BuilderError> {
+        work(&mut self.input, self.peer.version, &mut self.builds, doing, on)
+    }
+}
+
+type Output = Box<dyn CloseWrite + Send>;
+
+fn send(output: &mut Output, doing: &'static str, request: &[u8]) -> Result<(), BuilderError> {
+    output
+        .write_all(request)
+        .and_then(|()| output.flush())
+        .map_err(|source| BuilderError::Lost { doing, source: WireError::Io { what: "a request", source } })
+}
+
+/// Sends a request and reads its answers, the one never waiting for the other when the request is large.
+fn both(
+    output: &mut Output,
+    request: &[u8],
+    doing: &'static str,
+    receive: impl FnOnce() -> Result<(), BuilderError>,
+) -> Result<(), BuilderError> {
+    // Below this size it fits the channel's window and the sockets' buffers, and needs no second thread.
+    const AT_ONCE: usize = 256 << 10;
+    if request.len() <= AT_ONCE {
+        send(output, doing, request)?;
+        return receive();
+    }
+    beside(output, doing, |output| send(output, doing, request), receive)
+}
+
+/// Runs the sending in a thread of its own while answers are read here.
+fn beside(
+    output: &mut Output,
+    doing: &'static str,
+    sending: impl FnOnce(&mut Output) -> Result<(), BuilderError> + Send,
+    receive: impl FnOnce() -> Result<(), BuilderError>,
+) -> Result<(), BuilderError> {
+    thread::scope(|scope| {
+        let sender = scope.spawn(move || {
+            let sent = sending(output);
+            if sent.is_err() {
+                // The daemon waits for the rest and we for its answer: end the talk. It is lost anyway.
+                let _ = output.shutdown();
+            }
+            sent
+        });
+        let received = receive();
+        let sent = sender.join().unwrap_or_else(|_| {
+            Err(BuilderError::Lost { doing, source: WireError::Truncated { what: "our own sender" } })
+        });
+        match (received, sent) {
+            // The daemon's words explain why it stopped reading; a local fault explains why it got no more.
+            (Err(received), Err(sent)) if received.is_transport() && !sent.is_transport() => Err(sent),
+            (Err(received), _) => Err(received),
+            (Ok(()), sent) => sent,
+        }
+    })
+}
+
+/// Reads messages until the work is done.
+fn work(
+    input: &mut Input,
+    version: Version,
+    builds: &mut BTreeSet<u64>,
+    doing: &'static str,
+    on: OnEvent<'_>,
+) -> Result<(), BuilderError> {
+    loop {
+        let message = worker::read_message(input, version).map_err(|e| BuilderError::wire(doing, e))?;
+        if handle(message, builds, doing, on)? {
+            return Ok(());
+        }
+    }
+}
+
+/// Passes a message on; true when it was the last.
+fn handle(
+    message: Message,
+    builds: &mut BTreeSet<u64>,
+    doing: &'static str,
+    on: OnEvent<'_>,
+) -> Result<bool, BuilderError> {
+    match message {
+        Message::Last => return Ok(true),
+        Message::Error(error) => return Err(BuilderError::Refused { doing, message: error.message }),
+        Message::Read { .. } => {
+            let source = WireError::Unexpected {
+                what: "a message of the daemon",
+                got: "a wish to read".into(),
+                expected: "none, for nothing is being sent",
+            };
+            return Err(BuilderError::Protocol { doing, source });
+        }
+        Message::Text(text) => on(Event::Text(&text)),
+        Message::Start { id, kind: activity::BUILD, .. } => {
+            builds.insert(id);
+        }
+        Message::Start { id, level, kind, text, fields } => {
+            on(Event::Start { id, level, kind, text: &text, fields: &fields });
+        }
+        Message::Stop { id } => {
+            if !builds.remove(&id) {
+                on(Event::Stop { id });
+            }
+        }
+        Message::Result { id, kind, fields } => match (kind, builds.contains(&id), fields.first()) {
+            (result::BUILD_LOG_LINE, _, Some(Field::Text(line))) => on(Event::LogLine(line)),
+            (result::SET_PHASE, true, Some(Field::Text(phase))) => on(Event::Phase(phase)),
+            (_, true, _) => {}
+            _ => on(Event::Result { id, kind, fields: &fields }),
+        },
+    }
+    Ok(false)
+}
+
+fn send_many(
+    output: &mut Output,
+    store_dir: &StoreDir,
+    infos: &[PathInfo],
+    dump: Dump<'_>,
+    progress: OnUpload<'_>,
+) -> Result<(), BuilderError> {
+    let mut head = Vec::new();
+    worker::put_add_multiple(&mut head);
+    send(output, "sending inputs", &head)?;
+    let mut frames = Frames::new(output);
+    put_u64(&mut frames.buffer, infos.len() as u64);
+    for info in infos {
+        progress(Some(info));
+        worker::put_path_info(&mut frames.buffer, store_dir, info);
+        frames.dump(info, store_dir, dump)?;
+    }
+    progress(None);
+    frames.finish()
+}
+
+fn send_framed(
+    output: &mut Output,
+    store_dir: &StoreDir,
+    info: &PathInfo,
+    dump: Dump<'_>,
+) -> Result<(), BuilderError> {
+    let mut head = Vec::new();
+    worker::put_add_to_store_nar(&mut head, store_dir, info);
+    send(output, "sending inputs", &head)?;
+    let mut frames = Frames::new(output);
+    frames.dump(info, store_dir, dump)?;
+    frames.finish()
+}
+
+/// Sends one path to a daemon that asks for each piece (before 1.23).
+#[expect(clippy::too_many_arguments, reason = "the parts of a borrowed builder")]
+fn send_asked(
+    input: &mut Input,
+    output: &mut Output,
+    version: Version,
+    builds: &mut BTreeSet<u64>,
+    store_dir: &StoreDir,
+    info: &PathInfo,
+    dump: Dump<'_>,
+    on: OnEvent<'_>,
+) -> Result<(), BuilderError> {
+    const DOING: &str = "sending inputs";
+    let failed = |source| BuilderError::Dump { path: store_dir.render_path(&info.path), source };
+    let mut head = Vec::new();
+    worker::put_add_to_store_nar(&mut head, store_dir, info);
+    send(output, DOING, &head)?;
+    let (mut pieces, mut far_end) = io::pipe().map_err(failed)?;
+    thread::scope(|scope| {
+        let dumper = scope.spawn(move || dump(&info.path, &mut far_end));
+        let mut talk = || loop {
+            match worker::read_message(input, version).map_err(|e| BuilderError::wire(DOING, e))? {
+                Message::Read { length } => {
+                    let mut piece = Vec::new();
+                    let length = length.min(FRAME as u64).min(MAX_STRING);
+                    (&mut pieces).take(length).read_to_end(&mut piece).map_err(failed)?;
+                    let mut request = Vec::new();
+                    crate::wire::put_bytes(&mut request, &piece);
+                    send(output, DOING, &request)?;
+                }
+                message => {
+                    if handle(message, builds, DOING, on)? {
+                        return Ok(());
+                    }
+                }
+            }
+        };
+        let talked = talk();
+        drop(pieces); // a dumper that still writes gets an error instead of waiting
+        match dumper.join() {
+            Ok(Err(source)) if source.kind() != io::ErrorKind::BrokenPipe => Err(failed(source)),
+            _ => talked,
+        }
+    })
+}
+
+/// Writes a framed stream.
+struct Frames<'a> {
+    output: &'a mut Output,
+    buffer: Vec<u8>,
+    /// Why the connection failed, to tell that from a failure to read the path.
+    broken: Option<io::Error>,
+}
+
+impl<'a> Frames<'a> {
+    fn new(output: &'a mut Output) -> Self {
+        Self { output, buffer: Vec::with_capacity(FRAME + 4096), broken: None }
+    }
+
+    fn dump(&mut self, info: &PathInfo, store_dir: &StoreDir, dump: Dump<'_>) -> Result<(), BuilderError> {
+        match (dump(&info.path, self), self.broken.take()) {
+            (_, Some(source)) => Err(lost(source)),
+            (Err(source), None) => {
+                Err(BuilderError::Dump { path: store_dir.render_path(&info.path), source })
+            }
+            (Ok(()), None) => Ok(()),
+        }
+    }
+
+    fn finish(mut self) -> Result<(), BuilderError> {
+        self.send_frame().and_then(|()| self.output.write_all(&[0; 8])).map_err(lost)?;
+        self.output.flush().map_err(lost)
+    }
+
+    fn send_frame(&mut self) -> io::Result<()> {
+        if self.buffer.is_empty() {
+            return Ok(());
+        }
+        let length = (self.buffer.len() as u64).to_le_bytes();
+        self.output.write_all(&length)?;
+        self.output.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+fn lost(source: io::Error) -> BuilderError {
+    BuilderError::Lost { doing: "sending inputs", source: WireError::Io { what: "a frame", source } }
+}
+
+impl Write for Frames<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.buffer.extend_from_slice(data);
+        if self.buffer.len() >= FRAME
+            && let Err(error) = self.send_frame()
+        {
+            let copy = io::Error::new(error.kind(), error.to_string());
+            self.broken = Some(error);
+            return Err(copy);
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The reading side, with a point in time after which a read fails with `TimedOut`.
+struct Input {
+    inner: BufReader<Box<dyn TimedRead + Send>>,
+    deadline: Option<Instant>,
+    /// Whether the stream has a timeout set now.
+    timed: bool,
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.inner.buffer().is_empty() && (self.deadline.is_some() || self.timed) {
+            let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.inner.get_mut().set_timeout(left)?;
+            self.timed = left.is_some();
+        }
+        self.inner.read(buffer)
+    }
+}
+
+/// A NAR of known length inside the stream, so that whoever reads it cannot read too far.
+struct Counted<'a> {
+    inner: &'a mut Input,
+    left: u64,
+    broken: Option<io::Error>,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        if wanted == 0 {
+            return Ok(0);
+        }
+        let got = match self.inner.read(&mut buffer[..wanted]) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            other => other,
+        };
+        match got {
+            Ok(n) => {
+                self.left -= n as u64;
+                Ok(n)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                let copy = io::Error::new(error.kind(), error.to_string());
+                self.broken = Some(error);
+                Err(copy)
+            }
+        }
+    }
+}

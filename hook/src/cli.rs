@@ -1,0 +1,142 @@
+//! The command line: words to a typed action. Must never open a file or connect to anything.
+
+use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+use std::time::Duration;
+
+/// A build hook for Nix: runs builds on remote machines over shared SSH connections.
+///
+/// Nix itself starts it when nix.conf has the line 'build-hook = /path/to/nix-offload'. The commands below are
+/// for people.
+#[derive(Debug, Parser)]
+#[command(name = "nix-offload", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Connect to builders exactly as the hook would, and say what answers.
+    ///
+    /// Prints each store's URL, Nix version, whether it trusts us, the way of the connection and the time of a
+    /// round trip, or what is wrong and what to do about it. The exit status is 0 only if all answer.
+    ///
+    /// The Nix daemon connects as root: run this as root to see what it sees.
+    PingStore {
+        /// The store to connect to, for instance ssh-ng://mac or ssh://nix@mac?ssh-key=/home/alice/my-key; may be
+        /// repeated. Without it, every machine of Nix's setting 'builders' is tried.
+        #[arg(long, value_name = "URI", conflicts_with = "builders")]
+        store: Vec<String>,
+        /// Machines to try instead, in the form of the setting 'builders', for instance '@/etc/nix/machines'.
+        #[arg(long, value_name = "MACHINES")]
+        builders: Option<String>,
+        /// Give a machine up after so many seconds.
+        #[arg(long, value_name = "SECONDS", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=600))]
+        timeout: u64,
+        /// Print a JSON array with an object for each machine.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Serve Nix as its build hook; Nix adds the verbosity. Not for people.
+    #[command(hide = true)]
+    Hook {
+        /// Nix's verbosity, 0 to 7.
+        verbosity: u64,
+    },
+}
+
+/// What the program is to do.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Serve Nix.
+    Hook {
+        /// Nix's verbosity.
+        verbosity: u64,
+    },
+    /// Connect to machines and tell what answers.
+    Ping {
+        /// Which ones.
+        targets: Targets,
+        /// How long one may take.
+        bound: Duration,
+        /// Print JSON.
+        json: bool,
+    },
+}
+
+/// Which machines a command is about.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// These store URIs.
+    Stores(Vec<String>),
+    /// The machines in this text, which has the form of the setting `builders`.
+    Builders(String),
+    /// The machines of Nix's configuration.
+    Configured,
+}
+
+/// Reads the command line.
+///
+/// Nix before 2.17 starts a hook with its verbosity as the only argument, newer Nix appends it to the words of
+/// the setting; both are understood.
+///
+/// # Errors
+/// With clap's own error, which also stands for `--help` and `--version`.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, clap::Error> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if let [_, only] = arguments.as_slice()
+        && let Some(verbosity) = only.to_str().and_then(|text| text.parse().ok())
+    {
+        return Ok(Action::Hook { verbosity });
+    }
+    Ok(match Arguments::try_parse_from(arguments)?.command {
+        Command::Hook { verbosity } => Action::Hook { verbosity },
+        Command::PingStore { store, builders, timeout, json } => {
+            let targets = match builders {
+                Some(text) => Targets::Builders(text),
+                None if store.is_empty() => Targets::Configured,
+                None => Targets::Stores(store),
+            };
+            Action::Ping { targets, bound: Duration::from_secs(timeout), json }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parsed(words: &[&str]) -> Result<Action, clap::Error> {
+        parse(words.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn clap_finds_no_fault_with_the_definition() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn nix_starts_the_hook_with_the_verbosity_alone_or_behind_words() {
+        assert_eq!(parsed(&["nix-offload", "3"]).unwrap(), Action::Hook { verbosity: 3 });
+        assert_eq!(parsed(&["nix-offload", "hook", "3"]).unwrap(), Action::Hook { verbosity: 3 });
+        assert!(parsed(&["nix-offload", "frobnicate"]).is_err());
+    }
+
+    #[test]
+    fn ping_takes_stores_or_a_list_or_the_configuration() {
+        let ping = |words: &[&str]| match parsed(words).unwrap() {
+            Action::Ping { targets, .. } => targets,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(ping(&["x", "ping-store"]), Targets::Configured);
+        assert_eq!(
+            ping(&["x", "ping-store", "--store", "ssh://a", "--store", "b"]),
+            Targets::Stores(vec!["ssh://a".into(), "b".into()])
+        );
+        assert_eq!(ping(&["x", "ping-store", "--builders", "@/m"]), Targets::Builders("@/m".into()));
+        assert!(parsed(&["x", "ping-store", "--store", "a", "--builders", "b"]).is_err());
+        assert!(parsed(&["x", "ping-store", "--timeout", "0"]).is_err());
+    }
+}

@@ -1,0 +1,340 @@
+//! One accepted build on one connection: inputs up, build, log back, outputs into the local store.
+//!
+//! Owns the order of these steps. Must never choose a machine or make a connection.
+
+use crate::builder::{Builder, BuilderError, Clocks, Event};
+use crate::config::Settings;
+use crate::nix_side::NixSide;
+use crate::path_info::PathInfo;
+use crate::plan::outputs::{self, OutputError, Wanted};
+use crate::slots::Held;
+use crate::store::{
+    self, CycleError, DatabaseError, Durability, Expected, Location, Query, Registrar, RestoreError,
+};
+use crate::wire::hook::{Job, Verbosity, activity};
+use crate::wire::worker::{BuildResult, Options, Outcome};
+use nix_derivation::{Derivation, StorePath};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::{self, BufWriter, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Why an accepted build did not end with valid outputs.
+#[derive(Debug, Error)]
+pub enum JobError {
+    /// The builder or the way to it failed.
+    #[error(transparent)]
+    Builder(#[from] BuilderError),
+    /// The build itself failed.
+    #[error("{message}")]
+    Failed {
+        /// The builder's own words.
+        message: String,
+        /// What kind of failure it was.
+        outcome: Outcome,
+    },
+    /// The builder's claims of the outputs cannot be accepted.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// An output could not be put into the local store.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The local store's database could not be read or written.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
+    /// Paths refer to each other in a circle.
+    #[error(transparent)]
+    Cycle(#[from] CycleError),
+    /// An input is not valid here, although Nix says so.
+    #[error("the input '{0}' is not valid in the local store")]
+    InputMissing(String),
+    /// Nix sent a path that is none.
+    #[error("Nix named the input '{0}', which is no store path")]
+    InputPath(String),
+}
+
+impl JobError {
+    /// Whether another connection may do better.
+    pub fn is_transport(&self) -> bool {
+        matches!(self, Self::Builder(error) if error.is_transport())
+    }
+
+    /// The exit status by which Nix up to 2.33 tells kinds of failure apart (`Worker` in
+    /// `src/libstore/build/worker.cc`: 100 for permanent failures, 101 for timeouts).
+    pub fn exit_status(&self) -> u8 {
+        match self {
+            Self::Failed { outcome: Outcome::TimedOut, .. }
+            | Self::Builder(BuilderError::Silent(_) | BuilderError::TimedOut(_)) => 101,
+            Self::Failed { outcome: Outcome::Failed, .. } => 100,
+            _ => 1,
+        }
+    }
+}
+
+/// What is to be done, and for whom.
+#[derive(Debug)]
+pub struct Task<'a> {
+    /// The side turned to Nix.
+    pub nix: &'a NixSide,
+    /// Nix's settings.
+    pub settings: &'a Settings,
+    /// The local store.
+    pub location: &'a Location,
+    /// The derivation's path.
+    pub drv_path: &'a StorePath,
+    /// The derivation.
+    pub drv: &'a Derivation,
+    /// Its outputs by name.
+    pub outputs: &'a BTreeMap<String, Wanted>,
+    /// The machine's name.
+    pub machine: &'a str,
+}
+
+/// What happened, for the log.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Report {
+    /// Inputs sent.
+    pub sent_paths: usize,
+    /// Bytes of their NARs.
+    pub sent_bytes: u64,
+    /// Outputs fetched.
+    pub fetched_paths: usize,
+    /// Bytes of their NARs.
+    pub fetched_bytes: u64,
+    /// How long asking for and sending inputs took.
+    pub inputs: Duration,
+    /// How long the build took, seen from here.
+    pub build: Duration,
+    /// How long fetching and registering the outputs took.
+    pub outputs: Duration,
+}
+
+impl Task<'_> {
+    /// Does it. The slot is given back as soon as the build is over, before outputs travel.
+    ///
+    /// # Errors
+    /// If the outputs are not valid in the local store afterwards; see [`JobError::is_transport`].
+    pub fn run(&self, builder: &mut Builder, job: &Job, slot: &mut Option<Held>) -> Result<Report, JobError> {
+        let mut report = Report::default();
+        let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
+        let inputs = self.inputs(job)?;
+        let clock = Instant::now();
+        self.send_inputs(builder, &inputs, &mut relay, &mut report)?;
+        report.inputs = clock.elapsed();
+        let clock = Instant::now();
+        self.build(builder, &inputs, &mut relay)?;
+        report.build = clock.elapsed();
+        *slot = None;
+        let clock = Instant::now();
+        self.fetch_outputs(builder, job, &inputs, &mut relay, &mut report)?;
+        report.outputs = clock.elapsed();
+        Ok(report)
+    }
+
+    fn inputs(&self, job: &Job) -> Result<Vec<StorePath>, JobError> {
+        let parse = |path: &String| {
+            let parsed = self.location.store_dir.parse_path(path.as_bytes());
+            parsed.map_err(|_| JobError::InputPath(path.clone()))
+        };
+        job.inputs.iter().map(parse).collect()
+    }
+
+    fn send_inputs(
+        &self,
+        builder: &mut Builder,
+        inputs: &[StorePath],
+        relay: &mut Relay<'_>,
+        report: &mut Report,
+    ) -> Result<(), JobError> {
+        let substitute = self.settings.flag("builders-use-substitutes");
+        let valid = builder.hold_and_query(inputs, substitute, &mut |e| relay.pass(e))?;
+        let missing: Vec<&StorePath> = inputs.iter().filter(|path| !valid.contains(*path)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let infos = {
+            let query = Query::open(self.location)?;
+            let info = |path: &StorePath| {
+                let missing = || JobError::InputMissing(self.location.render(path));
+                query.path_info(path)?.ok_or_else(missing)
+            };
+            store::references_first(missing.into_iter().map(info).collect::<Result<_, _>>()?)?
+        };
+        report.sent_paths = infos.len();
+        report.sent_bytes = infos.iter().map(|info| info.nar_size).sum();
+        let all = Copying::begin(self.nix, "sending inputs", infos.len() as u64);
+        let current = Mutex::new((0u64, None));
+        let progress = |info: Option<&PathInfo>| {
+            let Ok(mut current) = current.lock() else { return };
+            if let Some(id) = current.1.take() {
+                self.nix.stop(id);
+                current.0 += 1;
+                all.progress(current.0);
+            }
+            current.1 = info
+                .map(|info| self.nix.start_copy(&self.location.render(&info.path), "local", self.machine));
+        };
+        let dump = |path: &StorePath, to: &mut dyn Write| {
+            let mut to = BufWriter::with_capacity(64 << 10, to);
+            store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
+            to.flush()
+        };
+        Ok(builder.upload(&infos, &dump, &progress, &mut |e| relay.pass(e))?)
+    }
+
+    fn build(
+        &self,
+        builder: &mut Builder,
+        inputs: &[StorePath],
+        relay: &mut Relay<'_>,
+    ) -> Result<BuildResult, JobError> {
+        let clocks = Clocks {
+            max_silent_time: self.settings.number("max-silent-time", 0),
+            timeout: self.settings.number("timeout", 0),
+        };
+        let keep_failed = self.settings.flag("keep-failed");
+        if keep_failed {
+            // Options are set only for this: they would also replace the builder's own `cores`.
+            let options =
+                Options { keep_failed, max_silent_time: clocks.max_silent_time, timeout: clocks.timeout };
+            builder.set_options(options, &mut |e| relay.pass(e))?;
+        }
+        // As stock does: without input derivations the sources stand in the derivation and are part of what its
+        // output paths are made from.
+        let sources: Vec<StorePath>;
+        let inputs = if self.drv.input_derivations().is_empty() {
+            sources = self.drv.input_sources().iter().cloned().collect();
+            &sources
+        } else {
+            inputs
+        };
+        let result = builder.build(self.drv_path, self.drv, inputs, clocks, &mut |e| relay.pass(e))?;
+        match result.outcome() {
+            Outcome::Built => Ok(result),
+            outcome => {
+                if keep_failed {
+                    self.nix.message(
+                        Verbosity::Warn,
+                        "The failed build directory was kept on the remote builder due to `--keep-failed`.",
+                    );
+                }
+                Err(JobError::Failed { message: result.message, outcome })
+            }
+        }
+    }
+
+    fn fetch_outputs(
+        &self,
+        builder: &mut Builder,
+        job: &Job,
+        inputs: &[StorePath],
+        relay: &mut Relay<'_>,
+        report: &mut Report,
+    ) -> Result<(), JobError> {
+        let mut wanted = Vec::new();
+        for name in &job.wanted_outputs {
+            let output = self.outputs.get(name).ok_or_else(|| OutputError::NoSuchOutput(name.clone()))?;
+            wanted.push(output);
+        }
+        let paths: Vec<StorePath> = wanted.iter().map(|output| output.path.clone()).collect();
+        let claims = builder.path_infos(&paths, &mut |e| relay.pass(e))?;
+        let inputs: BTreeSet<StorePath> = inputs.iter().cloned().collect();
+        let mut infos = Vec::new();
+        for (output, claim) in wanted.iter().zip(claims) {
+            let missing = || OutputError::Missing(self.location.render(&output.path));
+            let claim = claim.ok_or_else(missing)?;
+            infos.push(outputs::accept(output, claim, &inputs, self.outputs, &self.location.store_dir)?);
+        }
+        report.fetched_paths = infos.len();
+        report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
+        let durability = Durability::from_settings(|name| self.settings.get(name));
+        let all = Copying::begin(self.nix, "fetching outputs", infos.len() as u64);
+        let mut done = 0;
+        builder.nars(
+            &infos,
+            |info, nar| {
+                let path = self.location.render(&info.path);
+                let copy = self.nix.start_copy(&path, self.machine, "local");
+                let content_address =
+                    wanted.iter().find(|o| o.path == info.path).and_then(|o| o.content_address.as_ref());
+                let expected =
+                    Expected { nar_size: info.nar_size, nar_hash: Some(info.nar_hash), content_address };
+                let restored = store::restore(self.location, &info.path, nar, &expected, &durability);
+                self.nix.stop(copy);
+                done += 1;
+                all.progress(done);
+                restored.map(drop)
+            },
+            &mut |e| relay.pass(e),
+        )?;
+        if self.settings.flag("auto-optimise-store") {
+            for info in &infos {
+                // It saves space only, so that it fails is no reason to fail the build.
+                if let Err(error) = store::optimise(self.location, &info.path) {
+                    tracing::warn!(path = %self.location.render(&info.path), %error, "cannot optimise");
+                }
+            }
+        }
+        Registrar::open(self.location, &durability)?.register(&infos)?;
+        Ok(())
+    }
+}
+
+/// The activity over several copies.
+struct Copying<'a> {
+    nix: &'a NixSide,
+    id: u64,
+    expected: u64,
+}
+
+impl<'a> Copying<'a> {
+    fn begin(nix: &'a NixSide, what: &str, expected: u64) -> Self {
+        let id = nix.start(Verbosity::Talkative as u64, activity::COPY_PATHS, what, &[]);
+        let copying = Self { nix, id, expected };
+        copying.progress(0);
+        copying
+    }
+
+    fn progress(&self, done: u64) {
+        self.nix.progress(self.id, done, self.expected);
+    }
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        self.nix.stop(self.id);
+    }
+}
+
+/// Passes on to Nix what the builder tells, with activity numbers of our own.
+struct Relay<'a> {
+    nix: &'a NixSide,
+    activities: HashMap<u64, u64>,
+}
+
+impl Relay<'_> {
+    fn pass(&mut self, event: Event<'_>) {
+        match event {
+            Event::LogLine(line) => self.nix.log_line(line),
+            Event::Phase(name) => self.nix.phase(name),
+            Event::Text(text) => {
+                self.nix.message(Verbosity::Error, String::from_utf8_lossy(text).trim_end());
+            }
+            Event::Start { id, level, kind, text, fields } => {
+                let ours = self.nix.start(level, kind, &String::from_utf8_lossy(text), fields);
+                self.activities.insert(id, ours);
+            }
+            Event::Result { id, kind, fields } => {
+                if let Some(ours) = self.activities.get(&id) {
+                    self.nix.result(*ours, kind, fields);
+                }
+            }
+            Event::Stop { id } => {
+                if let Some(ours) = self.activities.remove(&id) {
+                    self.nix.stop(ours);
+                }
+            }
+        }
+    }
+}

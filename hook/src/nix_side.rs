@@ -1,0 +1,87 @@
+//! The side turned to Nix: replies and structured lines on descriptor 2, the build's log on descriptor 4.
+//!
+//! Every line goes out whole, in one write. Must never be given text that was not rendered by `wire::hook`.
+
+use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, result};
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Where replies, lines and the log go.
+#[derive(Debug)]
+pub struct NixSide {
+    log: Mutex<File>,
+    next_activity: AtomicU64,
+}
+
+impl NixSide {
+    /// Talks to the Nix that started this process.
+    pub fn new(log: File) -> Self {
+        Self { log: Mutex::new(log), next_activity: AtomicU64::new(1) }
+    }
+
+    /// Answers a request.
+    ///
+    /// # Errors
+    /// If Nix is gone.
+    pub fn reply(&self, reply: &Reply) -> io::Result<()> {
+        io::stderr().lock().write_all(&reply.render())
+    }
+
+    /// Sends a structured line. That Nix is gone is noticed elsewhere.
+    pub fn line(&self, line: &Line<'_>) {
+        let _ = io::stderr().lock().write_all(&line.render());
+    }
+
+    /// Shows a message to the user.
+    pub fn message(&self, level: Verbosity, text: &str) {
+        self.line(&Line::Message { level, text });
+    }
+
+    /// Appends a line to the build's log, verbatim.
+    pub fn log_line(&self, line: &[u8]) {
+        let mut whole = Vec::with_capacity(line.len() + 1);
+        whole.extend_from_slice(line);
+        whole.push(b'\n');
+        self.write_log(&whole);
+    }
+
+    /// Notes in the build's log that it entered a phase.
+    pub fn phase(&self, name: &[u8]) {
+        self.write_log(&Line::Phase { name: &String::from_utf8_lossy(name) }.render());
+    }
+
+    /// Begins an activity and gives its number.
+    pub fn start(&self, level: u64, kind: u64, text: &str, fields: &[Field]) -> u64 {
+        let id = self.next_activity.fetch_add(1, Ordering::Relaxed);
+        self.line(&Line::Start { id, level, kind, text, fields });
+        id
+    }
+
+    /// Tells how far an activity is.
+    pub fn progress(&self, id: u64, done: u64, expected: u64) {
+        let fields = [done, expected, u64::from(done < expected), 0].map(Field::Int);
+        self.line(&Line::Result { id, kind: result::PROGRESS, fields: &fields });
+    }
+
+    /// Passes on a result of an activity.
+    pub fn result(&self, id: u64, kind: u64, fields: &[Field]) {
+        self.line(&Line::Result { id, kind, fields });
+    }
+
+    /// Ends an activity.
+    pub fn stop(&self, id: u64) {
+        self.line(&Line::Stop { id });
+    }
+
+    /// Begins the copying of one path.
+    pub fn start_copy(&self, path: &str, from: &str, to: &str) -> u64 {
+        let text = format!("copying path '{path}' from '{from}' to '{to}'");
+        self.start(Verbosity::Info as u64, activity::COPY_PATH, &text, &[path.into(), from.into(), to.into()])
+    }
+
+    fn write_log(&self, bytes: &[u8]) {
+        let _ = self.log.lock().unwrap_or_else(PoisonError::into_inner).write_all(bytes);
+    }
+}

@@ -1,0 +1,259 @@
+//! `ping-store`: connects to machines as the hook would and tells what answers.
+//!
+//! Owns the order of asking and the report's form. Must never connect in any other way than `reach` does.
+
+use crate::cli::Targets;
+use crate::config::{self, Fleet};
+use crate::plan::machine::{Machine, UriError};
+use crate::reach::{DAEMON_SOCKET, Reach, ReachError};
+use crate::serve::read_machines_file;
+use nix_derivation::StoreDir;
+use nix_offload_proxy::exit;
+use nix_offload_proxy::master::DirectoryError;
+use serde_json::{Value, json};
+use std::collections::{BTreeSet, VecDeque};
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Machines asked at the same time.
+const AT_ONCE: usize = 32;
+
+/// The list of machines Nix uses when nobody says otherwise.
+const DEFAULT_BUILDERS: &str = "@/etc/nix/machines";
+
+/// Why `ping-store` cannot begin.
+#[derive(Debug, Error)]
+pub enum PingError {
+    /// The runtime directory.
+    #[error(transparent)]
+    Runtime(#[from] DirectoryError),
+    /// A URI that cannot be read.
+    #[error(transparent)]
+    Uri(#[from] UriError),
+    /// The output cannot be written.
+    #[error("cannot write the report")]
+    Output(#[source] io::Error),
+    /// There is nothing to ask.
+    #[error("no machines are configured{}", missing_files(.0))]
+    NoMachines(Vec<String>),
+}
+
+fn missing_files(files: &[String]) -> String {
+    if files.is_empty() { String::new() } else { format!(" ({} does not exist)", files.join(", ")) }
+}
+
+impl PingError {
+    /// What to do about it.
+    pub fn cure(&self) -> Option<&'static str> {
+        match self {
+            Self::NoMachines(_) => {
+                Some("name a store with --store ssh-ng://host, or set 'builders' in nix.conf")
+            }
+            Self::Uri(_) => {
+                Some("write the store as ssh-ng://[user@]host[:port] or ssh://[user@]host[:port]")
+            }
+            Self::Runtime(_) | Self::Output(_) => None,
+        }
+    }
+
+    /// The exit code.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Uri(_) => exit::USAGE,
+            Self::Runtime(_) | Self::NoMachines(_) => exit::CONFIG,
+            Self::Output(_) => exit::FAILURE,
+        }
+    }
+}
+
+/// What a machine answered.
+struct Answer {
+    version: Option<String>,
+    trusted: Option<bool>,
+    way: &'static str,
+    detour: Option<String>,
+    connected: Duration,
+    round_trip: Duration,
+}
+
+/// Asks the machines and prints the report; gives the exit code.
+///
+/// # Errors
+/// If there is nothing to ask or no way to begin.
+pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, PingError> {
+    let Fleet { machines, problems, missing_files } = fleet(targets)?;
+    let mut code = exit::OK;
+    for problem in &problems {
+        code = exit::CONFIG;
+        // What cannot be shown cannot be helped.
+        let _ = writeln!(io::stderr(), "error: {problem}");
+    }
+    if machines.is_empty() && problems.is_empty() {
+        return Err(PingError::NoMachines(missing_files));
+    }
+    let reach = Reach::new(|name| std::env::var_os(name))?;
+    let answers = ask_all(&reach, &machines, bound);
+    let mut report = String::new();
+    let mut list = Vec::new();
+    for (machine, answer) in machines.iter().zip(&answers) {
+        if as_json {
+            list.push(to_json(machine, answer));
+        } else {
+            to_text(&mut report, machine, answer);
+        }
+        if let (Err(error), exit::OK) = (answer, code) {
+            code = error.exit_code();
+        }
+    }
+    if as_json {
+        report = format!("{:#}\n", Value::Array(list));
+    }
+    io::stdout().write_all(report.as_bytes()).map_err(PingError::Output)?;
+    if !as_json && !nix::unistd::geteuid().is_root() && Path::new(DAEMON_SOCKET).exists() {
+        let _ = writeln!(
+            io::stderr(),
+            "note: builds run by the Nix daemon connect as root, with root's keys and ssh_config; \
+             run this as root to see what it sees"
+        );
+    }
+    Ok(code)
+}
+
+fn fleet(targets: &Targets) -> Result<Fleet, PingError> {
+    let systems = BTreeSet::new();
+    match targets {
+        Targets::Stores(stores) => {
+            let machines = stores.iter().map(|uri| Machine::for_uri(uri, systems.clone()));
+            Ok(Fleet { machines: machines.collect::<Result<_, _>>()?, ..Fleet::default() })
+        }
+        Targets::Builders(text) => {
+            Ok(config::parse_machines("--builders", text, &systems, &read_machines_file))
+        }
+        Targets::Configured => {
+            let text = configured_builders().unwrap_or_else(|| DEFAULT_BUILDERS.into());
+            Ok(config::parse_machines("builders", &text, &systems, &read_machines_file))
+        }
+    }
+}
+
+/// Nix's setting `builders`, as Nix itself reads its configuration.
+fn configured_builders() -> Option<String> {
+    // The second form is that of Nix before 2.20.
+    [&["config", "show", "--json"][..], &["show-config", "--json"]].into_iter().find_map(|words| {
+        let output = Command::new("nix")
+            .args(["--extra-experimental-features", "nix-command"])
+            .args(words)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .output()
+            .ok()
+            .filter(|output| output.status.success())?;
+        let settings: Value = serde_json::from_slice(&output.stdout).ok()?;
+        settings["builders"]["value"].as_str().map(str::to_owned)
+    })
+}
+
+fn ask_all(reach: &Reach, machines: &[Machine], bound: Duration) -> Vec<Result<Answer, ReachError>> {
+    let queue: Mutex<VecDeque<usize>> = Mutex::new((0..machines.len()).collect());
+    let answers = Mutex::new(Vec::with_capacity(machines.len()));
+    let lock = |error: PoisonError<_>| error.into_inner();
+    thread::scope(|scope| {
+        for _ in 0..machines.len().min(AT_ONCE) {
+            scope.spawn(|| {
+                while let Some(index) = queue.lock().unwrap_or_else(lock).pop_front() {
+                    let answer = ask(reach, &machines[index], bound);
+                    answers.lock().unwrap_or_else(PoisonError::into_inner).push((index, answer));
+                }
+            });
+        }
+    });
+    let mut answers = answers.into_inner().unwrap_or_else(PoisonError::into_inner);
+    answers.sort_by_key(|(index, _)| *index);
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
+fn ask(reach: &Reach, machine: &Machine, bound: Duration) -> Result<Answer, ReachError> {
+    const TRIPS: usize = 3;
+    let begin = Instant::now();
+    let mut reached = reach.connect(machine, &StoreDir::default(), bound)?;
+    let connected = begin.elapsed();
+    let mut round_trip = Duration::MAX;
+    for _ in 0..TRIPS {
+        // The shortest is the link's; the others also had to wait for something else.
+        round_trip = round_trip.min(reached.builder.round_trip(bound).map_err(ReachError::Daemon)?);
+    }
+    Ok(Answer {
+        trusted: reached.builder.peer().trusted,
+        version: reached.nix_version,
+        way: reached.way.as_str(),
+        detour: reached.detour,
+        connected,
+        round_trip,
+    })
+}
+
+fn ms(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 100_000.0).round() / 100.0
+}
+
+fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
+    match answer {
+        Ok(answer) => json!({
+            "url": machine.name,
+            "version": answer.version,
+            "trusted": answer.trusted,
+            "way": answer.way,
+            "detour": answer.detour,
+            "connectMs": ms(answer.connected),
+            "roundTripMs": ms(answer.round_trip),
+        }),
+        Err(error) => json!({
+            "url": machine.name,
+            "error": exit::report(error, None).trim_start_matches("error: "),
+            "hint": error.cure(),
+        }),
+    }
+}
+
+fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, ReachError>) {
+    let mut line = |name: &str, value: &str| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(report, "{name}: {value}");
+    };
+    line("Store URL", &machine.name);
+    match answer {
+        Ok(answer) => {
+            line("Version", answer.version.as_deref().unwrap_or("unknown"));
+            // Numbers, as `nix store ping` prints them.
+            match answer.trusted {
+                Some(true) => line("Trusted", "1"),
+                Some(false) => {
+                    let account = machine.uri.destination.clone();
+                    line("Trusted", "0");
+                    if let Some(cure) = (ReachError::Untrusted { account }).cure() {
+                        line("Hint", &format!("only fixed-output derivations can be built there; {cure}"));
+                    }
+                }
+                None => line("Trusted", "unknown"),
+            }
+            line("Way", answer.way);
+            if let Some(detour) = &answer.detour {
+                line("Detour", &format!("the daemon's socket is not open to us: {detour}"));
+            }
+            line("Connected in", &format!("{} ms", ms(answer.connected)));
+            line("Round trip", &format!("{} ms", ms(answer.round_trip)));
+        }
+        Err(error) => {
+            line("Error", exit::report(error, None).trim_start_matches("error: "));
+            if let Some(cure) = error.cure() {
+                line("Hint", &cure);
+            }
+        }
+    }
+}

@@ -1,0 +1,509 @@
+//! Reaching a machine: from its line in the list to a connection with the Nix daemon there.
+//!
+//! Tries the ways in their order, best first, and turns every failure into a sentence that names the machine, the
+//! cause and the cure. Must never choose a machine or know what the connection is for.
+
+use crate::builder::{Builder, BuilderError};
+use crate::plan::machine::{Machine, Scheme};
+use crate::wire::worker::Version;
+use nix_derivation::{HashAlgorithm, StoreDir, hash_bytes};
+use nix_offload_proxy::exit;
+use nix_offload_proxy::master::{
+    DirectoryError, Endpoint, EndpointError, Master, OpenError, Pool, SessionStatus, StartError, Stream,
+};
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+use thiserror::Error;
+
+/// Where a daemon listens unless its `NIX_STATE_DIR` or `NIX_DAEMON_SOCKET_PATH` was changed.
+pub const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
+
+/// A machine that answered so recently is taken to be well without asking again.
+pub const WARM: Duration = Duration::from_secs(60);
+
+/// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. Each
+/// refusal leaves a small process behind until the master ends.
+const SOCKET_AGAIN: Duration = Duration::from_secs(600);
+
+/// A live master has this long to open a stream before it is taken to be hung.
+const LIVE_MASTER_BOUND: Duration = Duration::from_secs(3);
+
+/// The first command on a new master: tells the builder's version of Nix, and ends the delay of small packets
+/// that OpenSSH up to 10.0 has until a session was opened.
+const FIRST_COMMAND: &str = "nix-daemon --version";
+
+/// Where Nix's programs may be when a shell that is not interactive does not find them.
+const MORE_DIRECTORIES: &str = "/nix/var/nix/profiles/default/bin:/run/current-system/sw/bin:\
+                                $HOME/.nix-profile/bin:$HOME/.local/state/nix/profile/bin:\
+                                /etc/profiles/per-user/$USER/bin:/usr/local/bin";
+
+/// How a connection came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// A channel to the daemon's socket.
+    Socket,
+    /// A daemon of our own, started in a session.
+    Session,
+}
+
+impl Way {
+    /// A word for people and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Socket => "daemon socket",
+            Self::Session => "nix-daemon --stdio",
+        }
+    }
+}
+
+/// A connection and how it came about.
+pub struct Reached {
+    /// The connection.
+    pub builder: Builder,
+    /// How.
+    pub way: Way,
+    /// Why a better way could not be taken.
+    pub detour: Option<String>,
+    /// The builder's version of Nix, if it is known.
+    pub nix_version: Option<String>,
+}
+
+/// Why a machine cannot be reached.
+#[derive(Debug, Error)]
+pub enum ReachError {
+    /// Its store is reached in a way we do not speak.
+    #[error("stores of the kind '{0}' are not reached over SSH")]
+    NotSsh(String),
+    /// A parameter we cannot follow.
+    #[error("the machine's remote-program '{0}' is not a nix-store program, which ssh:// machines need")]
+    RemoteProgram(String),
+    /// Its line makes no endpoint for ssh.
+    #[error("the machine's address cannot be used")]
+    Endpoint(#[from] EndpointError),
+    /// No SSH connection.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// An SSH connection, but no stream on it.
+    #[error("no stream could be opened on the SSH connection")]
+    Open(#[from] OpenError),
+    /// Nix's programs are not found there.
+    #[error("the builder has no Nix that a login without terminal finds{}", words(.stderr))]
+    NoNix {
+        /// What the builder's shell said.
+        stderr: String,
+        /// The command that was tried.
+        program: String,
+    },
+    /// The program ended instead of answering.
+    #[error("'{command}' {}{}", ended(*.exit), words(.stderr))]
+    Ended {
+        /// The command.
+        command: String,
+        /// Its exit status.
+        exit: Option<u32>,
+        /// What it said.
+        stderr: String,
+        /// What came instead of a greeting.
+        #[source]
+        source: Box<BuilderError>,
+    },
+    /// A daemon that does not talk as expected.
+    #[error(transparent)]
+    Daemon(BuilderError),
+    /// A daemon that will not build for us.
+    #[error("the Nix daemon does not trust the account '{account}' to have derivations built")]
+    Untrusted {
+        /// The account on the builder, as far as it is known here.
+        account: String,
+    },
+}
+
+fn words(stderr: &str) -> String {
+    let text = stderr.trim();
+    if text.is_empty() { String::new() } else { format!(": {}", text.replace('\n', " ")) }
+}
+
+fn ended(exit: Option<u32>) -> String {
+    exit.map_or_else(|| "ended".into(), |code| format!("ended with exit status {code}"))
+}
+
+impl ReachError {
+    /// What to do about it.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            Self::NotSsh(_) => Some("write the machine as ssh-ng://[user@]host or ssh://[user@]host".into()),
+            Self::RemoteProgram(_) => Some(
+                "name the path of nix-store, or write the machine as ssh-ng:// and name nix-daemon".into(),
+            ),
+            Self::Endpoint(_) => Some("correct the machine's line in the list of machines".into()),
+            Self::Start(error) => error.cure(),
+            Self::Open(_) => Some(
+                "see the builder's sshd log; it must allow forwarding of unix sockets \
+                 (AllowStreamLocalForwarding) or commands (MaxSessions, ForceCommand)"
+                    .into(),
+            ),
+            Self::NoNix { program, .. } => Some(format!(
+                "install Nix there; if it is installed, make '{program}' known to shells that are not \
+                 interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
+            )),
+            Self::Ended { .. } | Self::Daemon(BuilderError::NoDaemon { .. }) => {
+                Some("log in to the builder with ssh and see what 'nix-daemon --stdio' says".into())
+            }
+            Self::Daemon(BuilderError::Protocol { .. }) => {
+                Some("upgrade Nix on the builder; versions from 2.0 on are spoken".into())
+            }
+            Self::Daemon(_) => Some("see on the builder whether nix-daemon runs and is well".into()),
+            Self::Untrusted { account } => Some(format!(
+                "add '{account}' to trusted-users in the builder's nix.conf and restart its nix-daemon, or log \
+                 in to the builder as a user that is there already"
+            )),
+        }
+    }
+
+    /// The exit code for a command whose only trouble is this.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Start(error) => error.exit_code(),
+            Self::NotSsh(_) | Self::RemoteProgram(_) | Self::Endpoint(_) => exit::CONFIG,
+            Self::Untrusted { .. } => exit::NO_PERMISSION,
+            _ => exit::UNAVAILABLE,
+        }
+    }
+
+    /// Cause and cure as one text for Nix's user.
+    pub fn describe(&self) -> String {
+        let text = exit::report(self, self.cure().as_deref());
+        text.strip_prefix("error: ").unwrap_or(&text).replace("\nhint: ", "\n  hint: ")
+    }
+}
+
+/// Reaches machines over shared masters.
+#[derive(Debug)]
+pub struct Reach {
+    pool: Pool,
+    ssh_options: Vec<String>,
+}
+
+impl Reach {
+    /// Uses the runtime directory and `NIX_SSHOPTS` of the environment.
+    ///
+    /// # Errors
+    /// If the runtime directory cannot be made or is not safe.
+    pub fn new(env: impl Fn(&str) -> Option<OsString>) -> Result<Self, DirectoryError> {
+        let ssh_options = env("NIX_SSHOPTS")
+            .map(|words| words.to_string_lossy().split_whitespace().map(str::to_owned).collect())
+            .unwrap_or_default();
+        Ok(Self { pool: Pool::from_env()?, ssh_options })
+    }
+
+    /// The runtime directory.
+    pub fn directory(&self) -> &Path {
+        self.pool.directory()
+    }
+
+    /// Whether the machine answered within the last minute and its master lives, so that it can be promised a
+    /// build without being asked.
+    pub fn is_warm(&self, machine: &Machine) -> bool {
+        let answered = fs::metadata(self.stamp(machine)).and_then(|m| m.modified());
+        let recent = answered.is_ok_and(|time| is_younger(time, WARM));
+        recent && endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some())
+    }
+
+    /// Forgets that the machine answered.
+    pub fn forget(&self, machine: &Machine) {
+        let _ = fs::remove_file(self.stamp(machine));
+    }
+
+    /// Connects to the machine's Nix daemon within `bound`.
+    ///
+    /// A live master is used; a dead or hung one is replaced, once.
+    ///
+    /// # Errors
+    /// Why it cannot be reached, with the cure.
+    pub fn connect(
+        &self,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        bound: Duration,
+    ) -> Result<Reached, ReachError> {
+        let endpoint = endpoint(machine, &self.ssh_options)?;
+        let deadline = Instant::now() + bound;
+        let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let reached = match self.pool.live(&endpoint) {
+            Some(master) => {
+                match self.on_master(&master, machine, store_dir, left().min(LIVE_MASTER_BOUND)) {
+                    Err(error) if master_is_lost(&error) => {
+                        tracing::info!(builder = machine.name, reason = %error, "replacing an SSH master");
+                        master.retire();
+                        None
+                    }
+                    other => Some(other?),
+                }
+            }
+            None => None,
+        };
+        let reached = match reached {
+            Some(reached) => reached,
+            None => {
+                let begin = Instant::now();
+                let master = self.pool.start(&endpoint, left(), FIRST_COMMAND)?;
+                tracing::info!(
+                    builder = machine.name,
+                    duration_ms = begin.elapsed().as_millis() as u64,
+                    "connected by ssh"
+                );
+                self.on_master(&master, machine, store_dir, left())?
+            }
+        };
+        note(&self.stamp(machine), "");
+        Ok(reached)
+    }
+
+    fn on_master(
+        &self,
+        master: &Master,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        bound: Duration,
+    ) -> Result<Reached, ReachError> {
+        let named =
+            machine.uri.param("remote-program").is_some() || machine.uri.param("remote-store").is_some();
+        let refusal = self.stamp(machine).with_extension("refused");
+        let mut detour = if named { None } else { refused_lately(&refusal) };
+        let (builder, way) = if named || detour.is_some() {
+            (self.by_session(master, machine, store_dir, bound)?, Way::Session)
+        } else {
+            match by_socket(master, store_dir, bound) {
+                Ok(builder) => (builder, Way::Socket),
+                Err(error) if master_is_lost(&error) => return Err(error),
+                Err(error) => {
+                    let reason = exit::report(&error, None).trim_start_matches("error: ").to_owned();
+                    tracing::info!(builder = machine.name, reason, "the daemon's socket is not open to us");
+                    note(&refusal, &reason);
+                    detour = Some(reason);
+                    (self.by_session(master, machine, store_dir, bound)?, Way::Session)
+                }
+            }
+        };
+        let peer = builder.peer();
+        let nix_version = peer.nix_version.clone().or_else(|| version_in(&master.first_output()?));
+        Ok(Reached { builder, way, detour, nix_version })
+    }
+
+    fn by_session(
+        &self,
+        master: &Master,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        bound: Duration,
+    ) -> Result<Builder, ReachError> {
+        let program = program(machine)?;
+        let mut command = format!("{} --stdio", program.words.join(" "));
+        if let Some(store) = machine.uri.param("remote-store") {
+            command.push_str(&format!(" --store {}", shell_word(store)));
+        }
+        match in_session(master, &command, store_dir, bound) {
+            Err(ReachError::NoNix { .. }) if !program.named => {
+                let wider = format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}");
+                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, bound).map_err(
+                    |error| match error {
+                        ReachError::NoNix { stderr, .. } => {
+                            ReachError::NoNix { stderr, program: program.words.join(" ") }
+                        }
+                        other => other,
+                    },
+                )
+            }
+            other => other,
+        }
+    }
+
+    fn stamp(&self, machine: &Machine) -> PathBuf {
+        let identity = format!("{}\0{}", machine.name, machine.identity.as_deref().unwrap_or_default());
+        let digest = hash_bytes(HashAlgorithm::Sha256, identity.as_bytes()).to_nix_base16_string();
+        let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
+        self.pool.directory().join("answered").join(name)
+    }
+}
+
+fn is_younger(time: SystemTime, bound: Duration) -> bool {
+    SystemTime::now().duration_since(time).is_ok_and(|age| age < bound)
+}
+
+/// Leaves a note for other hooks. That it cannot be left only costs them time.
+fn note(path: &Path, text: &str) {
+    if let Err(error) = fs::write(path, text)
+        && error.kind() == io::ErrorKind::NotFound
+        && let Some(parent) = path.parent()
+    {
+        let _ = fs::create_dir(parent);
+        let _ = fs::write(path, text);
+    }
+}
+
+/// Why the builder refused its daemon's socket, if it did so lately.
+fn refused_lately(note: &Path) -> Option<String> {
+    let noted = fs::metadata(note).and_then(|m| m.modified()).ok()?;
+    if is_younger(noted, SOCKET_AGAIN) { fs::read_to_string(note).ok() } else { None }
+}
+
+fn master_is_lost(error: &ReachError) -> bool {
+    match error {
+        ReachError::Open(error) => error.is_master_lost(),
+        ReachError::Daemon(BuilderError::NoAnswer { .. }) => true,
+        _ => false,
+    }
+}
+
+fn by_socket(master: &Master, store_dir: &StoreDir, bound: Duration) -> Result<Builder, ReachError> {
+    let begin = Instant::now();
+    let channel = master.open_unix_socket(DAEMON_SOCKET, bound)?;
+    let left = bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1));
+    Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), left)
+        .map_err(ReachError::Daemon)
+}
+
+fn in_session(
+    master: &Master,
+    command: &str,
+    store_dir: &StoreDir,
+    bound: Duration,
+) -> Result<Builder, ReachError> {
+    let begin = Instant::now();
+    let (stream, status) = master.open_session(command, bound)?.into_stream();
+    let left = bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1));
+    match Builder::connect(stream, store_dir.clone(), Version::newest(), left) {
+        Ok(builder) => Ok(builder),
+        Err(error @ (BuilderError::NoDaemon { .. } | BuilderError::Lost { .. })) => {
+            Err(explain(command, status, error))
+        }
+        Err(error) => Err(ReachError::Daemon(error)),
+    }
+}
+
+/// Asks the session how it ended.
+fn explain(command: &str, mut status: SessionStatus, source: BuilderError) -> ReachError {
+    const STATUS_BOUND: Duration = Duration::from_secs(1);
+    // What POSIX shells answer for a command that is not there, or cannot be run.
+    const NOT_FOUND: [u32; 2] = [127, 126];
+    let end = status.end(STATUS_BOUND);
+    if end.exit.is_some_and(|code| NOT_FOUND.contains(&code)) {
+        return ReachError::NoNix { stderr: end.stderr, program: command.to_owned() };
+    }
+    ReachError::Ended {
+        command: command.to_owned(),
+        exit: end.exit,
+        stderr: end.stderr,
+        source: Box::new(source),
+    }
+}
+
+/// The endpoint of ssh that a machine's line describes.
+///
+/// # Errors
+/// If the machine is not reached by ssh, or its line makes no endpoint.
+fn endpoint(machine: &Machine, ssh_options: &[String]) -> Result<Endpoint, ReachError> {
+    if let Scheme::Other(kind) = &machine.uri.scheme {
+        return Err(ReachError::NotSsh(kind.clone()));
+    }
+    let mut endpoint = Endpoint::new(&machine.uri.destination)?;
+    endpoint.port = machine.uri.port;
+    endpoint.identity = machine.identity_file().map(PathBuf::from);
+    endpoint.host_keys = machine.host_key.clone();
+    endpoint.compress = machine.uri.flag("compress");
+    endpoint.ssh_options = ssh_options.to_vec();
+    endpoint.check()?;
+    Ok(endpoint)
+}
+
+struct Program {
+    words: Vec<String>,
+    named: bool,
+}
+
+/// The daemon's program on the builder, by the machine's `remote-program`.
+///
+/// That of an `ssh://` machine is `nix-store`; the daemon is its neighbour.
+fn program(machine: &Machine) -> Result<Program, ReachError> {
+    let Some(named) = machine.uri.param("remote-program") else {
+        return Ok(Program { words: vec!["nix-daemon".into()], named: false });
+    };
+    let mut words: Vec<String> = named.split_whitespace().map(shell_word).collect();
+    if machine.uri.scheme == Scheme::Ssh {
+        let daemon =
+            words.first().and_then(|w| w.strip_suffix("nix-store")).map(|d| format!("{d}nix-daemon"));
+        match (daemon, words.len()) {
+            (Some(daemon), 1) => words = vec![daemon],
+            _ => return Err(ReachError::RemoteProgram(named.to_owned())),
+        }
+    }
+    if words.is_empty() {
+        return Err(ReachError::RemoteProgram(named.to_owned()));
+    }
+    Ok(Program { words, named: true })
+}
+
+/// Quotes a word for the builder's shell, where it needs that. A leading `~` keeps its meaning, as it has in
+/// stock's unquoted command.
+fn shell_word(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_./~+=:@%,-".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+/// The version in the output of `nix-daemon --version`, for instance `nix-daemon (Nix) 2.8.0`.
+fn version_in(output: &str) -> Option<String> {
+    output.lines().find_map(|line| line.rsplit_once("(Nix) ")).map(|(_, version)| version.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn machine(uri: &str) -> Machine {
+        Machine::for_uri(uri, BTreeSet::new()).unwrap()
+    }
+
+    #[test]
+    fn words_are_quoted_for_the_far_shell_where_needed() {
+        assert_eq!(shell_word("/nix/bin/nix-daemon"), "/nix/bin/nix-daemon");
+        assert_eq!(shell_word("~/bin/nix"), "~/bin/nix");
+        assert_eq!(shell_word("/a?b=c&d"), "'/a?b=c&d'");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+        assert_eq!(shell_word(""), "''");
+    }
+
+    #[test]
+    fn the_remote_program_is_followed() {
+        let words = |uri: &str| program(&machine(uri)).map(|p| p.words.join(" "));
+        assert_eq!(words("ssh-ng://m").unwrap(), "nix-daemon");
+        assert_eq!(words("ssh-ng://m?remote-program=nix%20daemon").unwrap(), "nix daemon");
+        assert_eq!(words("ssh-ng://m?remote-program=/o/nix-daemon").unwrap(), "/o/nix-daemon");
+        assert_eq!(words("ssh://m?remote-program=/o/bin/nix-store").unwrap(), "/o/bin/nix-daemon");
+        assert!(matches!(words("ssh://m?remote-program=/o/wrapper"), Err(ReachError::RemoteProgram(_))));
+    }
+
+    #[test]
+    fn the_version_is_found_among_other_lines() {
+        assert_eq!(version_in("Welcome!\nnix-daemon (Nix) 2.26.3\n").as_deref(), Some("2.26.3"));
+        assert_eq!(version_in("bash: nix-daemon: command not found"), None);
+    }
+
+    #[test]
+    fn a_machines_line_becomes_an_endpoint() {
+        let mut m = machine("ssh-ng://nix@mac:2222?compress=true&ssh-key=/k");
+        let e = endpoint(&m, &["-v".to_owned()]).unwrap();
+        assert_eq!((e.destination.as_str(), e.port, e.compress), ("nix@mac", Some(2222), true));
+        assert_eq!(e.identity, Some(PathBuf::from("/k")));
+        assert_eq!(e.ssh_options, ["-v"]);
+        m.identity = Some("/column".into());
+        assert_eq!(endpoint(&m, &[]).unwrap().identity, Some(PathBuf::from("/column")));
+        assert!(matches!(endpoint(&machine("auto"), &[]), Err(ReachError::NotSsh(kind)) if kind == "auto"));
+    }
+}

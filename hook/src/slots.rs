@@ -1,0 +1,244 @@
+//! Slots: lock files that say how many builds of this client run on a machine.
+//!
+//! They have Nix's own names in Nix's own directory, so a stock hook beside ours counts the same slots. Must
+//! never choose a machine.
+//!
+//! Source: Nix 2.34 `src/nix/build-remote/build-remote.cc` (`openSlotLock`, `main-lock`).
+
+use crate::plan::Load;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix_derivation::{HashAlgorithm, hash_bytes};
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+use thiserror::Error;
+
+/// Why slots cannot be counted.
+#[derive(Debug, Error)]
+#[error("cannot use {}", path.display())]
+pub struct SlotError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A directory of lock files.
+#[derive(Debug, Clone)]
+pub struct Slots {
+    directory: PathBuf,
+}
+
+/// A lock that is free again when dropped, or when the process ends in whatever way.
+#[derive(Debug)]
+pub struct Held(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+
+/// Watches for slots becoming free.
+#[derive(Debug)]
+pub struct Watch(Inotify);
+
+impl Slots {
+    /// Uses a directory, and makes it if need be. For slots shared with Nix that is `current-load` in the store's
+    /// state directory.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn open(directory: PathBuf) -> Result<Self, SlotError> {
+        match fs::create_dir(&directory) {
+            Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+                Err(SlotError { path: directory, source })
+            }
+            _ => Ok(Self { directory }),
+        }
+    }
+
+    /// Waits for a lock of that name.
+    ///
+    /// `main-lock` is the right to choose: whoever counts slots to take one holds it, stock hooks too, and for
+    /// microseconds only.
+    ///
+    /// # Errors
+    /// If the lock cannot be opened or taken.
+    pub fn lock(&self, name: &str) -> Result<Held, SlotError> {
+        let path = self.directory.join(name);
+        lock(&path, FlockArg::LockExclusive, true)
+            .and_then(|held| held.ok_or_else(|| io::ErrorKind::WouldBlock.into()))
+            .map(Held)
+            .map_err(|source| SlotError { path, source })
+    }
+
+    /// Counts a machine's taken slots, and gives the number of a free one if there is one.
+    ///
+    /// # Errors
+    /// If a lock cannot be opened or tried.
+    pub fn count(&self, machine: &str, max_jobs: u64) -> Result<(Load, Option<u64>), SlotError> {
+        let mut load = Load::default();
+        let mut free = None;
+        for number in 0..max_jobs {
+            let path = self.path(machine, number);
+            // Only a descriptor for writing tells those who watch when it is closed, so a look uses none.
+            match lock(&path, FlockArg::LockExclusiveNonblock, false) {
+                // Slots above the first free one may be taken and count, so go on.
+                Ok(Some(_)) => drop(free.get_or_insert(number)),
+                Ok(None) => load.taken += 1,
+                Err(source) => return Err(SlotError { path, source }),
+            }
+        }
+        Ok((load, free))
+    }
+
+    /// Takes a slot; `None` if it is not free after all.
+    ///
+    /// # Errors
+    /// If the lock cannot be opened or tried.
+    pub fn take(&self, machine: &str, number: u64) -> Result<Option<Held>, SlotError> {
+        let path = self.path(machine, number);
+        let held = lock(&path, FlockArg::LockExclusiveNonblock, true);
+        held.map(|held| held.map(Held)).map_err(|source| SlotError { path, source })
+    }
+
+    /// Takes the first free slot of so many.
+    ///
+    /// # Errors
+    /// If a lock cannot be opened or tried.
+    pub fn take_any(&self, name: &str, slots: u64) -> Result<Option<Held>, SlotError> {
+        for number in 0..slots {
+            if let Some(held) = self.take(name, number)? {
+                return Ok(Some(held));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Begins to watch for slots becoming free. What happens from now on is not missed.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn watch(&self) -> Result<Watch, SlotError> {
+        let failed = |errno: Errno| SlotError { path: self.directory.clone(), source: errno.into() };
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK).map_err(failed)?;
+        inotify.add_watch(&self.directory, AddWatchFlags::IN_CLOSE_WRITE).map_err(failed)?;
+        Ok(Watch(inotify))
+    }
+
+    fn path(&self, machine: &str, number: u64) -> PathBuf {
+        const LONGEST_NAME: usize = 255;
+        let name = format!("{}-{number}", machine.replace('/', "_"));
+        if name.len() <= LONGEST_NAME {
+            return self.directory.join(name);
+        }
+        // Stock fails here; a digest serves as well, for no stock hook can share such a machine.
+        let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
+        self.directory.join(format!("{}-{number}", digest.replace(':', "-")))
+    }
+}
+
+impl Watch {
+    /// Waits until a slot may have become free, or `bound` is over.
+    pub fn wait(&self, bound: Duration) {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        let bound = PollTimeout::try_from(bound).unwrap_or(PollTimeout::MAX);
+        if poll(&mut fds, bound).is_ok_and(|ready| ready > 0) {
+            // What happened does not matter: the slots are counted again anyway.
+            let _ = self.0.read_events();
+        }
+    }
+}
+
+/// Opens and locks; `None` when another process holds it.
+fn lock(path: &Path, how: FlockArg, write: bool) -> io::Result<Option<Flock<File>>> {
+    let mut options = OpenOptions::new();
+    options.read(true).mode(0o600);
+    let file = match options.clone().write(write).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => options.write(true).create(true).open(path),
+        other => other,
+    };
+    let mut file = file?;
+    loop {
+        match Flock::lock(file, how) {
+            Ok(held) => {
+                if write {
+                    // As stock does, for people who look at the directory; of no other use.
+                    let _ = held.set_modified(SystemTime::now());
+                }
+                return Ok(Some(held));
+            }
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((same, Errno::EINTR)) => file = same,
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn slots() -> (tempfile::TempDir, Slots) {
+        let state = tempfile::tempdir().unwrap();
+        let slots = Slots::open(state.path().join("current-load")).unwrap();
+        (state, slots)
+    }
+
+    fn take(slots: &Slots, machine: &str, jobs: u64) -> (u64, Option<Held>) {
+        let (load, free) = slots.count(machine, jobs).unwrap();
+        (load.taken, free.map(|number| slots.take(machine, number).unwrap().unwrap()))
+    }
+
+    #[test]
+    fn slots_are_counted_taken_and_given_back() {
+        let (_state, slots) = slots();
+        let (taken, first) = take(&slots, "ssh-ng://mac", 2);
+        assert_eq!((taken, first.is_some()), (0, true));
+        let (taken, second) = take(&slots, "ssh-ng://mac", 2);
+        assert_eq!((taken, second.is_some()), (1, true));
+        assert_eq!(take(&slots, "ssh-ng://mac", 2).0, 2);
+        drop(first);
+        let (taken, again) = take(&slots, "ssh-ng://mac", 2);
+        assert_eq!((taken, again.is_some()), (1, true));
+        assert_eq!(take(&slots, "ssh-ng://other", 1).0, 0);
+        assert!(slots.take_any("ssh-ng://mac", 2).unwrap().is_none());
+        assert!(slots.take_any("ssh-ng://mac", 3).unwrap().is_some());
+    }
+
+    #[test]
+    fn the_files_have_the_names_of_nix() {
+        let (state, slots) = slots();
+        let _choosing = slots.lock("main-lock").unwrap();
+        let _slot = take(&slots, "ssh://a@b", 1);
+        let directory = state.path().join("current-load");
+        assert!(directory.join("main-lock").exists());
+        assert!(directory.join("ssh:__a@b-0").exists());
+    }
+
+    #[test]
+    fn a_machine_without_slots_is_never_free_and_a_long_name_works() {
+        let (_state, slots) = slots();
+        assert!(slots.count("m", 0).unwrap().1.is_none());
+        let long = "x".repeat(300);
+        let (_, held) = take(&slots, &long, 1);
+        assert!(held.is_some());
+        assert_eq!(take(&slots, &long, 1).0, 1);
+    }
+
+    #[test]
+    fn a_watch_wakes_when_a_slot_is_given_back_and_not_when_slots_are_counted() {
+        const LONG: Duration = Duration::from_secs(20);
+        let (_state, slots) = slots();
+        let held = take(&slots, "m", 1).1.unwrap();
+        let watch = slots.watch().unwrap();
+        slots.count("m", 1).unwrap();
+        let begin = Instant::now();
+        watch.wait(Duration::from_millis(50));
+        assert!(begin.elapsed() >= Duration::from_millis(50), "counting woke the watch");
+        drop(held);
+        let begin = Instant::now();
+        watch.wait(LONG);
+        assert!(begin.elapsed() < LONG, "the watch slept on");
+    }
+}
