@@ -7,7 +7,6 @@ use std::{
     io::{self, IoSlice, Read, Write},
     os::unix::net::UnixStream,
     path::Path,
-    process::Child,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -28,6 +27,9 @@ const BUFFER: usize = 256 * 1024;
 /// A master that takes nothing for this long is hung: it reads its clients' sockets whatever the link does,
 /// and its own keep-alive would have ended it before.
 const MASTER_STALL: Duration = Duration::from_secs(60);
+
+/// How long the closing of a channel may take when its stream is dropped.
+const CLOSE_BOUND: Duration = Duration::from_millis(500);
 
 /// A byte stream to a socket on the far side. Dropping it, or both its halves, closes it there at once.
 #[derive(Debug)]
@@ -72,7 +74,10 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
             });
         }
     };
-    let holder = holder.and_then(Holder::release);
+    let holder = holder.map(|mut holder| {
+        holder.opened(&codec::close(confirmed.channel));
+        holder
+    });
     socket.set_read_timeout(None).map_err(gone)?;
     let shared = Arc::new(Shared {
         socket,
@@ -196,15 +201,15 @@ struct Shared {
     sending: Mutex<Sending>,
     flow: Mutex<Flow>,
     changed: Condvar,
-    /// Released, but not yet waited for.
-    holder: Mutex<Option<Child>>,
+    /// Closes the channel if we do not.
+    holder: Mutex<Option<Holder>>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if let Some(mut holder) = lock(&self.holder).take() {
-            let _ = holder.wait();
-        }
+        // A master that hangs is not waited for; if the channel is closed already, this does nothing.
+        let _ = self.socket.set_write_timeout(Some(CLOSE_BOUND));
+        let _ = self.send(&codec::close(self.channel), &[], true);
     }
 }
 
@@ -231,6 +236,10 @@ impl Shared {
         let mut sending = lock(&self.sending);
         if *sending != Sending::Open {
             return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        if last && let Some(holder) = lock(&self.holder).take() {
+            // First, for a second closing packet would make sshd drop the whole connection.
+            holder.release();
         }
         if let Err(error) = write_both(&self.socket, header, data) {
             *sending = Sending::Broken;

@@ -1,9 +1,13 @@
-//! A second holder of a mux connection while OpenSSH cannot bear to lose it.
+//! A second holder of a channel's connection to the master, for when we cannot close it ourselves.
 //!
-//! When a client in proxy mode goes away while its channel is not confirmed, or after it was refused, the
-//! master ends with all its other streams: `channel_free` turns the channel into one to be closed, and
-//! `chan_send_close2` (nchan.c) calls `fatal` because it has no number of the far side. So it is in OpenSSH
-//! 9.2 to 10.x. A build hook may be killed at any moment, so another process holds the connection too.
+//! A build hook may be killed at any moment, and OpenSSH's proxy mode is not made for clients that just go away
+//! (read in 9.2 to 10.x, `channel_free` in channels.c and `chan_send_close2` in nchan.c):
+//! - While the channel is not confirmed, or after it was refused, the master ends with all its other streams,
+//!   because it has no number of the far side to close.
+//! - Afterwards the master closes the channel only when it next looks at it, which can be many seconds later if
+//!   its place in the master's table is below that of the connection. A cancelled build would run on.
+//!
+//! So a small process holds the connection too, and closes the channel in our place.
 
 use std::{
     io::{self, Write},
@@ -15,15 +19,21 @@ use std::{
 };
 
 /// Stdout is the connection. Without a word from us, because we died or gave up, it is held until the
-/// confirmation must have come; after a refusal until the master ends. The descriptors that we may have
+/// confirmation must have come. Once the channel is open its closing packet is known, and sent if we go without
+/// another word. After a refusal the connection is held until the master ends. The descriptors that we may have
 /// inherited are closed, because others wait for their last holder.
-const SCRIPT: &str = "exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
-read -r word
+const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
+read -r word packet
 case $word in
-release) ;;
+open)
+    read -r word
+    case $word in
+    release) ;;
+    *) printf "$packet" ;;
+    esac ;;
 keep) while read -r word <&1; do :; done ;;
 *) exec sleep 20 ;;
-esac";
+esac"#;
 
 /// The process that holds the connection.
 #[derive(Debug)]
@@ -44,11 +54,15 @@ impl Holder {
         Ok(Holder(Some(child)))
     }
 
-    /// The channel is confirmed, or the master gone: the connection is ours alone again. The process is to
-    /// be waited for, which takes no time once the connection is of no interest any more.
-    pub(super) fn release(mut self) -> Option<Child> {
+    /// The channel is open: should we die, this packet is to close it.
+    pub(super) fn opened(&mut self, closing: &[u8]) {
+        let escaped: String = closing.iter().map(|byte| format!("\\{byte:03o}")).collect();
+        self.say(&format!("open {escaped}\n"));
+    }
+
+    /// The channel is closed by ourselves, or the master gone.
+    pub(super) fn release(mut self) {
         self.say("release\n");
-        self.0.take()
     }
 
     /// The channel was refused: the master needs the connection for the rest of its life.
@@ -57,7 +71,7 @@ impl Holder {
     }
 
     fn say(&mut self, word: &str) {
-        if let Some(mut pipe) = self.0.as_mut().and_then(|child| child.stdin.take()) {
+        if let Some(pipe) = self.0.as_mut().and_then(|child| child.stdin.as_mut()) {
             let _ = pipe.write_all(word.as_bytes());
         }
     }
