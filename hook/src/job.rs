@@ -322,6 +322,7 @@ impl Relay<'_> {
                 self.nix.message(Verbosity::Error, String::from_utf8_lossy(text).trim_end());
             }
             Event::Start { id, level, kind, text, fields } => {
+                let kind = if kind == activity::FILE_TRANSFER { activity::UNKNOWN } else { kind };
                 let ours = self.nix.start(level, kind, &String::from_utf8_lossy(text), fields);
                 self.activities.insert(id, ours);
             }

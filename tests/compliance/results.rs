@@ -1,6 +1,9 @@
 //! What comes back from a machine.
 
-use harness::{Hook, Mode, World, drv};
+use std::time::Duration;
+
+use harness::{Hook, Mode, Release, World, drv, wait_until};
+use nix::sys::signal::Signal;
 
 crate::theirs_and_ours!(
     a_private_store_gets_the_result,
@@ -10,6 +13,9 @@ crate::theirs_and_ours!(
     only_what_is_needed_is_sent,
     a_failing_build_fails_here_and_others_go_on,
     a_daemon_builds_for_a_user_without_rights,
+    a_killed_client_ends_its_build,
+    every_release_builds_on_every_release,
+    one_slot_is_enough_for_all,
 );
 
 fn a_private_store_gets_the_result(hook: Hook) {
@@ -141,4 +147,50 @@ fn a_daemon_builds_for_a_user_without_rights(hook: Hook) {
     let path = client.nix_build(&drv::where_built("a"), &["-j0"]).assert_success().out_path();
     assert_eq!(client.read(&path), "mac\n");
     client.verify_store();
+}
+
+fn a_killed_client_ends_its_build(hook: Hook) {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().hook(hook).uses(&mac, "ssh-ng", 2).start();
+    let sleeper = drv::silent_sleep("sleeper", "4321");
+    let build = client.spawn_nix_build(&sleeper, &["-j0"]);
+    wait_until("the build has begun", Duration::from_secs(20), || {
+        !mac.pids_matching("sleep 4321").is_empty()
+    });
+    build.signal(Signal::SIGKILL);
+    wait_until("the builder has stopped", Duration::from_secs(1), || {
+        mac.pids_matching("sleep 4321").is_empty()
+    });
+    build.wait().assert_failure();
+    client.nix_build(&drv::trivial("next"), &["-j0"]).assert_success();
+    client.verify_store();
+}
+
+fn every_release_builds_on_every_release(hook: Hook) {
+    let world = World::new();
+    let builders = Release::ALL.map(|release| world.builder(release.name()).release(release).start());
+    for release in Release::ALL {
+        for builder in &builders {
+            let pair = format!("{}-on-{}", release.name(), builder.name());
+            let client = world
+                .client()
+                .named(&pair)
+                .release(release)
+                .hook(hook.clone())
+                .uses(builder, "ssh-ng", 2)
+                .start();
+            let path = client.nix_build(&drv::where_built(&pair), &["-j0"]).assert_success().out_path();
+            assert_eq!(client.read(&path), format!("{}\n", builder.name()), "{pair}");
+            client.verify_store();
+        }
+    }
+}
+
+fn one_slot_is_enough_for_all(hook: Hook) {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().hook(hook).uses(&mac, "ssh-ng", 1).start();
+    let built = client.nix_build(&drv::independent(5), &["-j0"]);
+    assert_eq!(built.assert_success().out_paths().len(), 5);
 }

@@ -141,13 +141,14 @@ impl BuilderPlan {
 
 /// A running builder; everything a [`Machine`] can do, it can do.
 pub struct Builder {
+    // First, so that it is dropped first: ending the machine ends its services.
+    machine: Machine,
     port: u16,
     login: String,
     host_public_key: String,
     sshd_options: Vec<String>,
     sshd: Option<Running>,
     daemon: Option<Running>,
-    machine: Machine,
 }
 
 impl Deref for Builder {

@@ -242,11 +242,12 @@ fn start_journald(machine: &Machine) -> Running {
 
 /// A running client; everything a [`Machine`] can do, it can do.
 pub struct Client {
+    // First, so that it is dropped first: ending the machine ends its services.
+    machine: Machine,
     mode: Mode,
     env: Vec<(String, String)>,
     daemon: Option<Running>,
     _journald: Option<Running>,
-    machine: Machine,
 }
 
 impl Deref for Client {

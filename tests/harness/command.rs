@@ -162,7 +162,7 @@ impl Running {
     pub fn wait(mut self) -> Output {
         while self.child.try_wait().unwrap().is_none() {
             if self.start.elapsed() > self.limit {
-                self.kill_group();
+                self.kill_program();
                 let status = self.child.wait().unwrap();
                 let output = self.output(status);
                 panic!("not finished after {:?}: {output}", self.limit);
@@ -173,9 +173,14 @@ impl Running {
         self.output(status)
     }
 
-    fn kill_group(&self) {
-        let group = Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        let _ = signal::killpg(group, Signal::SIGKILL);
+    /// Kills the program and leaves nsenter, its parent, to reap it: an orphan's remains would go to
+    /// the host's first process, and until that looks at them the machine cannot end.
+    fn kill_program(&self) {
+        let inner = children(self.child.id());
+        let targets = if inner.is_empty() { vec![self.child.id()] } else { inner };
+        for pid in targets {
+            let _ = signal::kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL);
+        }
     }
 
     fn output(&mut self, status: ExitStatus) -> Output {
@@ -200,7 +205,7 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
-            self.kill_group();
+            self.kill_program();
             let _ = self.child.wait();
         }
     }

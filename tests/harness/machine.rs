@@ -75,7 +75,7 @@ impl Machine {
             panic!("machine {name} did not start: {why}");
         }
         let init = only_child(unshare.id());
-        let machine = Self {
+        Self {
             name: name.into(),
             release,
             directory,
@@ -83,9 +83,7 @@ impl Machine {
             stdin,
             init,
             world: world.clone(),
-        };
-        machine.write("/etc/machine-name", &format!("{name}\n"));
-        machine
+        }
     }
 
     /// The machine's host name, also readable inside as `/etc/machine-name`.
@@ -228,7 +226,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Some kernels take seconds to finish a namespace, so the world waits for all at once.
+        // Ending takes a moment; the world waits for all its machines at once.
         drop(self.stdin.take());
         if let Some(unshare) = self.unshare.take() {
             self.world.reap_later(unshare);

@@ -80,6 +80,7 @@ shadow: files
 hosts: files dns' >etc/nsswitch.conf
 echo "127.0.0.1 localhost" >etc/hosts
 echo "$name" >etc/hostname
+echo "$name" >etc/machine-name
 tr -d - </proc/sys/kernel/random/uuid >etc/machine-id
 : >root/.bashrc
 for place in home/user run/user/1000; do

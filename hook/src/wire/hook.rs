@@ -155,6 +155,9 @@ pub mod activity {
     pub const UNKNOWN: u64 = 0;
     /// One path is copied; fields: path, from, to.
     pub const COPY_PATH: u64 = 100;
+    /// A file is fetched; field: where from. Has the number of [`super::result::BUILD_LOG_LINE`], and Nix takes a
+    /// hook's line of that type for one, whatever its action.
+    pub const FILE_TRANSFER: u64 = 101;
     /// Several paths are copied.
     pub const COPY_PATHS: u64 = 103;
     /// A derivation is built; fields: derivation, machine, round, rounds.
@@ -251,19 +254,22 @@ pub enum Line<'a> {
 impl Line<'_> {
     /// The line with its end, to be written in one write.
     pub fn render(&self) -> Vec<u8> {
-        let list = |fields: &[Field]| Value::Array(fields.iter().map(Field::json).collect());
-        let value = match self {
+        let mut value = match self {
             Self::Message { level, text } => json!({"action": "msg", "level": *level as u8, "msg": text}),
-            Self::Start { id, level, kind, text, fields } => json!({
-                "action": "start", "id": id, "level": level, "type": kind, "text": text,
-                "fields": list(fields), "parent": 0,
+            Self::Start { id, level, kind, text, .. } => json!({
+                "action": "start", "id": id, "level": level, "type": kind, "text": text, "parent": 0,
             }),
-            Self::Result { id, kind, fields } => {
-                json!({"action": "result", "id": id, "type": kind, "fields": list(fields)})
-            }
+            Self::Result { id, kind, .. } => json!({"action": "result", "id": id, "type": kind}),
             Self::Stop { id } => json!({"action": "stop", "id": id}),
             Self::Phase { name } => json!({"action": "setPhase", "phase": name}),
         };
+        if let Self::Start { fields, .. } | Self::Result { fields, .. } = self
+            && !fields.is_empty()
+        {
+            // An empty list must be left out: Nix 2.26 looks at the first field of a line of type 104 if there is
+            // a list at all, and aborts (`derivation-goal.cc`, `handleChildOutput`).
+            value["fields"] = fields.iter().map(Field::json).collect();
+        }
         format!("@nix {value}\n").into_bytes()
     }
 }
@@ -386,6 +392,8 @@ mod tests {
             json!({"action": "start", "id": 3, "level": 4, "type": 100, "text": "two\nlines",
                    "fields": ["p", 7, "\u{fffd}"], "parent": 0})
         );
+        let plain = Line::Result { id: 3, kind: result::PROGRESS, fields: &[] }.render();
+        assert_eq!(plain, b"@nix {\"action\":\"result\",\"id\":3,\"type\":105}\n");
         let message = Line::Message { level: Verbosity::Error, text: "x" }.render();
         assert_eq!(message, b"@nix {\"action\":\"msg\",\"level\":0,\"msg\":\"x\"}\n");
     }
