@@ -275,6 +275,11 @@ impl Settings {
         Local { max_jobs: self.number("max-jobs", 1), systems, features: self.words("system-features") }
     }
 
+    /// Whether this Nix shows store URIs rendered anew (2.26 and newer) instead of as written: it has this setting.
+    pub fn renders_uris(&self) -> bool {
+        self.0.contains_key("fsync-store-paths")
+    }
+
     /// The systems a machine builds for when its line does not say.
     pub fn default_systems(&self) -> BTreeSet<String> {
         self.words("system")

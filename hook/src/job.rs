@@ -54,10 +54,27 @@ pub enum JobError {
     InputPath(String),
 }
 
+/// Who is to blame for a failure, and so whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Blame {
+    /// The transport: the same machine may do it over another connection.
+    Transport,
+    /// The machine: another one may do it.
+    Machine,
+    /// The build itself, or this side: nobody can do better.
+    Build,
+}
+
 impl JobError {
-    /// Whether another connection may do better.
-    pub fn is_transport(&self) -> bool {
-        matches!(self, Self::Builder(error) if error.is_transport())
+    /// Who is to blame.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Builder(error) if error.is_transport() => Blame::Transport,
+            Self::Builder(BuilderError::Refused { .. } | BuilderError::Protocol { .. })
+            | Self::Failed { outcome: Outcome::NotThere, .. }
+            | Self::Output(OutputError::Missing(_) | OutputError::Reference { .. }) => Blame::Machine,
+            _ => Blame::Build,
+        }
     }
 
     /// The exit status by which Nix up to 2.33 tells kinds of failure apart (`Worker` in

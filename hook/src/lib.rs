@@ -4,6 +4,7 @@ pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod fds;
+pub mod files;
 pub mod job;
 pub mod nix_side;
 pub mod path_info;

@@ -11,16 +11,17 @@ fn main() -> ExitCode {
         Err(usage) => usage.exit(),
         Ok(Action::Hook { verbosity }) => match serve::serve(verbosity) {
             Ok(code) => (code, None),
-            Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            // It may end up in the journal of Nix's daemon, so it says whose it is.
+            Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
-            Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure()))),
+            Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
         },
     };
     if let Some(text) = text {
         // Nowhere is left to report that this failed.
-        let _ = writeln!(io::stderr(), "nix-offload: {text}");
+        let _ = writeln!(io::stderr(), "{text}");
     }
     ExitCode::from(code)
 }

@@ -4,12 +4,11 @@
 
 use crate::cli::Targets;
 use crate::config::{self, Fleet};
+use crate::files::read_machines_file;
 use crate::plan::machine::{Machine, UriError};
-use crate::reach::{DAEMON_SOCKET, Reach, ReachError};
-use crate::serve::read_machines_file;
+use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
-use nix_offload_proxy::master::DirectoryError;
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -30,9 +29,9 @@ const DEFAULT_BUILDERS: &str = "@/etc/nix/machines";
 /// Why `ping-store` cannot begin.
 #[derive(Debug, Error)]
 pub enum PingError {
-    /// The runtime directory.
+    /// Nothing can be reached from here.
     #[error(transparent)]
-    Runtime(#[from] DirectoryError),
+    Setup(#[from] ReachSetupError),
     /// A URI that cannot be read.
     #[error(transparent)]
     Uri(#[from] UriError),
@@ -50,15 +49,16 @@ fn missing_files(files: &[String]) -> String {
 
 impl PingError {
     /// What to do about it.
-    pub fn cure(&self) -> Option<&'static str> {
+    pub fn cure(&self) -> Option<String> {
         match self {
             Self::NoMachines(_) => {
-                Some("name a store with --store ssh-ng://host, or set 'builders' in nix.conf")
+                Some("name a store with --store ssh-ng://host, or set 'builders' in nix.conf".into())
             }
             Self::Uri(_) => {
-                Some("write the store as ssh-ng://[user@]host[:port] or ssh://[user@]host[:port]")
+                Some("write the store as ssh-ng://[user@]host[:port] or ssh://[user@]host[:port]".into())
             }
-            Self::Runtime(_) | Self::Output(_) => None,
+            Self::Setup(error) => error.cure(),
+            Self::Output(_) => None,
         }
     }
 
@@ -66,7 +66,7 @@ impl PingError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Uri(_) => exit::USAGE,
-            Self::Runtime(_) | Self::NoMachines(_) => exit::CONFIG,
+            Self::Setup(_) | Self::NoMachines(_) => exit::CONFIG,
             Self::Output(_) => exit::FAILURE,
         }
     }

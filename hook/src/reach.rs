@@ -5,6 +5,7 @@
 
 use crate::builder::{Builder, BuilderError};
 use crate::plan::machine::{Machine, Scheme};
+use crate::slots::{SlotError, Slots};
 use crate::wire::worker::Version;
 use nix_derivation::{HashAlgorithm, StoreDir, hash_bytes};
 use nix_offload_proxy::exit;
@@ -15,6 +16,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 
@@ -27,6 +29,17 @@ pub const WARM: Duration = Duration::from_secs(60);
 /// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. Each
 /// refusal leaves a small process behind until the master ends.
 const SOCKET_AGAIN: Duration = Duration::from_secs(600);
+
+/// Channels to one daemon's socket that are being opened at a time. Daemons up to 2.8 let five wait, and each one
+/// refused for that costs a small process.
+const OPENING: u64 = 4;
+
+/// How long to wait before a socket that was open to us lately is asked again after it refused.
+const REFUSED_PAUSES: [Duration; 3] =
+    [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(180)];
+
+/// A machine that could not be reached is left alone for so long while another one will do.
+const COOL_DOWN: Duration = Duration::from_secs(60);
 
 /// A live master has this long to open a stream before it is taken to be hung.
 const LIVE_MASTER_BOUND: Duration = Duration::from_secs(3);
@@ -180,10 +193,36 @@ impl ReachError {
     }
 }
 
+/// Why no machine can be reached from here.
+#[derive(Debug, Error)]
+pub enum ReachSetupError {
+    /// The directory of the masters.
+    #[error(transparent)]
+    Runtime(#[from] DirectoryError),
+    /// The locks in it.
+    #[error(transparent)]
+    Locks(#[from] SlotError),
+    /// `NIX_SSHOPTS` is split into words like a shell does, as by Nix since 2.25.
+    #[error("NIX_SSHOPTS has a quote that is not closed: {0}")]
+    SshOptions(String),
+}
+
+impl ReachSetupError {
+    /// What to do about it.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            Self::Runtime(error) => error.cure(),
+            Self::Locks(_) => None,
+            Self::SshOptions(_) => Some("close the quote, or put a backslash before it".into()),
+        }
+    }
+}
+
 /// Reaches machines over shared masters.
 #[derive(Debug)]
 pub struct Reach {
     pool: Pool,
+    opening: Slots,
     ssh_options: Vec<String>,
 }
 
@@ -191,12 +230,13 @@ impl Reach {
     /// Uses the runtime directory and `NIX_SSHOPTS` of the environment.
     ///
     /// # Errors
-    /// If the runtime directory cannot be made or is not safe.
-    pub fn new(env: impl Fn(&str) -> Option<OsString>) -> Result<Self, DirectoryError> {
-        let ssh_options = env("NIX_SSHOPTS")
-            .map(|words| words.to_string_lossy().split_whitespace().map(str::to_owned).collect())
-            .unwrap_or_default();
-        Ok(Self { pool: Pool::from_env()?, ssh_options })
+    /// If the runtime directory cannot be made or is not safe, or the options cannot be split into words.
+    pub fn new(env: impl Fn(&str) -> Option<OsString>) -> Result<Self, ReachSetupError> {
+        let options = env("NIX_SSHOPTS").unwrap_or_default().to_string_lossy().into_owned();
+        let ssh_options = shlex::split(&options).ok_or(ReachSetupError::SshOptions(options))?;
+        let pool = Pool::from_env()?;
+        let opening = Slots::open(pool.directory().join("opening"))?;
+        Ok(Self { pool, opening, ssh_options })
     }
 
     /// The runtime directory.
@@ -212,6 +252,11 @@ impl Reach {
         recent && endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some())
     }
 
+    /// Why the machine could not be reached, if that was a short while ago.
+    pub fn ailing(&self, machine: &Machine) -> Option<String> {
+        noted_lately(&self.stamp(machine).with_extension("failed"), COOL_DOWN)
+    }
+
     /// Forgets that the machine answered.
     pub fn forget(&self, machine: &Machine) {
         let _ = fs::remove_file(self.stamp(machine));
@@ -224,6 +269,27 @@ impl Reach {
     /// # Errors
     /// Why it cannot be reached, with the cure.
     pub fn connect(
+        &self,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        bound: Duration,
+    ) -> Result<Reached, ReachError> {
+        let failure = self.stamp(machine).with_extension("failed");
+        let reached = self.connect_now(machine, store_dir, bound);
+        match &reached {
+            Ok(reached) => {
+                note(&self.stamp(machine), reached.way.as_str());
+                let _ = fs::remove_file(failure);
+            }
+            Err(error) => {
+                self.forget(machine);
+                note(&failure, &error.describe());
+            }
+        }
+        reached
+    }
+
+    fn connect_now(
         &self,
         machine: &Machine,
         store_dir: &StoreDir,
@@ -245,21 +311,14 @@ impl Reach {
             }
             None => None,
         };
-        let reached = match reached {
-            Some(reached) => reached,
-            None => {
-                let begin = Instant::now();
-                let master = self.pool.start(&endpoint, left(), FIRST_COMMAND)?;
-                tracing::info!(
-                    builder = machine.name,
-                    duration_ms = begin.elapsed().as_millis() as u64,
-                    "connected by ssh"
-                );
-                self.on_master(&master, machine, store_dir, left())?
-            }
-        };
-        note(&self.stamp(machine), "");
-        Ok(reached)
+        if let Some(reached) = reached {
+            return Ok(reached);
+        }
+        let begin = Instant::now();
+        let master = self.pool.start(&endpoint, left(), FIRST_COMMAND)?;
+        let duration_ms = begin.elapsed().as_millis() as u64;
+        tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
+        self.on_master(&master, machine, store_dir, left())
     }
 
     fn on_master(
@@ -272,11 +331,11 @@ impl Reach {
         let named =
             machine.uri.param("remote-program").is_some() || machine.uri.param("remote-store").is_some();
         let refusal = self.stamp(machine).with_extension("refused");
-        let mut detour = if named { None } else { refused_lately(&refusal) };
+        let mut detour = if named { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
         let (builder, way) = if named || detour.is_some() {
             (self.by_session(master, machine, store_dir, bound)?, Way::Session)
         } else {
-            match by_socket(master, store_dir, bound) {
+            match self.by_socket(master, machine, store_dir, bound) {
                 Ok(builder) => (builder, Way::Socket),
                 Err(error) if master_is_lost(&error) => return Err(error),
                 Err(error) => {
@@ -291,6 +350,35 @@ impl Reach {
         let peer = builder.peer();
         let nix_version = peer.nix_version.clone().or_else(|| version_in(&master.first_output()?));
         Ok(Reached { builder, way, detour, nix_version })
+    }
+
+    fn by_socket(
+        &self,
+        master: &Master,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        bound: Duration,
+    ) -> Result<Builder, ReachError> {
+        // Without the lock it may still go well.
+        let _turn = self.opening.take_or_wait(&machine.uri.destination, OPENING).ok();
+        let deadline = Instant::now() + bound;
+        let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let was_open = fs::read_to_string(self.stamp(machine)).is_ok_and(|way| way == Way::Socket.as_str());
+        let mut pauses = REFUSED_PAUSES.iter().take(if was_open { REFUSED_PAUSES.len() } else { 0 });
+        loop {
+            let channel = match master.open_unix_socket(DAEMON_SOCKET, left()) {
+                Err(refused @ OpenError::Refused { .. }) => match pauses.next() {
+                    Some(pause) => {
+                        thread::sleep(*pause);
+                        continue;
+                    }
+                    None => return Err(refused.into()),
+                },
+                other => other?,
+            };
+            return Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), left())
+                .map_err(ReachError::Daemon);
+        }
     }
 
     fn by_session(
@@ -344,10 +432,10 @@ fn note(path: &Path, text: &str) {
     }
 }
 
-/// Why the builder refused its daemon's socket, if it did so lately.
-fn refused_lately(note: &Path) -> Option<String> {
+/// What was noted, if it was not too long ago.
+fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
     let noted = fs::metadata(note).and_then(|m| m.modified()).ok()?;
-    if is_younger(noted, SOCKET_AGAIN) { fs::read_to_string(note).ok() } else { None }
+    if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
 }
 
 fn master_is_lost(error: &ReachError) -> bool {
@@ -356,14 +444,6 @@ fn master_is_lost(error: &ReachError) -> bool {
         ReachError::Daemon(BuilderError::NoAnswer { .. }) => true,
         _ => false,
     }
-}
-
-fn by_socket(master: &Master, store_dir: &StoreDir, bound: Duration) -> Result<Builder, ReachError> {
-    let begin = Instant::now();
-    let channel = master.open_unix_socket(DAEMON_SOCKET, bound)?;
-    let left = bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1));
-    Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), left)
-        .map_err(ReachError::Daemon)
 }
 
 fn in_session(

@@ -64,11 +64,7 @@ impl Slots {
     /// # Errors
     /// If the lock cannot be opened or taken.
     pub fn lock(&self, name: &str) -> Result<Held, SlotError> {
-        let path = self.directory.join(name);
-        lock(&path, FlockArg::LockExclusive, true)
-            .and_then(|held| held.ok_or_else(|| io::ErrorKind::WouldBlock.into()))
-            .map(Held)
-            .map_err(|source| SlotError { path, source })
+        wait_for(self.directory.join(name))
     }
 
     /// Counts a machine's taken slots, and gives the number of a free one if there is one.
@@ -114,6 +110,17 @@ impl Slots {
         Ok(None)
     }
 
+    /// Takes the first free slot of so many, or waits for one of them.
+    ///
+    /// # Errors
+    /// If a lock cannot be opened or taken.
+    pub fn take_or_wait(&self, name: &str, slots: u64) -> Result<Held, SlotError> {
+        if let Some(held) = self.take_any(name, slots)? {
+            return Ok(held);
+        }
+        wait_for(self.path(name, u64::from(std::process::id()) % slots.max(1)))
+    }
+
     /// Begins to watch for slots becoming free. What happens from now on is not missed.
     ///
     /// # Errors
@@ -147,6 +154,13 @@ impl Watch {
             let _ = self.0.read_events();
         }
     }
+}
+
+fn wait_for(path: PathBuf) -> Result<Held, SlotError> {
+    lock(&path, FlockArg::LockExclusive, true)
+        .and_then(|held| held.ok_or_else(|| io::ErrorKind::WouldBlock.into()))
+        .map(Held)
+        .map_err(|source| SlotError { path, source })
 }
 
 /// Opens and locks; `None` when another process holds it.
@@ -204,6 +218,19 @@ mod tests {
         assert_eq!(take(&slots, "ssh-ng://other", 1).0, 0);
         assert!(slots.take_any("ssh-ng://mac", 2).unwrap().is_none());
         assert!(slots.take_any("ssh-ng://mac", 3).unwrap().is_some());
+    }
+
+    #[test]
+    fn one_of_several_slots_is_waited_for() {
+        let (_state, slots) = slots();
+        let first = slots.take_or_wait("m", 2).unwrap();
+        let second = slots.take_or_wait("m", 2).unwrap();
+        let waiting = std::thread::spawn({
+            let slots = slots.clone();
+            move || slots.take_or_wait("m", 2).map(drop)
+        });
+        drop((first, second));
+        waiting.join().unwrap().unwrap();
     }
 
     #[test]

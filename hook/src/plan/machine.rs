@@ -176,6 +176,28 @@ impl StoreUri {
         }
     }
 
+    /// The URI as Nix from 2.26 on renders it; older ones show it as written. For the ssh schemes only.
+    ///
+    /// Source: `StoreReference::render` and `encodeQuery` in Nix 2.34 (`src/libstore/store-reference.cc`,
+    /// `src/libutil/url.cc`).
+    pub fn render(&self) -> Option<String> {
+        let scheme = match self.scheme {
+            Scheme::Ssh => "ssh",
+            Scheme::SshNg => "ssh-ng",
+            Scheme::Other(_) => return None,
+        };
+        let (user, host) = match self.destination.rsplit_once('@') {
+            Some((user, host)) => (format!("{user}@"), host),
+            None => (String::new(), self.destination.as_str()),
+        };
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        let port = self.port.map(|port| format!(":{port}")).unwrap_or_default();
+        let query: Vec<String> =
+            self.params.iter().map(|(k, v)| format!("{}={}", percent_encode(k), percent_encode(v))).collect();
+        let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
+        Some(format!("{scheme}://{user}{host}{port}{query}"))
+    }
+
     /// A parameter's value, if it is given and not empty.
     pub fn param(&self, name: &str) -> Option<&str> {
         self.params.get(name).map(String::as_str).filter(|v| !v.is_empty())
@@ -217,6 +239,11 @@ fn parse_query(query: &str) -> Result<BTreeMap<String, String>, UriError> {
         params.insert(percent_decode(name)?, percent_decode(value)?);
     }
     Ok(params)
+}
+
+fn percent_encode(text: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@/?".contains(&b);
+    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }
 
 fn percent_decode(text: &str) -> Result<String, UriError> {
@@ -286,6 +313,20 @@ mod tests {
     fn a_second_question_mark_belongs_to_the_value() {
         let uri = parse("ssh://h?remote-store=/p?system-features=foo%20bar").unwrap();
         assert_eq!(uri.param("remote-store"), Some("/p?system-features=foo bar"));
+    }
+
+    #[test]
+    fn newer_nix_shows_a_uri_rendered_anew() {
+        for (text, expected) in [
+            ("mac", "ssh://mac"),
+            ("ssh-ng://a@mac:22", "ssh-ng://a@mac:22"),
+            ("ssh://root@::1", "ssh://root@[::1]"),
+            ("ssh://m?ssh-key=/k%20y&compress=true", "ssh://m?compress=true&ssh-key=/k%20y"),
+            ("ssh://h?remote-store=/p?system-features=foo", "ssh://h?remote-store=/p?system-features%3Dfoo"),
+        ] {
+            assert_eq!(parse(text).unwrap().render().as_deref(), Some(expected));
+        }
+        assert_eq!(parse("auto").unwrap().render(), None);
     }
 
     #[test]

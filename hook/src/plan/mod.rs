@@ -12,6 +12,10 @@ use machine::Machine;
 use std::collections::BTreeSet;
 use std::fmt;
 
+/// Builds that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above
+/// are postponed, for which Nix has no better clock than asking again every 5 seconds.
+pub const MAX_WAITING: u64 = 256;
+
 /// One `try` of Nix: may this derivation be built elsewhere?
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
@@ -57,6 +61,9 @@ pub struct Load {
 pub enum State {
     /// Nothing speaks against it; so many of its slots are taken.
     Ready(Load),
+    /// It could not be reached a short while ago, as the text says. It is left alone while another one will do, but
+    /// never ruled out by memory alone.
+    Ailing(Load, String),
     /// It failed earlier; the text says how.
     Failed(String),
     /// Its store URI is of a kind that cannot be reached; the text says why.
@@ -109,7 +116,10 @@ impl fmt::Display for Refusal {
 pub enum Verdict {
     /// Build it on the machine of this index.
     Accept(usize),
-    /// Ask again later: suitable machines are busy and it cannot be built here now.
+    /// Suitable machines (these) are busy, and it cannot be built locally at any time: accept it and wait for a slot,
+    /// unless [`MAX_WAITING`] do so already.
+    Wait(Vec<usize>),
+    /// Ask again later: suitable machines are busy, but Nix may have a local slot for it sooner.
     Postpone,
     /// Not to be built by any machine now.
     Decline,
@@ -162,47 +172,54 @@ pub fn decide(
     mut state: impl FnMut(usize) -> State,
 ) -> Decision {
     let mut refusals = Vec::new();
-    let mut best: Option<(usize, Load)> = None;
-    let mut busy = false;
+    let mut ready = Vec::new();
+    let mut ailing = Vec::new();
     for (index, machine) in machines.iter().enumerate() {
         if let Err(refusal) = suits(machine, request) {
             refusals.push((index, refusal));
             continue;
         }
-        let load = match state(index) {
-            State::Ready(load) => load,
-            State::Failed(why) => {
-                refusals.push((index, Refusal::Failed(why)));
-                continue;
-            }
-            State::Unreachable(why) => {
-                refusals.push((index, Refusal::Unreachable(why)));
-                continue;
-            }
-        };
-        if load.taken >= machine.max_jobs {
-            busy = true;
-            refusals.push((index, Refusal::Full { slots: machine.max_jobs }));
-            continue;
-        }
-        match best {
-            Some((leader, leading)) if !outranks((machine, load), (&machines[leader], leading)) => {
-                refusals.push((index, Refusal::Outranked));
-            }
-            _ => {
-                if let Some((leader, _)) = best.replace((index, load)) {
-                    refusals.push((leader, Refusal::Outranked));
-                }
-            }
+        match state(index) {
+            State::Ready(load) => ready.push((index, load)),
+            State::Ailing(load, why) => ailing.push((index, load, why)),
+            State::Failed(why) => refusals.push((index, Refusal::Failed(why))),
+            State::Unreachable(why) => refusals.push((index, Refusal::Unreachable(why))),
         }
     }
-    refusals.sort_by_key(|(index, _)| *index);
+    if ready.is_empty() {
+        ready = ailing.into_iter().map(|(index, load, _)| (index, load)).collect();
+    } else {
+        refusals.extend(ailing.into_iter().map(|(index, _, why)| (index, Refusal::Failed(why))));
+    }
+    let (free, full): (Vec<_>, Vec<_>) =
+        ready.into_iter().partition(|(index, load)| load.taken < machines[*index].max_jobs);
+    refusals
+        .extend(full.iter().map(|(index, _)| (*index, Refusal::Full { slots: machines[*index].max_jobs })));
+    let best = free.iter().copied().reduce(|best, next| {
+        let outranks = outranks((&machines[next.0], next.1), (&machines[best.0], best.1));
+        if outranks { next } else { best }
+    });
     let verdict = match best {
-        Some((index, _)) => Verdict::Accept(index),
+        Some((best, _)) => {
+            let others = free.iter().filter(|(index, _)| *index != best);
+            refusals.extend(others.map(|(index, _)| (*index, Refusal::Outranked)));
+            Verdict::Accept(best)
+        }
+        None if full.is_empty() => Verdict::Decline,
         // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
-        None if busy && !(request.am_willing && local.could_build(request)) => Verdict::Postpone,
-        None => Verdict::Decline,
+        None if request.am_willing && local.could_build(request) => Verdict::Decline,
+        None => {
+            // A machine without slots will never have a free one.
+            let waiting_for: Vec<usize> =
+                full.iter().map(|(index, _)| *index).filter(|index| machines[*index].max_jobs > 0).collect();
+            if local.could_build(request) || waiting_for.is_empty() {
+                Verdict::Postpone
+            } else {
+                Verdict::Wait(waiting_for)
+            }
+        }
     };
+    refusals.sort_by_key(|(index, _)| *index);
     Decision { verdict, refusals }
 }
 
@@ -317,7 +334,8 @@ mod tests {
         };
         assert_eq!(ask(false, &local).verdict, Verdict::Postpone);
         assert_eq!(ask(true, &local).verdict, Verdict::Decline);
-        assert_eq!(ask(true, &Local::default()).verdict, Verdict::Postpone);
+        assert_eq!(ask(true, &Local::default()).verdict, Verdict::Wait(vec![0]));
+        assert_eq!(ask(false, &Local::default()).verdict, Verdict::Wait(vec![0]));
         assert_eq!(ask(false, &local).refusals, [(0, Refusal::Full { slots: 2 })]);
     }
 
@@ -334,6 +352,31 @@ mod tests {
             d.refusals,
             [(0, Refusal::Failed("no route".into())), (1, Refusal::Unreachable("file://".into()))]
         );
+    }
+
+    #[test]
+    fn an_ailing_machine_is_left_alone_while_another_will_do() {
+        let machines = [machine("a", 1, 2.0), machine("b", 1, 1.0)];
+        let ask = |taken| {
+            decide(&machines, &Local::default(), &request(), |i| match i {
+                0 => State::Ailing(Load::default(), "no route".into()),
+                _ => State::Ready(Load { taken }),
+            })
+        };
+        let free = ask(0);
+        assert_eq!(free.verdict, Verdict::Accept(1));
+        assert_eq!(free.refusals, [(0, Refusal::Failed("no route".into()))]);
+        assert_eq!(ask(1).verdict, Verdict::Wait(vec![1]));
+    }
+
+    #[test]
+    fn an_ailing_machine_is_asked_when_there_is_no_other() {
+        let machines = [machine("a", 1, 1.0), machine("b", 1, 2.0)];
+        let d = decide(&machines, &Local::default(), &request(), |i| match i {
+            0 => State::Failed("just now".into()),
+            _ => State::Ailing(Load::default(), "a while ago".into()),
+        });
+        assert_eq!(d.verdict, Verdict::Accept(1));
     }
 
     #[test]

@@ -71,9 +71,11 @@ pub fn output_paths(drv: &Derivation, store_dir: &StoreDir) -> Result<BTreeMap<S
     Ok(paths)
 }
 
-/// Whether the derivation is fixed by the content of its outputs, so that a builder need not trust us.
-pub fn is_fixed(drv: &Derivation) -> bool {
-    drv.outputs().values().any(|output| matches!(output, Output::Fixed { .. }))
+/// Whether a builder's daemon will have the derivation built for us: without its trust it does so only for what is
+/// fixed by its content. A daemon that does not say is taken to trust us, as in Nix.
+pub fn is_allowed(drv: &Derivation, trusted: Option<bool>) -> bool {
+    let fixed = || drv.outputs().values().all(|output| matches!(output, Output::Fixed { .. }));
+    trusted != Some(false) || fixed()
 }
 
 /// Turns a builder's claim of an output into what is registered here.

@@ -551,7 +551,7 @@ impl BuildResult {
         match self.status {
             0 | 1 | 2 | 13 => Outcome::Built,
             8 => Outcome::TimedOut,
-            6 | 9 | 10 | 14 => Outcome::NotThere,
+            6 | 10 | 14 => Outcome::NotThere,
             _ => Outcome::Failed,
         }
     }

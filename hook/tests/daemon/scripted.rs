@@ -29,10 +29,12 @@ fn greeting() -> Vec<u8> {
     bytes
 }
 
-/// A peer that says `bytes` at once and, if it is to stay, goes on listening until we leave.
+/// A peer that hears our greeting, says `bytes` and, if it is to stay, goes on listening until we leave.
 fn peer(bytes: Vec<u8>, stay: bool) -> UnixStream {
+    const GREETING: usize = 32;
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     thread::spawn(move || {
+        let _ = theirs.read_exact(&mut [0; GREETING]);
         let _ = theirs.write_all(&bytes);
         if stay {
             let _ = io::copy(&mut theirs, &mut io::sink());

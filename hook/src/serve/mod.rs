@@ -2,22 +2,23 @@
 //!
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
+mod attempts;
+
 use crate::config::{self, Fleet, Settings};
 use crate::fds;
-use crate::job::{JobError, Report, Task};
+use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
 use crate::plan::machine::{Machine, Scheme};
 use crate::plan::outputs::{self, OutputError, Wanted};
-use crate::plan::{self, Decision, Local, Request, State, Verdict};
-use crate::reach::{Reach, ReachError, Reached};
+use crate::plan::{self, Decision, Local, MAX_WAITING, Request, State, Verdict};
+use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::store::{Location, LocationError};
 use crate::wire::WireError;
-use crate::wire::hook::{self, Job, Reply, Verbosity};
+use crate::wire::hook::{self, Reply, Verbosity};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
-use nix_offload_proxy::master::DirectoryError;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{self, StdinLock};
@@ -27,17 +28,7 @@ use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
 /// How long reaching a machine may take before it is given up.
-const CONNECT_BOUND: Duration = Duration::from_secs(8);
-
-/// Builds that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above
-/// are postponed, for which Nix has no better clock than asking again every 5 seconds.
-const MAX_WAITING: u64 = 256;
-
-/// A waiting build looks at the slots so often even if nothing seems to happen.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
-
-/// How often one machine is tried for an accepted build whose connection breaks.
-const TRIES: usize = 3;
+const CONNECT_BOUND: Duration = Duration::from_secs(6);
 
 /// Why the hook cannot do its work at all.
 #[derive(Debug, Error)]
@@ -78,7 +69,16 @@ enum Unable {
     #[error(transparent)]
     Slots(#[from] SlotError),
     #[error(transparent)]
-    Runtime(#[from] DirectoryError),
+    Reach(#[from] ReachSetupError),
+}
+
+impl Unable {
+    fn cure(&self) -> Option<String> {
+        match self {
+            Self::Reach(error) => error.cure(),
+            Self::Location(_) | Self::Slots(_) => None,
+        }
+    }
 }
 
 /// Serves Nix until it has no more requests or the accepted build is over. Gives the exit status.
@@ -107,9 +107,10 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     match Hook::new(&nix, &settings, &fleet.machines) {
         Ok(hook) => hook.run(&mut source),
         Err(unable) => {
-            let text = exit::report(&unable, None);
+            let text = exit::report(&unable, unable.cure().as_deref());
+            let text = text.strip_prefix("error: ").unwrap_or(&text);
             tracing::error!("{text}");
-            nix.message(Verbosity::Warn, &format!("nix-offload cannot build remotely: {text}"));
+            nix.message(Verbosity::Error, &format!("nix-offload cannot build remotely: {text}"));
             nix.reply(&Reply::DeclinePermanently).map_err(ServeError::NixGone)?;
             Ok(exit::OK)
         }
@@ -129,19 +130,15 @@ fn level(verbosity: u64) -> LevelFilter {
 
 fn fleet(settings: &Settings) -> Fleet {
     let text = settings.get("builders").unwrap_or_default();
-    config::parse_machines("builders", text, &settings.default_systems(), &read_machines_file)
-}
-
-/// Reads a file of machines for [`config::parse_machines`].
-///
-/// # Errors
-/// If it exists and cannot be read as text.
-pub fn read_machines_file(path: &str) -> io::Result<Option<String>> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+    let mut fleet =
+        config::parse_machines("builders", text, &settings.default_systems(), &read_machines_file);
+    if settings.renders_uris() {
+        for machine in &mut fleet.machines {
+            // The names of slots are made from it, and those are shared with stock hooks.
+            machine.name = machine.uri.render().unwrap_or_else(|| machine.name.clone());
+        }
     }
+    fleet
 }
 
 /// A request that passed the checks which need no machine.
@@ -163,8 +160,8 @@ struct Chosen {
 enum Accepted {
     /// On a machine with a free slot.
     Now(Box<Chosen>),
-    /// To wait here for a slot. Holds a place in the queue.
-    Waiting(Held),
+    /// To wait here for a slot of one of these machines. Holds a place in the queue.
+    Waiting(Vec<usize>, Held),
 }
 
 struct Hook<'a> {
@@ -232,18 +229,21 @@ impl<'a> Hook<'a> {
                 return (Reply::Decline, None);
             }
         };
+        let name = |index: usize| self.machines[index].name.clone();
         match self.choose(&candidate, failed, true) {
-            (Verdict::Accept(_), Some(chosen)) => {
-                let machine = self.machines[chosen.index].name.clone();
-                (Reply::Accept { machine }, Some((candidate, Accepted::Now(Box::new(chosen)))))
+            (Verdict::Accept(index), Some(chosen)) => {
+                let accepted = Accepted::Now(Box::new(chosen));
+                (Reply::Accept { machine: name(index) }, Some((candidate, accepted)))
             }
-            (Verdict::Postpone, _) => match self.place_in_queue(&candidate.request, failed) {
-                Some((machine, place)) => {
-                    let machine = self.machines[machine].name.clone();
-                    (Reply::Accept { machine }, Some((candidate, Accepted::Waiting(place))))
+            (Verdict::Wait(machines), _) => match (machines.first(), self.place_in_queue(&machines)) {
+                // The first is named to Nix, which cannot be told otherwise later.
+                (Some(first), Some(place)) => {
+                    let machine = name(*first);
+                    (Reply::Accept { machine }, Some((candidate, Accepted::Waiting(machines, place))))
                 }
-                None => (Reply::Postpone, None),
+                _ => (Reply::Postpone, None),
             },
+            (Verdict::Postpone, _) => (Reply::Postpone, None),
             _ => (Reply::Decline, None),
         }
     }
@@ -267,8 +267,10 @@ impl<'a> Hook<'a> {
     ///
     /// With `ask` a machine that has not answered lately is connected to first.
     fn choose(&self, candidate: &Candidate, failed: &mut Failed, ask: bool) -> (Verdict, Option<Chosen>) {
+        // What speaks against a machine for this derivation only.
+        let mut unfit = Failed::new();
         loop {
-            let (decision, slot) = match self.decide(&candidate.request, failed) {
+            let (decision, slot) = match self.decide(&candidate.request, failed, &unfit) {
                 Ok(decided) => decided,
                 Err(error) => {
                     let text = exit::report(&error, None);
@@ -295,81 +297,42 @@ impl<'a> Hook<'a> {
                     tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
                     self.nix
                         .message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
-                    failed.insert(index, text);
+                    let against =
+                        if matches!(error, ReachError::Untrusted { .. }) { &mut unfit } else { &mut *failed };
+                    against.insert(index, text);
                 }
             }
         }
     }
 
-    /// A place among the builds that wait here for a slot, and the machine to name to Nix meanwhile.
-    ///
-    /// Only for what cannot be built locally: Nix would rather build that than wait.
-    fn place_in_queue(&self, request: &Request, failed: &Failed) -> Option<(usize, Held)> {
-        if self.local.could_build(request) {
-            return None;
-        }
-        let suitable = self.suitable(request, failed);
-        // A machine without slots will never have a free one.
-        let first = *suitable.iter().find(|index| self.machines[**index].max_jobs > 0)?;
-        let place = self.queue.take_any(&self.queue_name(&suitable), MAX_WAITING);
-        match place {
-            Ok(place) => place.map(|place| (first, place)),
-            Err(error) => {
-                tracing::error!("{}", exit::report(&error, None));
-                None
-            }
-        }
-    }
-
-    fn suitable(&self, request: &Request, failed: &Failed) -> Vec<usize> {
-        let reachable = |m: &Machine| !matches!(m.uri.scheme, Scheme::Other(_));
-        let suits = |(index, machine): (usize, &Machine)| {
-            let fits = reachable(machine) && plan::suits(machine, request).is_ok();
-            (fits && !failed.contains_key(&index)).then_some(index)
-        };
-        self.machines.iter().enumerate().filter_map(suits).collect()
+    /// A place among the builds that wait here for a slot of these machines.
+    fn place_in_queue(&self, machines: &[usize]) -> Option<Held> {
+        self.queue.take_any(&self.queue_name(machines), MAX_WAITING).unwrap_or_else(|error| {
+            tracing::error!("{}", exit::report(&error, None));
+            None
+        })
     }
 
     /// Builds that can use the same machines stand in one queue, so that none waits behind one with other wishes.
-    fn queue_name(&self, suitable: &[usize]) -> String {
-        let names: Vec<&str> = suitable.iter().map(|index| self.machines[*index].name.as_str()).collect();
+    fn queue_name(&self, machines: &[usize]) -> String {
+        let names: Vec<&str> = machines.iter().map(|index| self.machines[*index].name.as_str()).collect();
         hash_bytes(HashAlgorithm::Sha256, names.join("\n").as_bytes())
             .to_nix_base16_string()
             .replace(':', "-")
     }
 
-    /// Waits until a machine has a slot for the build; first come, first served.
-    fn wait_for_slot(&self, candidate: &Candidate, failed: &mut Failed) -> Option<Chosen> {
-        let begin = Instant::now();
-        let waited = |chosen: Option<Chosen>| {
-            let duration_ms = begin.elapsed().as_millis() as u64;
-            tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
-            chosen
-        };
-        let head = format!("{}-head", self.queue_name(&self.suitable(&candidate.request, failed)));
-        let turn = self.queue.lock(&head).and_then(|turn| Ok((turn, self.slots.watch()?)));
-        let (_turn, watch) = match turn {
-            Ok(turn) => turn,
-            Err(error) => {
-                tracing::error!("{}", exit::report(&error, None));
-                return None;
-            }
-        };
-        loop {
-            match self.choose(candidate, failed, false) {
-                (Verdict::Postpone, _) => watch.wait(LOOK_AGAIN),
-                (_, chosen) => return waited(chosen),
-            }
-        }
-    }
-
-    fn decide(&self, request: &Request, failed: &Failed) -> Result<(Decision, Option<Held>), SlotError> {
+    fn decide(
+        &self,
+        request: &Request,
+        failed: &Failed,
+        unfit: &Failed,
+    ) -> Result<(Decision, Option<Held>), SlotError> {
         let _choosing = self.slots.lock("main-lock")?;
         let mut free: HashMap<usize, u64> = HashMap::new();
         let mut fault = None;
         let decision = plan::decide(self.machines, &self.local, request, |index| {
             let machine = &self.machines[index];
-            if let Some(reason) = failed.get(&index) {
+            if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
                 return State::Failed(reason.clone());
             }
             if let Scheme::Other(kind) = &machine.uri.scheme {
@@ -378,7 +341,10 @@ impl<'a> Hook<'a> {
             match self.slots.count(&machine.name, machine.max_jobs) {
                 Ok((load, slot)) => {
                     free.extend(slot.map(|slot| (index, slot)));
-                    State::Ready(load)
+                    match self.reach.ailing(machine) {
+                        Some(reason) => State::Ailing(load, reason),
+                        None => State::Ready(load),
+                    }
                 }
                 Err(error) => {
                     let reason = exit::report(&error, None);
@@ -410,6 +376,9 @@ impl<'a> Hook<'a> {
             Verdict::Accept(index) => {
                 tracing::info!(derivation, builder = self.machines[*index].name, "chosen");
             }
+            Verdict::Wait(_) => {
+                tracing::debug!(derivation, reason = "all suitable machines are full", "waiting");
+            }
             Verdict::Postpone => {
                 tracing::info!(derivation, reason = "all suitable machines are full", "postponed")
             }
@@ -435,165 +404,11 @@ impl<'a> Hook<'a> {
             duration_us = begin.elapsed().as_micros() as u64,
             "reached the daemon"
         );
-        // A builder that does not trust us still builds what is fixed by its content.
-        if reached.builder.peer().trusted == Some(false) && !outputs::is_fixed(drv) {
+        if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
             self.reach.forget(machine);
             let account = machine.uri.destination.clone();
             return Err(ReachError::Untrusted { account });
         }
         Ok(reached)
     }
-
-    /// Runs the accepted build to its end, on another machine if the first cannot be kept. Gives the exit status.
-    fn build(&self, candidate: &Candidate, accepted: Accepted, job: &Job, mut failed: Failed) -> u8 {
-        let mut tried = Vec::new();
-        let mut chosen = match accepted {
-            Accepted::Now(chosen) => Some(*chosen),
-            Accepted::Waiting(_place) => self.wait_for_slot(candidate, &mut failed),
-        };
-        while let Some(current) = chosen.take() {
-            let machine = &self.machines[current.index];
-            let index = current.index;
-            let done = catch_unwind(AssertUnwindSafe(|| self.build_on(candidate, current, job)));
-            let attempt = done.unwrap_or_else(|_| {
-                Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
-            });
-            match attempt {
-                Attempt::Done => return exit::OK,
-                Attempt::Final(status, text) => {
-                    let text = format!(
-                        "build of '{}' on '{}' failed: {text}",
-                        candidate.request.drv_path, machine.name
-                    );
-                    tracing::info!(
-                        derivation = candidate.request.drv_path,
-                        builder = machine.name,
-                        reason = text,
-                        "failed"
-                    );
-                    self.nix.message(Verbosity::Error, &format!("error: {text}"));
-                    return status;
-                }
-                Attempt::Elsewhere(text) => {
-                    tracing::warn!(
-                        derivation = candidate.request.drv_path,
-                        builder = machine.name,
-                        reason = text,
-                        "giving up this machine"
-                    );
-                    self.nix.message(Verbosity::Warn, &format!("cannot build on '{}': {text}", machine.name));
-                    tried.push(format!("{}: {text}", machine.name));
-                    failed.insert(index, text);
-                    chosen = match self.choose(candidate, &mut failed, true) {
-                        (Verdict::Postpone, _) => self.wait_for_slot(candidate, &mut failed),
-                        (_, chosen) => chosen,
-                    };
-                    if let Some(next) = &chosen {
-                        let name = &self.machines[next.index].name;
-                        self.nix.message(
-                            Verbosity::Warn,
-                            &format!("building '{}' on '{name}' instead", candidate.request.drv_path),
-                        );
-                    }
-                }
-            }
-        }
-        let text = format!(
-            "error: '{}' could not be built on any machine; tried:\n  {}",
-            candidate.request.drv_path,
-            tried.join("\n  ")
-        );
-        tracing::error!(derivation = candidate.request.drv_path, reason = text, "failed");
-        self.nix.message(Verbosity::Error, &text);
-        exit::FAILURE
-    }
-
-    fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
-        let machine = &self.machines[chosen.index];
-        let derivation = candidate.request.drv_path.as_str();
-        let task = Task {
-            nix: self.nix,
-            settings: self.settings,
-            location: &self.location,
-            drv_path: &candidate.drv_path,
-            drv: &candidate.drv,
-            outputs: &candidate.outputs,
-            machine: &machine.name,
-        };
-        let Chosen { slot, mut reached, .. } = chosen;
-        let mut slot = Some(slot);
-        let begin = Instant::now();
-        let mut lost = String::new();
-        for attempt in 1..=TRIES {
-            let connection = match reached.take() {
-                Some(reached) => Ok(reached),
-                None => self.connect(machine, &candidate.drv),
-            };
-            let mut connection = match connection {
-                Ok(connection) => connection,
-                Err(error) => return Attempt::Elsewhere(error.describe()),
-            };
-            match task.run(&mut connection.builder, job, &mut slot) {
-                Ok(report) => {
-                    log_report(derivation, &machine.name, &report, begin.elapsed());
-                    return Attempt::Done;
-                }
-                Err(error) if error.is_transport() => {
-                    self.reach.forget(machine);
-                    lost = one_report(&error);
-                    tracing::warn!(
-                        derivation,
-                        builder = machine.name,
-                        attempt,
-                        reason = lost,
-                        "connection lost"
-                    );
-                    if attempt < TRIES {
-                        let text = format!("'{}': {lost}; connecting again", machine.name);
-                        self.nix.message(Verbosity::Warn, &text);
-                    }
-                }
-                Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
-            }
-        }
-        Attempt::Elsewhere(lost)
-    }
-}
-
-/// How trying one machine for an accepted build ended.
-enum Attempt {
-    /// The outputs are valid here.
-    Done,
-    /// The build failed, with this exit status and text; no other machine is to be tried.
-    Final(u8, String),
-    /// The machine could not be used; another may do it.
-    Elsewhere(String),
-}
-
-/// The error with its causes. The builder's own words keep their lines.
-fn one_report(error: &JobError) -> String {
-    match error {
-        JobError::Failed { message, .. } => message.clone(),
-        other => {
-            let text = exit::report(other, None);
-            text.strip_prefix("error: ").unwrap_or(&text).to_owned()
-        }
-    }
-}
-
-fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
-    let ms = |duration: Duration| duration.as_micros() as f64 / 1000.0;
-    tracing::info!(
-        derivation,
-        builder,
-        duration_ms = ms(all),
-        inputs_ms = ms(report.inputs),
-        build_ms = ms(report.build),
-        outputs_ms = ms(report.outputs),
-        sent_paths = report.sent_paths as u64,
-        sent_bytes = report.sent_bytes,
-        fetched_paths = report.fetched_paths as u64,
-        fetched_bytes = report.fetched_bytes,
-        "built"
-    );
 }

@@ -1,0 +1,59 @@
+//! Reading what a builder sends: with a deadline, and no further than a NAR reaches.
+
+use nix_offload_proxy::master::TimedRead;
+use std::io::{self, BufReader, Read};
+use std::time::Instant;
+
+/// The reading side, with a point in time after which a read fails with `TimedOut`.
+pub(super) struct Input {
+    pub(super) inner: BufReader<Box<dyn TimedRead + Send>>,
+    pub(super) deadline: Option<Instant>,
+    /// Whether the stream has a timeout set now.
+    pub(super) timed: bool,
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.inner.buffer().is_empty() && (self.deadline.is_some() || self.timed) {
+            let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.inner.get_mut().set_timeout(left)?;
+            self.timed = left.is_some();
+        }
+        self.inner.read(buffer)
+    }
+}
+
+/// A NAR of known length inside the stream, so that whoever reads it cannot read too far.
+pub(super) struct Counted<'a> {
+    pub(super) inner: &'a mut Input,
+    pub(super) left: u64,
+    pub(super) broken: Option<io::Error>,
+}
+
+impl Read for Counted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
+        if wanted == 0 {
+            return Ok(0);
+        }
+        let got = match self.inner.read(&mut buffer[..wanted]) {
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            other => other,
+        };
+        match got {
+            Ok(n) => {
+                self.left -= n as u64;
+                Ok(n)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                let copy = io::Error::new(error.kind(), error.to_string());
+                self.broken = Some(error);
+                Err(copy)
+            }
+        }
+    }
+}

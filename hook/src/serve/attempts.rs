@@ -1,0 +1,204 @@
+//! Running the accepted build to its end: waiting for a slot, trying again, going to another machine.
+//!
+//! Must never give a machine up for a build that failed there by itself.
+
+use super::{Accepted, Candidate, Chosen, Failed, Hook};
+use crate::job::{Blame, JobError, Report, Task};
+use crate::plan::Verdict;
+use crate::wire::hook::{Job, Verbosity};
+use nix_offload_proxy::exit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+/// How often one machine is tried for an accepted build whose connection breaks.
+const TRIES: usize = 3;
+
+/// A waiting build looks at the slots so often even if nothing seems to happen.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// How trying one machine for an accepted build ended.
+enum Attempt {
+    /// The outputs are valid here.
+    Done,
+    /// The build failed, with this exit status and text; no other machine is to be tried.
+    Final(u8, String),
+    /// The machine could not be used; another may do it.
+    Elsewhere(String),
+}
+
+impl Hook<'_> {
+    /// Runs the accepted build, on another machine if the first cannot be kept. Gives the exit status.
+    pub(super) fn build(
+        &self,
+        candidate: &Candidate,
+        accepted: Accepted,
+        job: &Job,
+        mut failed: Failed,
+    ) -> u8 {
+        let derivation = candidate.request.drv_path.as_str();
+        let mut tried = Vec::new();
+        let mut next = match accepted {
+            Accepted::Now(chosen) => Some(*chosen),
+            Accepted::Waiting(machines, _place) => self.wait_for_slot(candidate, &mut failed, &machines),
+        };
+        while let Some(current) = next.take() {
+            let index = current.index;
+            let name = self.machines[index].name.as_str();
+            let done = catch_unwind(AssertUnwindSafe(|| self.build_on(candidate, current, job)));
+            let attempt = done.unwrap_or_else(|_| {
+                Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
+            });
+            match attempt {
+                Attempt::Done => return exit::OK,
+                Attempt::Final(status, text) => {
+                    let text = format!("build of '{derivation}' on '{name}' failed: {text}");
+                    tracing::info!(derivation, builder = name, reason = text, "failed");
+                    self.nix.message(Verbosity::Error, &format!("error: {text}"));
+                    return status;
+                }
+                Attempt::Elsewhere(text) => {
+                    tracing::warn!(derivation, builder = name, reason = text, "giving up this machine");
+                    self.nix.message(Verbosity::Warn, &format!("cannot build on '{name}': {text}"));
+                    tried.push(format!("{name}: {text}"));
+                    failed.insert(index, text);
+                    next = match self.choose(candidate, &mut failed, true) {
+                        (Verdict::Wait(machines), _) => self.wait_for_slot(candidate, &mut failed, &machines),
+                        // Nix has no say any more, so what it could do locally does not count.
+                        (Verdict::Postpone, _) => self.wait_for_slot(candidate, &mut failed, &[]),
+                        (_, chosen) => chosen,
+                    };
+                    if let Some(next) = &next {
+                        let name = &self.machines[next.index].name;
+                        let text = format!("building '{derivation}' on '{name}' instead");
+                        self.nix.message(Verbosity::Warn, &text);
+                    }
+                }
+            }
+        }
+        let tried = if tried.is_empty() {
+            " (see above)".to_owned()
+        } else {
+            format!("; tried:\n  {}", tried.join("\n  "))
+        };
+        let text = format!("error: '{derivation}' could not be built on any machine{tried}");
+        tracing::error!(derivation, reason = text, "failed");
+        self.nix.message(Verbosity::Error, &text);
+        exit::FAILURE
+    }
+
+    /// Waits until a machine has a slot for the build; first come, first served.
+    fn wait_for_slot(
+        &self,
+        candidate: &Candidate,
+        failed: &mut Failed,
+        machines: &[usize],
+    ) -> Option<Chosen> {
+        let begin = Instant::now();
+        let head = format!("{}-head", self.queue_name(machines));
+        let turn = self.queue.lock(&head).and_then(|turn| Ok((turn, self.slots.watch()?)));
+        let (_turn, watch) = match turn {
+            Ok(turn) => turn,
+            Err(error) => {
+                let text = exit::report(&error, None);
+                tracing::error!("{text}");
+                self.nix.message(Verbosity::Error, &format!("nix-offload: {text}"));
+                return None;
+            }
+        };
+        loop {
+            match self.choose(candidate, failed, false) {
+                (Verdict::Wait(_) | Verdict::Postpone, _) => watch.wait(LOOK_AGAIN),
+                (_, chosen) => {
+                    let duration_ms = begin.elapsed().as_millis() as u64;
+                    tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
+                    return chosen;
+                }
+            }
+        }
+    }
+
+    fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
+        let machine = &self.machines[chosen.index];
+        let derivation = candidate.request.drv_path.as_str();
+        let task = Task {
+            nix: self.nix,
+            settings: self.settings,
+            location: &self.location,
+            drv_path: &candidate.drv_path,
+            drv: &candidate.drv,
+            outputs: &candidate.outputs,
+            machine: &machine.name,
+        };
+        let Chosen { slot, mut reached, .. } = chosen;
+        let mut slot = Some(slot);
+        let begin = Instant::now();
+        let mut lost = String::new();
+        for attempt in 1..=TRIES {
+            let connection = reached.take().map_or_else(|| self.connect(machine, &candidate.drv), Ok);
+            let mut connection = match connection {
+                Ok(connection) => connection,
+                Err(error) => return Attempt::Elsewhere(error.describe()),
+            };
+            if slot.is_none() {
+                // It was given back when the build was over. Most likely there is nothing left to build, so another
+                // build's claim to the last slot is no reason to wait.
+                slot = self.slots.take_any(&machine.name, machine.max_jobs).ok().flatten();
+            }
+            let error = match task.run(&mut connection.builder, job, &mut slot) {
+                Ok(report) => {
+                    log_report(derivation, &machine.name, &report, begin.elapsed());
+                    return Attempt::Done;
+                }
+                Err(error) => error,
+            };
+            match error.blame() {
+                Blame::Build => return Attempt::Final(error.exit_status(), one_report(&error)),
+                Blame::Machine => return Attempt::Elsewhere(one_report(&error)),
+                Blame::Transport => {
+                    self.reach.forget(machine);
+                    lost = one_report(&error);
+                    tracing::warn!(
+                        derivation,
+                        builder = machine.name,
+                        attempt,
+                        reason = lost,
+                        "connection lost"
+                    );
+                    if attempt < TRIES {
+                        let text = format!("'{}': {lost}; connecting again", machine.name);
+                        self.nix.message(Verbosity::Warn, &text);
+                    }
+                }
+            }
+        }
+        Attempt::Elsewhere(lost)
+    }
+}
+
+/// The error with its causes. The builder's own words keep their lines.
+fn one_report(error: &JobError) -> String {
+    match error {
+        JobError::Failed { message, .. } => message.clone(),
+        other => {
+            let text = exit::report(other, None);
+            text.strip_prefix("error: ").unwrap_or(&text).to_owned()
+        }
+    }
+}
+
+fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
+    let ms = |duration: Duration| duration.as_micros() as f64 / 1000.0;
+    tracing::info!(
+        derivation,
+        builder,
+        duration_ms = ms(all),
+        inputs_ms = ms(report.inputs),
+        build_ms = ms(report.build),
+        outputs_ms = ms(report.outputs),
+        sent_paths = report.sent_paths as u64,
+        sent_bytes = report.sent_bytes,
+        fetched_paths = report.fetched_paths as u64,
+        fetched_bytes = report.fetched_bytes,
+        "built"
+    );
+}
