@@ -338,6 +338,8 @@ impl Relay<'_> {
             Event::Text(text) => {
                 self.nix.message(Verbosity::Error, String::from_utf8_lossy(text).trim_end());
             }
+            // The builder's books on its own work. This Nix keeps its own, and each line would wake it.
+            Event::Start { kind: activity::REALISE | activity::COPY_PATHS | activity::BUILDS, .. } => {}
             Event::Start { id, level, kind, text, fields } => {
                 let kind = if kind == activity::FILE_TRANSFER { activity::UNKNOWN } else { kind };
                 let ours = self.nix.start(level, kind, &String::from_utf8_lossy(text), fields);

@@ -278,8 +278,11 @@ impl Reach {
         let reached = self.connect_now(machine, store_dir, bound);
         match &reached {
             Ok(reached) => {
-                note(&self.stamp(machine), reached.way.as_str());
-                let _ = fs::remove_file(failure);
+                let way = reached.way.as_str();
+                if noted_lately(&self.stamp(machine), WARM / 4).as_deref() != Some(way) {
+                    note(&self.stamp(machine), way);
+                    let _ = fs::remove_file(failure);
+                }
             }
             Err(error) => {
                 self.forget(machine);

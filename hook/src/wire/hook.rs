@@ -158,8 +158,12 @@ pub mod activity {
     /// A file is fetched; field: where from. Has the number of [`super::result::BUILD_LOG_LINE`], and Nix takes a
     /// hook's line of that type for one, whatever its action.
     pub const FILE_TRANSFER: u64 = 101;
+    /// A goal is realised; one of a daemon's books on its own work.
+    pub const REALISE: u64 = 102;
     /// Several paths are copied.
     pub const COPY_PATHS: u64 = 103;
+    /// Derivations are built; the sum of a daemon's builds.
+    pub const BUILDS: u64 = 104;
     /// A derivation is built; fields: derivation, machine, round, rounds.
     pub const BUILD: u64 = 105;
 }

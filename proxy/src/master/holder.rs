@@ -16,6 +16,7 @@ use std::{
         unix::{net::UnixStream, process::CommandExt},
     },
     process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
 };
 
 /// Stdout is the connection. Without a word from us, because we died or gave up, it is held until the
@@ -42,6 +43,7 @@ pub(super) struct Holder(Option<Child>);
 impl Holder {
     /// Starts it: about 0.1 ms, because nobody waits for the shell to come up.
     pub(super) fn spawn(socket: &UnixStream) -> io::Result<Self> {
+        reap(None);
         let child = Command::new("/bin/sh")
             .args(["-c", SCRIPT])
             .stdin(Stdio::piped())
@@ -81,8 +83,17 @@ impl Drop for Holder {
     fn drop(&mut self) {
         if let Some(mut child) = self.0.take() {
             drop(child.stdin.take());
-            // Without a thread it stays a zombie until we end, which is no harm.
-            let _ = std::thread::Builder::new().spawn(move || child.wait());
+            reap(Some(child));
         }
     }
+}
+
+/// Processes that have been let go and are about to end. Waiting for them would cost their time, so the next one
+/// to come takes care of those before it.
+static LEAVING: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
+fn reap(child: Option<Child>) {
+    let mut leaving = LEAVING.lock().unwrap_or_else(PoisonError::into_inner);
+    leaving.extend(child);
+    leaving.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
 }
