@@ -32,7 +32,7 @@ enum Command {
         #[arg(long, value_name = "MACHINES")]
         builders: Option<String>,
         /// Give a machine up after so many seconds.
-        #[arg(long, value_name = "SECONDS", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=600))]
+        #[arg(long, value_name = "SECONDS", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=600))]
         timeout: u64,
         /// Print a JSON array with an object for each machine.
         #[arg(long)]

@@ -41,6 +41,10 @@ const REFUSED_PAUSES: [Duration; 3] =
 /// A machine that could not be reached is left alone for so long while another one will do.
 const COOL_DOWN: Duration = Duration::from_secs(60);
 
+/// Masters to one machine that may be opened because sshd has no more sessions to give on the others (its
+/// MaxSessions, 10 by default).
+const MASTERS: u32 = 8;
+
 /// A live master has this long to open a stream before it is taken to be hung.
 const LIVE_MASTER_BOUND: Duration = Duration::from_secs(3);
 
@@ -186,6 +190,12 @@ impl ReachError {
         }
     }
 
+    /// Whether a daemon's refusal means that it does not trust us. Daemons before 1.35 of the protocol do not say so
+    /// earlier (`daemon.cc`, `BuildDerivation`).
+    pub fn means_untrusted(refusal: &str) -> bool {
+        refusal.contains("not privileged to build")
+    }
+
     /// Cause and cure as one text for Nix's user.
     pub fn describe(&self) -> String {
         let text = exit::report(self, self.cure().as_deref());
@@ -298,10 +308,29 @@ impl Reach {
         store_dir: &StoreDir,
         bound: Duration,
     ) -> Result<Reached, ReachError> {
-        let endpoint = endpoint(machine, &self.ssh_options)?;
+        let mut endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
+        loop {
+            let reached = self.on_endpoint(&endpoint, machine, store_dir, deadline);
+            endpoint.instance += 1;
+            match reached {
+                Err(ReachError::Open(OpenError::Refused { reason })) if endpoint.instance < MASTERS => {
+                    tracing::info!(builder = machine.name, reason, "no session left on an SSH master");
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn on_endpoint(
+        &self,
+        endpoint: &Endpoint,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        deadline: Instant,
+    ) -> Result<Reached, ReachError> {
         let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let reached = match self.pool.live(&endpoint) {
+        let reached = match self.pool.live(endpoint) {
             Some(master) => {
                 match self.on_master(&master, machine, store_dir, left().min(LIVE_MASTER_BOUND)) {
                     Err(error) if master_is_lost(&error) => {
@@ -318,7 +347,7 @@ impl Reach {
             return Ok(reached);
         }
         let begin = Instant::now();
-        let master = self.pool.start(&endpoint, left(), FIRST_COMMAND)?;
+        let master = self.pool.start(endpoint, left(), FIRST_COMMAND)?;
         let duration_ms = begin.elapsed().as_millis() as u64;
         tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
         self.on_master(&master, machine, store_dir, left())

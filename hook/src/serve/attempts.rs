@@ -5,6 +5,7 @@
 use super::{Accepted, Candidate, Chosen, Failed, Hook};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::Verdict;
+use crate::reach::ReachError;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,12 +53,17 @@ impl Hook<'_> {
                 Attempt::Done => return exit::OK,
                 Attempt::Final(status, text) => {
                     let text = format!("build of '{derivation}' on '{name}' failed: {text}");
-                    tracing::info!(derivation, builder = name, reason = text, "failed");
+                    tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
                 }
                 Attempt::Elsewhere(text) => {
-                    tracing::warn!(derivation, builder = name, reason = text, "giving up this machine");
+                    tracing::warn!(
+                        derivation,
+                        builder = name,
+                        reason = plain(&text),
+                        "giving up this machine"
+                    );
                     self.nix.message(Verbosity::Warn, &format!("cannot build on '{name}': {text}"));
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
@@ -81,7 +87,7 @@ impl Hook<'_> {
             format!("; tried:\n  {}", tried.join("\n  "))
         };
         let text = format!("error: '{derivation}' could not be built on any machine{tried}");
-        tracing::error!(derivation, reason = text, "failed");
+        tracing::error!(derivation, reason = plain(&text), "failed");
         self.nix.message(Verbosity::Error, &text);
         exit::FAILURE
     }
@@ -153,7 +159,14 @@ impl Hook<'_> {
             };
             match error.blame() {
                 Blame::Build => return Attempt::Final(error.exit_status(), one_report(&error)),
-                Blame::Machine => return Attempt::Elsewhere(one_report(&error)),
+                Blame::Machine => {
+                    let text = one_report(&error);
+                    if ReachError::means_untrusted(&text) {
+                        let account = machine.uri.destination.clone();
+                        return Attempt::Elsewhere(ReachError::Untrusted { account }.describe());
+                    }
+                    return Attempt::Elsewhere(text);
+                }
                 Blame::Transport => {
                     self.reach.forget(machine);
                     lost = one_report(&error);
@@ -186,6 +199,22 @@ fn one_report(error: &JobError) -> String {
     }
 }
 
+/// A builder's text without colours and other control characters, which would make it a blob in the journal.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut rest = text.chars();
+    while let Some(c) = rest.next() {
+        match c {
+            // A colour: ESC [ numbers and semicolons, then a letter.
+            '\u{1b}' => drop(rest.find(|c| c.is_ascii_alphabetic())),
+            '\n' => plain.push(c),
+            c if c.is_control() => {}
+            c => plain.push(c),
+        }
+    }
+    plain
+}
+
 fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
     let ms = |duration: Duration| duration.as_micros() as f64 / 1000.0;
     tracing::info!(
@@ -201,4 +230,15 @@ fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
         fetched_bytes = report.fetched_bytes,
         "built"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_and_control_characters_do_not_get_into_the_journal() {
+        assert_eq!(plain("\u{1b}[31;1merror:\u{1b}[0m a\tb\nc\u{7}"), "error: ab\nc");
+        assert_eq!(plain("cut short \u{1b}[31"), "cut short ");
+    }
 }

@@ -62,7 +62,12 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
         Ok(confirmed) => confirmed,
         Err(reason) => {
             match (holder, &reason) {
-                (Some(holder), Broken::Refused { .. }) => holder.keep(),
+                (Some(holder), Broken::Refused { .. }) => {
+                    // The holder reads from the same socket, and its timeout with it.
+                    let _ = socket.set_read_timeout(None);
+                    holder.keep();
+                }
+                (Some(holder), Broken::Lost(_)) => holder.release(),
                 // It goes on holding: the master may be alive, and the confirmation on its way.
                 (holder, _) => drop(holder),
             }

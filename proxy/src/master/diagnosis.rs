@@ -102,6 +102,8 @@ pub enum Fault {
     HostKeyChanged {
         /// Where the old one is, as ssh names it (`FILE:LINE`).
         known_hosts: Option<String>,
+        /// The host's name there, which may be another than that of the destination.
+        name: Option<String>,
     },
     /// The host's key is not the pinned one.
     PinnedKeyMismatch,
@@ -146,7 +148,7 @@ impl fmt::Display for Fault {
             Fault::Refused { said } => write!(f, "connection refused ({said})"),
             Fault::Unreachable { said } => write!(f, "the host does not answer ({said})"),
             Fault::HostKeyUnknown => write!(f, "the host's key is not known (Host key verification failed)"),
-            Fault::HostKeyChanged { known_hosts } => {
+            Fault::HostKeyChanged { known_hosts, .. } => {
                 write!(f, "the host's key has changed")?;
                 known_hosts.iter().try_for_each(|place| write!(f, " since {place} was written"))
             }
@@ -174,7 +176,7 @@ pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
         return if pinned {
             Fault::PinnedKeyMismatch
         } else {
-            Fault::HostKeyChanged { known_hosts: offending(stderr) }
+            Fault::HostKeyChanged { known_hosts: offending(stderr), name: changed(stderr) }
         };
     }
     if find(&["Host key verification failed", "host key is known for"]).is_some() {
@@ -210,6 +212,18 @@ fn offending(stderr: &str) -> Option<String> {
     lines(stderr)
         .filter(|line| line.contains("Offending"))
         .find_map(|line| line.split_once(" key in ").map(|(_, place)| quote(place)))
+}
+
+/// `Host key for NAME has changed and you have requested strict checking.` (`check_host_key` in sshconnect.c).
+fn changed(stderr: &str) -> Option<String> {
+    lines(stderr).find_map(|line| {
+        line.split_once("ost key for ")?.1.split_once(" has changed").map(|(name, _)| quote(name))
+    })
+}
+
+/// The number in `connect to host NAME port NUMBER: ...`.
+fn port_in(said: &str) -> Option<u16> {
+    said.split_once(" port ")?.1.split(':').next()?.trim().parse().ok()
 }
 
 /// ssh's lines without line ends, control characters and empty ones.
@@ -319,12 +333,10 @@ impl Context {
             Fault::NameNotResolved { .. } => {
                 format!("check the spelling of {}, DNS, and user {user}'s ssh_config", self.host)
             }
-            Fault::Refused { .. } => {
-                format!(
-                    "check that sshd runs on {} and that {} is its port",
-                    self.host,
-                    self.port.unwrap_or(22)
-                )
+            Fault::Refused { said } => {
+                // ssh_config may have another port than we know of.
+                let port = port_in(said).or(self.port).unwrap_or(22);
+                format!("check that sshd runs on {} and that {port} is its port", self.host)
             }
             Fault::Unreachable { .. } => {
                 format!("check that {} is up and that the network lets SSH through to it", self.host)
@@ -334,7 +346,7 @@ impl Context {
                  that adds the key to {}",
                 known_hosts.display()
             ),
-            Fault::HostKeyChanged { known_hosts: place } => {
+            Fault::HostKeyChanged { known_hosts: place, name } => {
                 let file = place
                     .as_deref()
                     .and_then(|place| place.rsplit_once(':'))
@@ -344,7 +356,7 @@ impl Context {
                     "if the host really has a new key, as user {user} run `ssh-keygen -f {} -R {}`, then `{command} true` once; \
                      if not, somebody may be in between",
                     shell_word(&file),
-                    shell_word(&self.known_name())
+                    shell_word(&name.clone().unwrap_or_else(|| self.known_name()))
                 )
             }
             Fault::PinnedKeyMismatch => format!(
@@ -405,9 +417,13 @@ mod tests {
             assert_eq!(diagnose(text, false), Fault::Unreachable { said: said(text) });
         }
         let changed = "@@@@\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n@@@@\n\
-                       Offending ED25519 key in /root/.ssh/known_hosts:3\nHost key verification failed.\n";
+                       Offending ED25519 key in /root/.ssh/known_hosts:3\n\
+                       Host key for [10.0.0.1]:2222 has changed and you have requested strict checking.\n\
+                       Host key verification failed.\n";
         let known_hosts = Some(said("/root/.ssh/known_hosts:3"));
-        assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts });
+        let name = Some(said("[10.0.0.1]:2222"));
+        assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts, name });
+        assert_eq!(port_in("ssh: connect to host h port 2222: Connection refused"), Some(2222));
         assert_eq!(diagnose(changed, true), Fault::PinnedKeyMismatch);
         let unknown = "No RSA host key is known for h and you have requested strict checking.\r\n";
         assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown);

@@ -14,7 +14,7 @@ use thiserror::Error;
 /// Bytes of the hash that make the name; 80 bits are beyond any accident.
 const NAME_BYTES: usize = 10;
 /// Changes when the meaning of the hashed fields does.
-const NAME_VERSION: &[u8] = b"nix-offload master 1";
+const NAME_VERSION: &[u8] = b"nix-offload master 2";
 /// `sizeof(sun_path)`, with the zero at the end: 108 on Linux, 104 on BSD and macOS.
 const SUN_PATH: usize = if cfg!(target_os = "linux") { 108 } else { 104 };
 /// ssh binds the control socket under its path, a dot and 16 letters first (`muxserver_listen` in mux.c).
@@ -35,6 +35,8 @@ pub struct Endpoint {
     pub compress: bool,
     /// More words for ssh's command line (the words of `NIX_SSHOPTS`).
     pub ssh_options: Vec<String>,
+    /// Tells apart several masters of the same far end, for when one has no session left; 0 is the first.
+    pub instance: u32,
 }
 
 /// Why something cannot be an endpoint.
@@ -89,6 +91,7 @@ impl Endpoint {
             host_keys: None,
             compress: false,
             ssh_options: Vec::new(),
+            instance: 0,
         };
         endpoint.check()?;
         Ok(endpoint)
@@ -153,6 +156,7 @@ impl Endpoint {
                 .map(str::as_bytes),
         );
         field(Some(&[u8::from(self.compress)]));
+        field(Some(&self.instance.to_le_bytes()));
         for word in &self.ssh_options {
             field(Some(word.as_bytes()));
         }

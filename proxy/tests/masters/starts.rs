@@ -237,7 +237,8 @@ fn a_changed_host_key_is_named_with_its_file() {
     endpoint.ssh_options = world.ssh_options("old_hosts");
     let (fault, line, cure) = failure(&world, &endpoint);
     let file = world.path("old_hosts").display().to_string();
-    assert_eq!(fault, Fault::HostKeyChanged { known_hosts: Some(format!("{file}:1")) });
+    let name = Some(format!("[127.0.0.1]:{}", world.port));
+    assert_eq!(fault, Fault::HostKeyChanged { known_hosts: Some(format!("{file}:1")), name });
     assert!(line.contains(&file), "{line}");
     assert!(cure.contains(&format!("ssh-keygen -f {file} -R '[127.0.0.1]:{}'", world.port)), "{cure}");
 }
