@@ -1,42 +1,50 @@
-//! Machines that cannot be used: the build goes elsewhere or fails soon, and somebody says why.
+//! Machines that cannot be used: the build goes elsewhere or fails soon, and the user is told why.
 
-use std::time::Duration;
+use std::{net::TcpListener, os::unix::net::UnixListener, time::Duration};
 
-use harness::{Builder, Client, ClientPlan, Hook, World, drv};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Release, World, drv, wait_until};
 
+use crate::support::{SOON, assert_only_masters_left, begun, gated, wait_for_begin};
+
+const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn plan(world: &World) -> ClientPlan {
-    world.client().hook(Hook::Ours).journald()
+    world.client().hook(Hook::Ours)
 }
 
-/// With -j0 the build fails soon, without it it is made here; either way the machine and the cause
-/// are named, for the user or in the journal.
-fn assert_explained(client: &Client, machine: &str, cause: &str) {
+/// One message of standard error, with the lines that belong to it, names machine, cause and cure.
+#[track_caller]
+fn assert_told(output: &Output, machine: &str, cause: &str, cure: &str) {
+    let lines: Vec<&str> = output.stderr().lines().collect();
+    let contains = |line: &str, text: &str| line.to_lowercase().contains(&text.to_lowercase());
+    let told = lines.iter().enumerate().any(|(index, line)| {
+        let message = [line, lines.get(index + 1).copied().unwrap_or_default()].join("\n");
+        contains(line, machine) && contains(line, cause) && contains(&message, cure)
+    });
+    assert!(told, "no message names {machine:?}, {cause:?} and {cure:?}: {output}");
+}
+
+/// With -j0 the build fails soon, without it it is made here; either way the user is told why.
+fn assert_explained(client: &Client, machine: &str, cause: &str, cure: &str) {
     let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
-    refused.assert_failure();
+    assert_eq!(refused.assert_failure().stdout(), "", "{refused}");
     assert!(refused.took() < LIMIT, "{refused}");
+    assert_told(&refused, machine, cause, cure);
     let local = client.nix_build(&drv::where_built("local"), &[]);
     let path = local.assert_success().out_path();
     assert_eq!(client.read(&path), format!("{}\n", client.name()));
     assert!(local.took() < LIMIT, "{local}");
-    let journal: Vec<String> = client
-        .journal("-t nix-offload")
-        .iter()
-        .map(|entry| entry["MESSAGE"].as_str().unwrap().to_owned())
-        .collect();
-    let said = format!("{}\n{}", refused.stderr(), journal.join("\n"));
-    let explained = said
-        .lines()
-        .any(|line| line.contains(machine) && line.to_lowercase().contains(&cause.to_lowercase()));
-    assert!(explained, "no line names {machine} and {cause:?}:\n{said}");
+    assert_told(&local, machine, cause, cure);
     client.verify_store();
 }
 
-/// The machine is used all the same.
+/// The machine is used all the same, without a word of complaint.
 fn assert_used(client: &Client, builder: &Builder) {
-    let path = client.nix_build(&drv::where_built("a"), &["-j0"]).assert_success().out_path();
+    let built = client.nix_build(&drv::where_built("a"), &["-j0"]);
+    let path = built.assert_success().out_path();
     assert_eq!(client.read(&path), format!("{}\n", builder.name()));
+    built.assert_stderr_lacks("cannot").assert_stderr_lacks("error");
 }
 
 #[test]
@@ -45,7 +53,27 @@ fn a_machine_that_is_off() {
     let mut mac = world.builder("mac").start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
     mac.stop();
-    assert_explained(&client, "mac", "refused");
+    assert_explained(&client, "'ssh-ng://mac'", "connection refused", "check that sshd runs on mac");
+}
+
+#[test]
+fn a_machine_that_swallows_everything() {
+    let world = World::new();
+    // The kernel takes connections in; nobody ever says a word.
+    let hole = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = hole.local_addr().unwrap().port();
+    let client = plan(&world)
+        .ssh_config(&format!("Host hole\n HostName 127.0.0.1\n Port {port}\n"))
+        .machines("ssh-ng://hole x86_64-linux - 1 1")
+        .start();
+    assert_explained(&client, "'ssh-ng://hole'", "cannot connect to hole", "is up");
+}
+
+#[test]
+fn a_machine_with_a_name_nobody_knows() {
+    let world = World::new();
+    let client = plan(&world).machines("ssh-ng://no-such-host.invalid x86_64-linux - 1 1").start();
+    assert_explained(&client, "'ssh-ng://no-such-host.invalid'", "cannot be resolved", "check the spelling");
 }
 
 #[test]
@@ -53,7 +81,7 @@ fn a_key_that_is_not_let_in() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).key(&world.stray_key()).start();
-    assert_explained(&client, "mac", "permission denied");
+    assert_explained(&client, "'ssh-ng://mac'", "permission denied", "authorized_keys");
 }
 
 #[test]
@@ -62,15 +90,61 @@ fn a_host_key_nobody_knows() {
     let mac = world.builder("mac").start();
     let client =
         plan(&world).knows_without_host_key(&mac).machines("ssh-ng://mac x86_64-linux - 1 1").start();
-    assert_explained(&client, "mac", "host key");
+    assert_explained(&client, "'ssh-ng://mac'", "the host's key is not known", "known_hosts");
+}
+
+#[test]
+fn a_host_key_that_changed() {
+    let world = World::new();
+    let (mac, other) = (world.builder("mac").start(), world.builder("other").start());
+    let client = plan(&world)
+        .knows_with_host_key(&mac, other.host_public_key())
+        .machines("ssh-ng://mac x86_64-linux - 1 1")
+        .start();
+    assert_explained(&client, "'ssh-ng://mac'", "the host's key has changed", "ssh-keygen");
 }
 
 #[test]
 fn a_machine_without_nix() {
     let world = World::new();
     let mac = world.builder("mac").without_nix().start();
+    for protocol in ["ssh", "ssh-ng"] {
+        let client = plan(&world).named(protocol).uses(&mac, protocol, 1).start();
+        let name = format!("'{protocol}://mac'");
+        assert_explained(&client, &name, "nix-daemon: not found", "install Nix there");
+    }
+}
+
+#[test]
+fn an_account_the_daemon_does_not_trust() {
+    let world = World::new();
+    for release in [Release::Trixie, Release::Sid] {
+        let mac = world.builder(release.name()).release(release).as_user().start();
+        let client =
+            plan(&world).named(&format!("client-{}", release.name())).uses(&mac, "ssh-ng", 1).start();
+        let name = format!("'ssh-ng://{}'", release.name());
+        assert_explained(&client, &name, "does not trust", "trusted-users");
+        // What is fixed by its content it builds for anybody.
+        let fixed = drv::fixed_flat("fixed", "cat /etc/machine-name > $out", &sha256_of(&client, release));
+        client.nix_build(&fixed, &["-j0"]).assert_success();
+    }
+}
+
+fn sha256_of(client: &Client, release: Release) -> String {
+    let hash = client.run(&format!("echo {} | sha256sum", release.name()));
+    format!("sha256:{}", hash.split_whitespace().next().unwrap())
+}
+
+#[test]
+fn an_account_an_older_daemon_does_not_trust() {
+    let world = World::new();
+    let mac = world.builder("mac").as_user().start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
-    assert_explained(&client, "mac", "not found");
+    // Such a daemon says so only when it is asked to build.
+    let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
+    assert_eq!(refused.assert_failure().stdout(), "", "{refused}");
+    assert!(refused.took() < LIMIT, "{refused}");
+    assert_told(&refused, "'ssh-ng://mac'", "does not trust the account", "trusted-users");
 }
 
 #[test]
@@ -79,6 +153,24 @@ fn an_sshd_that_does_not_forward() {
     let mac = world.builder("mac").refusing_forwarding().start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
     assert_used(&client, &mac);
+}
+
+/// Nix's programs somewhere a login without terminal does not look.
+#[test]
+fn an_sshd_that_does_not_forward_with_nix_in_another_place() {
+    let world = World::new();
+    for place in ["/nix/var/nix/profiles/default/bin", "/root/.nix-profile/bin", "/usr/local/bin"] {
+        let mac = world.builder("mac").without_daemon().refusing_forwarding().start();
+        // A PATH without Nix: the real programs are in /usr/bin with everything else.
+        mac.run(&format!(
+            "mkdir -p {place} /only; for p in bash sh cat sleep env mkdir rm; do ln -s /usr/bin/$p /only/$p; done; \
+             cp -P /usr/bin/nix* {place}/ 2>/dev/null; rm -f {place}/nix-offload*; ls {place}/nix-daemon"
+        ));
+        mac.write("/root/.bashrc", "export PATH=/only\n");
+        let name = place.replace(['/', '.'], "");
+        let client = plan(&world).named(&name).uses(&mac, "ssh-ng", 1).start();
+        assert_used(&client, &mac);
+    }
 }
 
 #[test]
@@ -90,11 +182,31 @@ fn a_machine_without_daemon() {
 }
 
 #[test]
+fn a_named_remote_program_is_used() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    mac.write_mode(
+        "/opt/my-daemon",
+        "#!/bin/sh\necho \"$*\" >> /mnt/share/called\nexec nix-daemon \"$@\"\n",
+        0o755,
+    );
+    let client = plan(&world)
+        .knows(&mac)
+        .machines("ssh-ng://mac?remote-program=/opt/my-daemon x86_64-linux - 1 1")
+        .start();
+    assert_used(&client, &mac);
+    assert_eq!(client.read("/mnt/share/called"), "--stdio\n");
+}
+
+#[test]
 fn a_login_shell_that_talks() {
     let world = World::new();
-    let mac = world.builder("mac").bashrc("echo Welcome, dear user").start();
-    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
-    assert_used(&client, &mac);
+    for refusing in [false, true] {
+        let mac = world.builder("mac").bashrc("echo Welcome, dear user; echo and a warning >&2");
+        let mac = if refusing { mac.refusing_forwarding() } else { mac }.start();
+        let client = plan(&world).named(&format!("client-{refusing}")).uses(&mac, "ssh-ng", 1).start();
+        assert_used(&client, &mac);
+    }
 }
 
 #[test]
@@ -102,5 +214,69 @@ fn an_sshd_with_one_session_only() {
     let world = World::new();
     let mac = world.builder("mac").max_sessions(1).start();
     let client = plan(&world).uses(&mac, "ssh-ng", 4).start();
-    assert_eq!(client.nix_build(&drv::independent(8), &["-j0"]).assert_success().out_paths().len(), 8);
+    let built = client.nix_build(&drv::independent(8), &["-j0"]);
+    assert_eq!(built.assert_success().out_paths().len(), 8);
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn a_daemon_that_hangs() {
+    let world = World::new();
+    let mut mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    mac.stop_daemon();
+    mac.run(&format!("rm -f {DAEMON_SOCKET}"));
+    // The kernel takes connections in; nobody ever says a word.
+    let silent = UnixListener::bind(mac.path(DAEMON_SOCKET)).unwrap();
+    let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
+    assert_eq!(refused.assert_failure().stdout(), "", "{refused}");
+    assert!(refused.took() < LIMIT, "{refused}");
+    assert_told(&refused, "'ssh-ng://mac'", "no answer within", "nix-daemon runs and is well");
+    drop(silent);
+    mac.start_daemon();
+    assert_used(&client, &mac);
+}
+
+#[test]
+fn a_machine_that_comes_back_is_used_again() {
+    let world = World::new();
+    let mut mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    mac.stop_sshd();
+    client.nix_build(&drv::where_built("off"), &["-j0"]).assert_failure();
+    mac.start_sshd();
+    assert_used(&client, &mac);
+}
+
+#[test]
+fn a_daemon_stopped_in_mid_build_fails_the_build_when_there_is_no_other() {
+    let world = World::new();
+    let mut mac = world.builder("mac").start();
+    let client = plan(&world).mode(Mode::Daemon).uses(&mac, "ssh-ng", 1).start();
+    let build = client.spawn_nix_build(&gated("mid"), &["-j0"]);
+    wait_for_begin(&client, "mid", &["mac"]);
+    mac.stop_sshd();
+    let failed = build.wait();
+    failed.assert_failure();
+    assert_eq!(failed.stdout(), "", "{failed}");
+    assert_told(&failed, "ssh-ng://mac", "connection was lost", "connecting again");
+    assert_told(&failed, "ssh-ng://mac", "connection refused", "check that sshd runs");
+    wait_until("the build has ended there", SOON, || mac.pids_matching("mid.go").is_empty());
+    assert_eq!(begun(&client, "mid"), ["mac"]);
+    client.verify_store();
+}
+
+#[test]
+fn the_builders_own_words_and_log_are_shown_when_a_build_fails() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for (name, mode) in [("single", Mode::SingleUser), ("daemon", Mode::Daemon)] {
+        let client = plan(&world).named(name).mode(mode).uses(&mac, "ssh-ng", 1).start();
+        let bad = drv::script(&format!("bad-{name}"), "for i in 1 2 3; do echo line $i; done; exit 7");
+        let failed = client.nix_build(&bad, &["-j0"]);
+        assert_eq!(failed.assert_failure().stdout(), "", "{failed}");
+        failed.assert_stderr_has("failed with exit code 7").assert_stderr_has("ssh-ng://mac");
+        failed.assert_stderr_has("line 1").assert_stderr_has("line 3");
+        client.verify_store();
+    }
 }

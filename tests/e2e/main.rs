@@ -1,5 +1,15 @@
 //! What nix-offload promises beyond what the stock hook does; with ours only.
 #![expect(clippy::unwrap_used, reason = "a surprise in a test world is a failed test")]
 
+mod cancel;
 mod faults;
+mod installing;
+mod journal;
+mod logs;
 mod many;
+mod masters;
+mod outputs;
+mod ping;
+mod protocol;
+mod slots;
+mod support;

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use harness::{Builder, Client, Hook, World, drv, wait_until};
 
+use crate::support::assert_only_masters_left;
+
 const END_LIMIT: Duration = Duration::from_secs(5);
 
 fn world() -> (World, Builder, Client) {
@@ -14,14 +16,12 @@ fn world() -> (World, Builder, Client) {
 }
 
 fn assert_only_the_master_is_left(mac: &Builder, client: &Client) {
-    wait_until("the hooks are gone", END_LIMIT, || client.pids_matching("nix-offload ").is_empty());
-    let left = client.processes();
-    assert_eq!(left.len(), 1, "more than the master is left: {left:?}");
-    assert!(left[0].command_line.contains("ssh"), "{left:?}");
+    assert_only_masters_left(client, 1);
     assert_eq!(mac.logins(), 1, "more than one connection was made");
     let locks: Vec<String> =
         client.store_entries().into_iter().filter(|name| name.ends_with(".lock")).collect();
     assert_eq!(locks, Vec::<String>::new());
+    wait_until("no build is left there", END_LIMIT, || mac.pids_matching("/bin/sh -c").is_empty());
     client.verify_store();
     mac.verify_store();
 }
@@ -36,6 +36,19 @@ fn a_hundred_builds_at_once() {
         assert_eq!(client.read(path), format!("{number}\n"));
     }
     assert_only_the_master_is_left(&mac, &client);
+}
+
+#[test]
+fn a_hundred_builds_at_once_in_sessions() {
+    let world = World::new();
+    let mac = world.builder("mac").refusing_forwarding().start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 8).start();
+    let built = client.nix_build(&drv::independent(100), &["-j0"]);
+    assert_eq!(built.assert_success().out_paths().len(), 100);
+    // Eight builds and the outputs of others on their way may be more than the ten sessions of one connection.
+    assert!(mac.logins() <= 2, "{} logins", mac.logins());
+    client.verify_store();
+    mac.verify_store();
 }
 
 #[test]

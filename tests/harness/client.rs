@@ -12,7 +12,8 @@ use crate::{
 };
 
 const JOURNAL_LIMIT: Duration = Duration::from_secs(10);
-const OURS: &str = "/opt/nix-offload/bin/nix-offload";
+/// Where the program under test is in every machine.
+pub const OURS: &str = "/opt/nix-offload/bin/nix-offload";
 
 /// Which program Nix asks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +63,7 @@ pub struct ClientPlan {
     machines: String,
     nix_conf: Vec<String>,
     env: Vec<(String, String)>,
+    daemon_env: Vec<(String, String)>,
 }
 
 impl ClientPlan {
@@ -80,6 +82,7 @@ impl ClientPlan {
             machines: String::new(),
             nix_conf: Vec::new(),
             env: Vec::new(),
+            daemon_env: Vec::new(),
         }
     }
 
@@ -122,9 +125,14 @@ impl ClientPlan {
 
     /// Can log in to the builder: alias in ~/.ssh/config, host key in known_hosts.
     pub fn knows(self, builder: &Builder) -> Self {
-        let host_key = format!("[127.0.0.1]:{} {}\n", builder.port(), builder.host_public_key());
+        self.knows_with_host_key(builder, builder.host_public_key())
+    }
+
+    /// The same with this host key, which need not be the right one.
+    pub fn knows_with_host_key(self, builder: &Builder, host_key: &str) -> Self {
+        let line = format!("[127.0.0.1]:{} {host_key}\n", builder.port());
         let mut plan = self.knows_without_host_key(builder);
-        plan.known_hosts.push_str(&host_key);
+        plan.known_hosts.push_str(&line);
         plan
     }
 
@@ -176,6 +184,12 @@ impl ClientPlan {
         self
     }
 
+    /// A variable for the daemon only.
+    pub fn daemon_env(mut self, name: &str, value: &str) -> Self {
+        self.daemon_env.push((name.into(), value.into()));
+        self
+    }
+
     /// Starts it.
     pub fn start(mut self) -> Client {
         let machine = Machine::start(&self.world, &self.name, self.release, true);
@@ -206,7 +220,10 @@ impl ClientPlan {
             }
         }
         let journald = self.journald.then(|| start_journald(&machine));
-        let daemon = (self.mode == Mode::Daemon).then(|| start_daemon(&machine, &self.env));
+        let daemon = (self.mode == Mode::Daemon).then(|| {
+            let env = [self.env.as_slice(), self.daemon_env.as_slice()].concat();
+            start_daemon(&machine, &env)
+        });
         Client { mode: self.mode, env: self.env, daemon, _journald: journald, machine }
     }
 
@@ -289,6 +306,15 @@ impl Client {
     /// Starts building an expression.
     pub fn spawn_nix_build(&self, expression: &str, args: &[&str]) -> Running {
         self.nix_build_command(expression, args).spawn()
+    }
+
+    /// The program under test as a command for people, run by root with the variables of the plan.
+    pub fn nix_offload(&self, args: &[&str]) -> Output {
+        let mut command = self.machine.command(OURS).args(args);
+        for (name, value) in &self.env {
+            command = command.env(name, value);
+        }
+        command.run()
     }
 
     /// What `nix-store --read-log` has of a path.

@@ -6,6 +6,7 @@ use std::{
     io::Read,
     os::unix::process::{CommandExt, ExitStatusExt},
     process::{Child, Command as StdCommand, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -120,14 +121,29 @@ impl Command {
     }
 }
 
-type Collector = JoinHandle<Vec<u8>>;
+/// Reads an output as it comes.
+struct Collector {
+    thread: JoinHandle<()>,
+    bytes: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Collector {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().unwrap_or_else(PoisonError::into_inner)).into()
+    }
+}
 
 fn collect(mut from: impl Read + Send + 'static) -> Collector {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = from.read_to_end(&mut bytes);
-        bytes
-    })
+    const CHUNK: usize = 64 << 10;
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let sink = Arc::clone(&bytes);
+    let thread = thread::spawn(move || {
+        let mut chunk = vec![0; CHUNK];
+        while let Ok(length @ 1..) = from.read(&mut chunk) {
+            sink.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&chunk[..length]);
+        }
+    });
+    Collector { thread, bytes }
 }
 
 /// A program that runs inside a machine.
@@ -158,6 +174,11 @@ impl Running {
         self.child.try_wait().unwrap().is_none()
     }
 
+    /// What it has printed on standard error so far.
+    pub fn stderr_so_far(&self) -> String {
+        self.stderr.as_ref().map(Collector::text).unwrap_or_default()
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Output {
         while self.child.try_wait().unwrap().is_none() {
@@ -186,11 +207,11 @@ impl Running {
     fn output(&mut self, status: ExitStatus) -> Output {
         let took = self.start.elapsed();
         let text = |from: Option<Collector>| {
-            let Some(thread) = from else { return String::new() };
+            let Some(collector) = from else { return String::new() };
             wait_until("its outputs are closed (does a child hold them?)", OUTPUT_LIMIT, || {
-                thread.is_finished()
+                collector.thread.is_finished()
             });
-            String::from_utf8_lossy(&thread.join().unwrap()).into()
+            collector.text()
         };
         Output {
             words: self.words.clone(),

@@ -31,9 +31,9 @@ mod wait;
 mod world;
 
 pub use builder::{Builder, BuilderPlan};
-pub use client::{Client, ClientPlan, Hook, Mode};
+pub use client::{Client, ClientPlan, Hook, Mode, OURS};
 pub use command::{Command, Output, Running};
 pub use machine::{Machine, Process};
-pub use paths::{Release, binaries};
+pub use paths::{Release, binaries, workspace};
 pub use wait::wait_until;
 pub use world::World;

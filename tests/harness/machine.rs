@@ -109,10 +109,15 @@ impl Machine {
 
     /// Writes a file inside with these permissions, making its directories.
     pub fn write_mode(&self, path: &str, text: &str, mode: u32) {
+        self.write_bytes(path, text.as_bytes());
+        fs::set_permissions(self.path(path), fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// Writes a file inside that need not be text, making its directories.
+    pub fn write_bytes(&self, path: &str, bytes: &[u8]) {
         let outside = self.path(path);
         fs::create_dir_all(outside.parent().unwrap()).unwrap();
-        fs::write(&outside, text).unwrap();
-        fs::set_permissions(&outside, fs::Permissions::from_mode(mode)).unwrap();
+        fs::write(&outside, bytes).unwrap();
     }
 
     /// Gives a file inside to the user without rights.

@@ -65,7 +65,8 @@ fn target() -> PathBuf {
         .map_or_else(|| workspace().join("target"), |dir| workspace().join(PathBuf::from(dir)))
 }
 
-pub(crate) fn workspace() -> PathBuf {
+/// The directory of the whole project.
+pub fn workspace() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
 }
 

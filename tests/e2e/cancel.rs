@@ -1,0 +1,126 @@
+//! A cancelled build ends on the builder at once and leaves nothing behind.
+
+use std::time::Duration;
+
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
+use nix::sys::signal::Signal;
+
+use crate::support::{
+    SOON, assert_masters_and_holder_left, assert_only_masters_left, begun, gated, open, wait_for_begin,
+};
+
+const AT_ONCE: Duration = Duration::from_secs(1);
+const TIMES: u32 = 6;
+
+fn plan(world: &World) -> ClientPlan {
+    world.client().hook(Hook::Ours)
+}
+
+/// Starts a silent build and returns when it runs on the builder.
+fn start_silent(mac: &Builder, client: &Client, seconds: &str) -> Running {
+    let build = client.spawn_nix_build(&drv::silent_sleep(&format!("sleeper-{seconds}"), seconds), &["-j0"]);
+    wait_until("the build has begun", SOON, || !sleeping(mac, seconds).is_empty());
+    build
+}
+
+fn sleeping(mac: &Builder, seconds: &str) -> Vec<u32> {
+    mac.pids_matching(&format!("sleep {seconds}"))
+}
+
+fn assert_ended_at_once(mac: &Builder, seconds: &str) {
+    wait_until("the builder has stopped", AT_ONCE, || sleeping(mac, seconds).is_empty());
+}
+
+/// Kills nix-build again and again; each time the build ends there, and the next one succeeds.
+fn kill_again_and_again(mac: &Builder, client: &Client) {
+    client.nix_build(&drv::trivial("first"), &["-j0"]).assert_success();
+    for time in 0..TIMES {
+        let seconds = format!("{}", 4320 + time);
+        let build = start_silent(mac, client, &seconds);
+        build.signal(Signal::SIGKILL);
+        assert_ended_at_once(mac, &seconds);
+        let killed = build.wait();
+        assert_eq!((killed.code(), killed.stdout()), (137, ""), "{killed}");
+        let next = client.nix_build(&drv::where_built(&format!("next-{time}")), &["-j0"]);
+        let path = next.assert_success().out_path();
+        assert_eq!(client.read(&path), "mac\n");
+    }
+    assert_eq!(mac.logins(), 1, "the master did not live through it");
+    wait_until("no build is left on the builder", SOON, || mac.pids_matching("sleep 43").is_empty());
+    client.verify_store();
+    mac.verify_store();
+}
+
+#[test]
+fn killing_nix_build_ends_a_silent_build_within_a_second() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    kill_again_and_again(&mac, &client);
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn killing_nix_build_ends_a_silent_build_in_a_session_too() {
+    let world = World::new();
+    let mac = world.builder("mac").refusing_forwarding().start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    kill_again_and_again(&mac, &client);
+    assert_masters_and_holder_left(&client, 1);
+}
+
+#[test]
+fn killing_nix_build_ends_a_silent_build_of_the_daemon() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).mode(Mode::Daemon).uses(&mac, "ssh-ng", 1).start();
+    kill_again_and_again(&mac, &client);
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn interrupting_nix_build_ends_a_silent_build() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let build = start_silent(&mac, &client, "4329");
+    build.signal(Signal::SIGINT);
+    assert_ended_at_once(&mac, "4329");
+    let interrupted = build.wait();
+    interrupted.assert_failure().assert_stderr_has("interrupted by the user");
+    assert_eq!(interrupted.stdout(), "");
+    client.nix_build(&drv::trivial("next"), &["-j0"]).assert_success();
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn killing_the_daemon_ends_its_builds() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let mut client = plan(&world).mode(Mode::Daemon).uses(&mac, "ssh-ng", 1).start();
+    let build = start_silent(&mac, &client, "4330");
+    client.stop_daemon();
+    assert_ended_at_once(&mac, "4330");
+    build.wait().assert_failure();
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn a_killed_client_leaves_the_builds_of_others_alone() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 4).start();
+    let stays = client.spawn_nix_build(&gated("stays"), &["-j0"]);
+    wait_for_begin(&client, "stays", &["mac"]);
+    let dies = start_silent(&mac, &client, "4331");
+    dies.signal(Signal::SIGKILL);
+    assert_ended_at_once(&mac, "4331");
+    dies.wait().assert_failure();
+    open(&client, "stays");
+    let stayed = stays.wait();
+    assert_eq!(client.read(&stayed.assert_success().out_path()), "mac\n");
+    stayed.assert_stderr_lacks("connection was lost");
+    assert_eq!(begun(&client, "stays"), ["mac"], "it was begun again");
+    assert_eq!(mac.logins(), 1);
+    assert_only_masters_left(&client, 1);
+}

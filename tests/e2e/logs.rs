@@ -1,0 +1,144 @@
+//! What a build says on its machine is seen here as it is said, and kept; clocks end it there and here.
+
+use std::time::Duration;
+
+use harness::{Builder, Client, Hook, Mode, Release, World, drv, wait_until};
+
+use crate::support::{SOON, open, wait_for_begin};
+
+fn one_of_each(world: &World, release: Release) -> (Builder, Client) {
+    let mac = world.builder("mac").start();
+    let client = world
+        .client()
+        .named(&format!("client-{}", release.name()))
+        .release(release)
+        .hook(Hook::Ours)
+        .uses(&mac, "ssh-ng", 1)
+        .start();
+    (mac, client)
+}
+
+#[test]
+fn lines_are_seen_while_the_build_runs_and_kept() {
+    let world = World::new();
+    for release in Release::ALL {
+        let (_mac, client) = one_of_each(&world, release);
+        let gate = format!("gate-{}", release.name());
+        let talks = drv::script(
+            &gate,
+            &format!(
+                "echo before; echo to stderr >&2; cat /etc/machine-name >> /mnt/share/{gate}.begun; \
+                 until [ -e /mnt/share/{gate}.go ]; do sleep 0.02; done; echo after; echo x > $out"
+            ),
+        );
+        let build = client.spawn_nix_build(&talks, &["-j0"]);
+        wait_for_begin(&client, &gate, &["mac"]);
+        wait_until("the lines are seen", SOON, || {
+            let seen = build.stderr_so_far();
+            seen.contains("before\n") && seen.contains("to stderr\n")
+        });
+        assert!(!build.stderr_so_far().contains("after"), "{}", build.stderr_so_far());
+        open(&client, &gate);
+        let built = build.wait();
+        built.assert_success().assert_stderr_has("after\n");
+        assert_eq!(client.build_log(&built.out_path()), "before\nto stderr\nafter\n");
+    }
+}
+
+/// The values of `key` in the lines of `--log-format internal-json` with that action and type.
+fn of_json(stderr: &str, action: &str, kind: u64) -> Vec<serde_json::Value> {
+    stderr
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line.strip_prefix("@nix ")?).ok())
+        .filter(|value| value["action"] == action && value["type"] == kind)
+        .collect()
+}
+
+#[test]
+fn phases_and_lines_come_as_results_of_the_builds_activity() {
+    const BUILD: u64 = 105;
+    const LINE: u64 = 101;
+    const PHASE: u64 = 104;
+    let world = World::new();
+    for release in Release::ALL {
+        let (_mac, client) = one_of_each(&world, release);
+        let phases = drv::expression(
+            r#"d "phases" "echo '@nix {\"action\":\"setPhase\",\"phase\":\"buildPhase\"}' >&2; echo a line; echo x > $out" { }"#,
+        );
+        let built = client.nix_build(&phases, &["-j0", "--log-format", "internal-json", "-v"]);
+        built.assert_success();
+        let activities = of_json(built.stderr(), "start", BUILD);
+        assert_eq!(activities.len(), 1, "{built}");
+        assert_eq!(activities[0]["fields"][1], "ssh-ng://mac", "{built}");
+        let results = |kind| -> Vec<serde_json::Value> {
+            let mut results = of_json(built.stderr(), "result", kind);
+            results.retain(|value| value["id"] == activities[0]["id"]);
+            results.into_iter().map(|value| value["fields"][0].clone()).collect()
+        };
+        assert_eq!(results(PHASE), ["buildPhase"], "{built}");
+        assert_eq!(results(LINE), ["a line"], "{built}");
+    }
+}
+
+#[test]
+fn bytes_that_are_no_text_survive_in_the_log() {
+    let world = World::new();
+    let (_mac, client) = one_of_each(&world, Release::Bookworm);
+    let odd =
+        drv::script("odd", r"printf 'a\377\376b\n'; printf '\303\244\n'; printf 'no end'; echo x > $out");
+    let path = client.nix_build(&odd, &["-j0"]).assert_success().out_path();
+    let bytes = client.run(&format!("nix-store --read-log {path} | od -An -c | tr -s ' \\n' ' '"));
+    assert_eq!(bytes.trim(), r"a 377 376 b \n 303 244 \n n o e n d \n");
+}
+
+#[test]
+fn a_hundred_thousand_lines_are_complete_and_in_order() {
+    let world = World::new();
+    let (_mac, client) = one_of_each(&world, Release::Bookworm);
+    let chatty = drv::script("chatty", "seq 100000; echo x > $out");
+    let built = client.nix_build(&chatty, &["-j0"]);
+    let expected: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
+    // Messages to the user come on another way and may stand in between.
+    let is_number = |line: &&str| line.parse::<u32>().is_ok();
+    let seen: String =
+        built.assert_success().stderr().lines().filter(is_number).map(|line| format!("{line}\n")).collect();
+    assert!(seen == expected, "lines are missing");
+    assert!(client.build_log(&built.out_path()) == expected, "lines are missing in the log");
+}
+
+/// A build that is ended by a clock, here and there.
+fn assert_timed_out(client: &Client, mac: &Builder, seconds: &str, option: &str, message: &str) {
+    let slow =
+        drv::script(&format!("slow-{seconds}"), &format!("echo begun; sleep {seconds}; echo done > $out"));
+    let late = client.nix_build(&slow, &["-j0", "--option", option, "1"]);
+    late.assert_failure().assert_stderr_has(message);
+    assert_eq!(late.stdout(), "", "{late}");
+    assert!(late.took() < Duration::from_secs(10), "{late}");
+    wait_until("the builder has stopped", Duration::from_secs(2), || {
+        mac.pids_matching(&format!("sleep {seconds}")).is_empty()
+    });
+    client.nix_build(&drv::trivial(&format!("next-{seconds}")), &["-j0"]).assert_success();
+}
+
+#[test]
+fn silence_and_slowness_end_a_build_here_and_there() {
+    let world = World::new();
+    for (number, release) in Release::ALL.into_iter().enumerate() {
+        let (mac, client) = one_of_each(&world, release);
+        let silent = format!("{}", 5000 + number);
+        assert_timed_out(&client, &mac, &silent, "max-silent-time", "timed out after 1 seconds of silence");
+        let slow = format!("{}", 6000 + number);
+        assert_timed_out(&client, &mac, &slow, "timeout", "timed out after 1 seconds");
+    }
+}
+
+#[test]
+fn the_daemons_clients_see_and_keep_lines_too() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().mode(Mode::Daemon).hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let talks = drv::script("talks", "echo one; echo two >&2; echo x > $out");
+    let built = client.nix_build(&talks, &["-j0"]);
+    built.assert_success().assert_stderr_has("one\n").assert_stderr_has("two\n");
+    assert_eq!(client.build_log(&built.out_path()), "one\ntwo\n");
+}

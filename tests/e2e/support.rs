@@ -1,0 +1,88 @@
+//! What several of these tests need: a build that waits for a sign, and the search for what was left behind.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use harness::{Client, Machine, Process, drv, wait_until};
+
+/// For what happens at once, but on a machine that may be busy with other tests.
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// How long hooks and their helpers may take to go when their work is over.
+const END_LIMIT: Duration = Duration::from_secs(5);
+
+/// A derivation that notes where it was begun, waits for [`open`] and then writes where it was built.
+pub(crate) fn gated(name: &str) -> String {
+    drv::script(
+        name,
+        &format!(
+            "cat /etc/machine-name >> /mnt/share/{name}.begun; \
+             until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"
+        ),
+    )
+}
+
+/// The machines on which a gated build was begun so far, in their order.
+pub(crate) fn begun(machine: &Machine, name: &str) -> Vec<String> {
+    let notes = fs::read_to_string(machine.path(&format!("/mnt/share/{name}.begun"))).unwrap_or_default();
+    notes.lines().map(str::to_owned).collect()
+}
+
+/// Waits until a gated build was begun on these machines.
+pub(crate) fn wait_for_begin(machine: &Machine, name: &str, on: &[&str]) {
+    wait_until(&format!("{name} is begun on {on:?}"), SOON, || begun(machine, name) == on);
+}
+
+/// Lets a gated build go on.
+pub(crate) fn open(machine: &Machine, name: &str) {
+    machine.write(&format!("/mnt/share/{name}.go"), "");
+}
+
+/// Locks of Nix and of ours that somebody holds.
+pub(crate) fn held_locks(client: &Client) -> String {
+    client.run(
+        "find /nix/var/nix/current-load /nix/store /run/nix-offload -maxdepth 3 -type f \
+         \\( -path '/nix/var/*' -o -path '/run/*' -o -name '*.lock' \\) 2>/dev/null | \
+         while read -r file; do flock -n \"$file\" true || echo \"$file\"; done",
+    )
+}
+
+/// Only these many SSH masters are left of all hooks, each with its socket, and no lock. What the
+/// client runs anyway is not counted.
+pub(crate) fn assert_only_masters_left(client: &Client, masters: usize) {
+    assert_left(client, masters, 0, END_LIMIT);
+}
+
+/// The same after a refused channel: the master needs the other end of that for the rest of its life, so a
+/// small process holds it.
+pub(crate) fn assert_masters_and_holder_left(client: &Client, masters: usize) {
+    assert_left(client, masters, 1, END_LIMIT);
+}
+
+/// The same when a process may still have to wait for an answer of a master that does not answer.
+pub(crate) fn assert_only_masters_left_after(client: &Client, masters: usize, limit: Duration) {
+    assert_left(client, masters, 0, limit);
+}
+
+fn assert_left(client: &Client, masters: usize, holders: usize, limit: Duration) {
+    let services = ["nix-daemon", "systemd-journald"];
+    let mut left: Vec<Process> = Vec::new();
+    let start = Instant::now();
+    wait_until("what is left is known", limit * 2, || {
+        left = client.processes();
+        left.retain(|process| !services.iter().any(|service| process.command_line.contains(service)));
+        left.len() == masters + holders || start.elapsed() > limit
+    });
+    let is_master = |process: &Process| process.command_line.starts_with("ssh: /run/nix-offload/");
+    let is_holder = |process: &Process| process.command_line.starts_with("/bin/sh -c exec 3>&-");
+    let count = |wanted: &dyn Fn(&Process) -> bool| left.iter().filter(|process| wanted(process)).count();
+    assert_eq!(
+        (left.len(), count(&is_master), count(&is_holder)),
+        (masters + holders, masters, holders),
+        "{left:?}"
+    );
+    assert_eq!(held_locks(client), "");
+    let sockets = client.run("find /run/nix-offload -type s 2>/dev/null || true");
+    assert_eq!(sockets.lines().count(), masters, "sockets: {sockets}");
+}
