@@ -45,8 +45,11 @@ const COOL_DOWN: Duration = Duration::from_secs(60);
 /// MaxSessions, 10 by default).
 const MASTERS: u32 = 8;
 
-/// A live master has this long to open a stream before it is taken to be hung.
-const LIVE_MASTER_BOUND: Duration = Duration::from_secs(3);
+/// A live master, or the link behind it, has this long to open a stream before another one is tried.
+const OPEN_BOUND: Duration = Duration::from_secs(3);
+
+/// With less time left than this no further connection is begun.
+const LEAST_TIME: Duration = Duration::from_secs(1);
 
 /// The first command on a new master: tells the builder's version of Nix, and ends the delay of small packets
 /// that OpenSSH up to 10.0 has until a session was opened.
@@ -313,9 +316,14 @@ impl Reach {
         loop {
             let reached = self.on_endpoint(&endpoint, machine, store_dir, deadline);
             endpoint.instance += 1;
+            let more = endpoint.instance < MASTERS && left(deadline) >= LEAST_TIME;
             match reached {
-                Err(ReachError::Open(OpenError::Refused { reason })) if endpoint.instance < MASTERS => {
-                    tracing::info!(builder = machine.name, reason, "no session left on an SSH master");
+                // Its other streams may be well, or at least not known to be lost: it is left alone. Should its link be
+                // dead, ssh's own keep-alive ends it.
+                Err(ReachError::Open(
+                    reason @ (OpenError::Refused { .. } | OpenError::TimedOut { master_answers: true, .. }),
+                )) if more => {
+                    tracing::info!(builder = machine.name, %reason, "trying another SSH master");
                 }
                 other => return other,
             }
@@ -329,28 +337,20 @@ impl Reach {
         store_dir: &StoreDir,
         deadline: Instant,
     ) -> Result<Reached, ReachError> {
-        let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let reached = match self.pool.live(endpoint) {
-            Some(master) => {
-                match self.on_master(&master, machine, store_dir, left().min(LIVE_MASTER_BOUND)) {
-                    Err(error) if master_is_lost(&error) => {
-                        tracing::info!(builder = machine.name, reason = %error, "replacing an SSH master");
-                        master.retire();
-                        None
-                    }
-                    other => Some(other?),
+        if let Some(master) = self.pool.live(endpoint) {
+            match self.on_master(&master, machine, store_dir, deadline) {
+                Err(ReachError::Open(error)) if is_dead(&error) => {
+                    tracing::info!(builder = machine.name, reason = %error, "replacing an SSH master");
+                    master.retire();
                 }
+                other => return other,
             }
-            None => None,
-        };
-        if let Some(reached) = reached {
-            return Ok(reached);
         }
         let begin = Instant::now();
-        let master = self.pool.start(endpoint, left(), FIRST_COMMAND)?;
+        let master = self.pool.start(endpoint, left(deadline), FIRST_COMMAND)?;
         let duration_ms = begin.elapsed().as_millis() as u64;
         tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
-        self.on_master(&master, machine, store_dir, left())
+        self.on_master(&master, machine, store_dir, deadline)
     }
 
     fn on_master(
@@ -358,24 +358,26 @@ impl Reach {
         master: &Master,
         machine: &Machine,
         store_dir: &StoreDir,
-        bound: Duration,
+        deadline: Instant,
     ) -> Result<Reached, ReachError> {
         let named =
             machine.uri.param("remote-program").is_some() || machine.uri.param("remote-store").is_some();
         let refusal = self.stamp(machine).with_extension("refused");
         let mut detour = if named { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
         let (builder, way) = if named || detour.is_some() {
-            (self.by_session(master, machine, store_dir, bound)?, Way::Session)
+            (self.by_session(master, machine, store_dir, deadline)?, Way::Session)
         } else {
-            match self.by_socket(master, machine, store_dir, bound) {
+            match self.by_socket(master, machine, store_dir, deadline) {
                 Ok(builder) => (builder, Way::Socket),
-                Err(error) if master_is_lost(&error) => return Err(error),
+                Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
                     let reason = exit::report(&error, None).trim_start_matches("error: ").to_owned();
                     tracing::info!(builder = machine.name, reason, "the daemon's socket is not open to us");
-                    note(&refusal, &reason);
+                    if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
+                        note(&refusal, &reason);
+                    }
                     detour = Some(reason);
-                    (self.by_session(master, machine, store_dir, bound)?, Way::Session)
+                    (self.by_session(master, machine, store_dir, deadline)?, Way::Session)
                 }
             }
         };
@@ -389,16 +391,14 @@ impl Reach {
         master: &Master,
         machine: &Machine,
         store_dir: &StoreDir,
-        bound: Duration,
+        deadline: Instant,
     ) -> Result<Builder, ReachError> {
         // Without the lock it may still go well.
         let _turn = self.opening.take_or_wait(&machine.uri.destination, OPENING).ok();
-        let deadline = Instant::now() + bound;
-        let left = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let was_open = fs::read_to_string(self.stamp(machine)).is_ok_and(|way| way == Way::Socket.as_str());
         let mut pauses = REFUSED_PAUSES.iter().take(if was_open { REFUSED_PAUSES.len() } else { 0 });
         loop {
-            let channel = match master.open_unix_socket(DAEMON_SOCKET, left()) {
+            let channel = match master.open_unix_socket(DAEMON_SOCKET, left(deadline).min(OPEN_BOUND)) {
                 Err(refused @ OpenError::Refused { .. }) => match pauses.next() {
                     Some(pause) => {
                         thread::sleep(*pause);
@@ -408,7 +408,9 @@ impl Reach {
                 },
                 other => other?,
             };
-            return Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), left())
+            // Half of what is left: if this daemon hangs, one of our own may still do it.
+            let bound = left(deadline) / 2;
+            return Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), bound)
                 .map_err(ReachError::Daemon);
         }
     }
@@ -418,24 +420,23 @@ impl Reach {
         master: &Master,
         machine: &Machine,
         store_dir: &StoreDir,
-        bound: Duration,
+        deadline: Instant,
     ) -> Result<Builder, ReachError> {
         let program = program(machine)?;
         let mut command = format!("{} --stdio", program.words.join(" "));
         if let Some(store) = machine.uri.param("remote-store") {
             command.push_str(&format!(" --store {}", shell_word(store)));
         }
-        match in_session(master, &command, store_dir, bound) {
+        match in_session(master, &command, store_dir, deadline) {
             Err(ReachError::NoNix { .. }) if !program.named => {
                 let wider = format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}");
-                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, bound).map_err(
-                    |error| match error {
+                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, deadline)
+                    .map_err(|error| match error {
                         ReachError::NoNix { stderr, .. } => {
                             ReachError::NoNix { stderr, program: program.words.join(" ") }
                         }
                         other => other,
-                    },
-                )
+                    })
             }
             other => other,
         }
@@ -470,24 +471,23 @@ fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
     if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
 }
 
-fn master_is_lost(error: &ReachError) -> bool {
-    match error {
-        ReachError::Open(error) => error.is_master_lost(),
-        ReachError::Daemon(BuilderError::NoAnswer { .. }) => true,
-        _ => false,
-    }
+/// Whether the master itself is gone or hung, so that nothing is lost with it.
+fn is_dead(error: &OpenError) -> bool {
+    error.is_master_lost() && !matches!(error, OpenError::TimedOut { master_answers: true, .. })
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
 fn in_session(
     master: &Master,
     command: &str,
     store_dir: &StoreDir,
-    bound: Duration,
+    deadline: Instant,
 ) -> Result<Builder, ReachError> {
-    let begin = Instant::now();
-    let (stream, status) = master.open_session(command, bound)?.into_stream();
-    let left = bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1));
-    match Builder::connect(stream, store_dir.clone(), Version::newest(), left) {
+    let (stream, status) = master.open_session(command, left(deadline).min(OPEN_BOUND))?.into_stream();
+    match Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline)) {
         Ok(builder) => Ok(builder),
         Err(error @ (BuilderError::NoDaemon { .. } | BuilderError::Lost { .. })) => {
             Err(explain(command, status, error))

@@ -220,19 +220,36 @@ fn an_sshd_with_one_session_only() {
 }
 
 #[test]
-fn a_daemon_that_hangs() {
+fn a_daemon_that_hangs_is_done_without() {
     let world = World::new();
     let mut mac = world.builder("mac").start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
     mac.stop_daemon();
     mac.run(&format!("rm -f {DAEMON_SOCKET}"));
+    let silent = UnixListener::bind(mac.path(DAEMON_SOCKET)).unwrap();
+    // Root needs no daemon to build, and its connection has not failed.
+    assert_used(&client, &mac);
+    assert_eq!(mac.logins(), 1);
+    drop(silent);
+}
+
+#[test]
+fn a_daemon_that_hangs_for_a_user_who_needs_it() {
+    let world = World::new();
+    let mut mac =
+        world.builder("mac").release(Release::Sid).nix_conf("trusted-users = root user").as_user().start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    mac.stop_daemon();
+    mac.run(&format!("rm -f {DAEMON_SOCKET}"));
     // The kernel takes connections in; nobody ever says a word.
     let silent = UnixListener::bind(mac.path(DAEMON_SOCKET)).unwrap();
+    mac.run(&format!("chmod 666 {DAEMON_SOCKET}"));
     let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
     assert_eq!(refused.assert_failure().stdout(), "", "{refused}");
     assert!(refused.took() < LIMIT, "{refused}");
     assert_told(&refused, "'ssh-ng://mac'", "no answer within", "nix-daemon runs and is well");
     drop(silent);
+    mac.run(&format!("rm {DAEMON_SOCKET}"));
     mac.start_daemon();
     assert_used(&client, &mac);
 }

@@ -1,5 +1,6 @@
 //! The SSH connection: one for all, replaced when it is gone, and no build lost with it.
 
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, wait_until};
@@ -9,6 +10,7 @@ use crate::support::{
     gated, open, wait_for_begin,
 };
 
+const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long the connection to a master that does not answer is held, lest it end should it wake up.
 const UNANSWERED: Duration = Duration::from_secs(25);
@@ -114,6 +116,26 @@ fn a_hung_master_is_replaced_without_losing_the_next_build() {
     assert_eq!(mac.logins(), 2);
     wait_until("the hung master is gone", SOON, || !client.processes().iter().any(|p| p.pid == first));
     assert_only_masters_left_after(&client, 1, UNANSWERED);
+}
+
+#[test]
+fn a_daemon_too_busy_to_answer_costs_no_other_build_its_connection() {
+    let (_world, mac, client) = one_of_each("ssh-ng", 2);
+    let build = client.spawn_nix_build(&gated("mid"), &["-j0"]);
+    wait_for_begin(&client, "mid", &["mac"]);
+    let first = master(&client);
+    // The daemon's child goes on with the build; whoever comes now is never answered.
+    mac.run(&format!("rm -f {DAEMON_SOCKET}"));
+    let silent = UnixListener::bind(mac.path(DAEMON_SOCKET)).unwrap();
+    let other = client.nix_build(&drv::where_built("other"), &["-j0"]);
+    assert_built_on(&client, &other, "mac");
+    assert!(other.took() >= Duration::from_secs(1), "it was answered: {other}");
+    drop(silent);
+    open(&client, "mid");
+    let built = build.wait();
+    assert_built_on(&client, &built, "mac");
+    built.assert_stderr_lacks("connecting again");
+    assert_eq!(master(&client), first);
 }
 
 #[test]

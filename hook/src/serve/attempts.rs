@@ -2,7 +2,7 @@
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
-use super::{Accepted, Candidate, Chosen, Failed, Hook};
+use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::Verdict;
 use crate::reach::ReachError;
@@ -140,7 +140,8 @@ impl Hook<'_> {
         let begin = Instant::now();
         let mut lost = String::new();
         for attempt in 1..=TRIES {
-            let connection = reached.take().map_or_else(|| self.connect(machine, &candidate.drv), Ok);
+            let connection =
+                reached.take().map_or_else(|| self.connect(machine, &candidate.drv, PATIENT_BOUND), Ok);
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) => return Attempt::Elsewhere(error.describe()),

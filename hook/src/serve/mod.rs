@@ -27,8 +27,11 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
-/// How long reaching a machine may take before it is given up.
+/// How long reaching a machine may take before the reply, for which Nix waits with all that it does.
 const CONNECT_BOUND: Duration = Duration::from_secs(6);
+
+/// How long it may take for a build that is accepted already, and lost if this machine is given up too soon.
+const PATIENT_BOUND: Duration = Duration::from_secs(20);
 
 /// Why the hook cannot do its work at all.
 #[derive(Debug, Error)]
@@ -288,7 +291,7 @@ impl<'a> Hook<'a> {
             if !ask || self.reach.is_warm(machine) {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
             }
-            match self.connect(machine, &candidate.drv) {
+            match self.connect(machine, &candidate.drv, CONNECT_BOUND) {
                 Ok(reached) => {
                     return (decision.verdict, Some(Chosen { index, slot, reached: Some(reached) }));
                 }
@@ -393,9 +396,9 @@ impl<'a> Hook<'a> {
         }
     }
 
-    fn connect(&self, machine: &Machine, drv: &Derivation) -> Result<Reached, ReachError> {
+    fn connect(&self, machine: &Machine, drv: &Derivation, bound: Duration) -> Result<Reached, ReachError> {
         let begin = Instant::now();
-        let reached = self.reach.connect(machine, &self.location.store_dir, CONNECT_BOUND)?;
+        let reached = self.reach.connect(machine, &self.location.store_dir, bound)?;
         tracing::debug!(
             builder = machine.name,
             way = reached.way.as_str(),
