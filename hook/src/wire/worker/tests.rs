@@ -1,3 +1,4 @@
+use super::greeting::DAEMON_MAGIC;
 use super::*;
 use crate::wire::hook::{activity, result};
 

@@ -1,0 +1,149 @@
+//! Why a machine cannot be reached: the sentence, the cure, the exit code.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use crate::builder::BuilderError;
+use crate::slots::SlotError;
+use nix_offload_proxy::exit;
+use nix_offload_proxy::master::{DirectoryError, EndpointError, OpenError, StartError};
+use thiserror::Error;
+
+/// Why a machine cannot be reached.
+#[derive(Debug, Error)]
+pub enum ReachError {
+    /// Its store is reached in a way we do not speak.
+    #[error("stores of the kind '{0}' are not reached over SSH")]
+    NotSsh(String),
+    /// A parameter we cannot follow.
+    #[error("the machine's remote-program '{0}' is not a nix-store program, which ssh:// machines need")]
+    RemoteProgram(String),
+    /// Its line makes no endpoint for ssh.
+    #[error("the machine's address cannot be used")]
+    Endpoint(#[from] EndpointError),
+    /// No SSH connection.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// An SSH connection, but no stream on it.
+    #[error("no stream could be opened on the SSH connection")]
+    Open(#[from] OpenError),
+    /// Nix's programs are not found there.
+    #[error("the builder has no Nix that a login without terminal finds{}", words(.stderr))]
+    NoNix {
+        /// What the builder's shell said.
+        stderr: String,
+        /// The command that was tried.
+        program: String,
+    },
+    /// The program ended instead of answering.
+    #[error("'{command}' {}{}", ended(*.exit), words(.stderr))]
+    Ended {
+        /// The command.
+        command: String,
+        /// Its exit status.
+        exit: Option<u32>,
+        /// What it said.
+        stderr: String,
+        /// What came instead of a greeting.
+        #[source]
+        source: Box<BuilderError>,
+    },
+    /// A daemon that does not talk as expected.
+    #[error(transparent)]
+    Daemon(BuilderError),
+    /// A daemon that will not build for us.
+    #[error("the Nix daemon does not trust the account '{account}' to have derivations built")]
+    Untrusted {
+        /// The account on the builder, as far as it is known here.
+        account: String,
+    },
+}
+
+fn words(stderr: &str) -> String {
+    let text = stderr.trim();
+    if text.is_empty() { String::new() } else { format!(": {}", text.replace('\n', " ")) }
+}
+
+fn ended(exit: Option<u32>) -> String {
+    exit.map_or_else(|| "ended".into(), |code| format!("ended with exit status {code}"))
+}
+
+impl ReachError {
+    /// What to do about it.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            Self::NotSsh(_) => Some("write the machine as ssh-ng://[user@]host or ssh://[user@]host".into()),
+            Self::RemoteProgram(_) => Some(
+                "name the path of nix-store, or write the machine as ssh-ng:// and name nix-daemon".into(),
+            ),
+            Self::Endpoint(_) => Some("correct the machine's line in the list of machines".into()),
+            Self::Start(error) => error.cure(),
+            Self::Open(_) => Some(
+                "see the builder's sshd log; it must allow forwarding of unix sockets \
+                 (AllowStreamLocalForwarding) or commands (MaxSessions, ForceCommand)"
+                    .into(),
+            ),
+            Self::NoNix { program, .. } => Some(format!(
+                "install Nix there; if it is installed, make '{program}' known to shells that are not \
+                 interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
+            )),
+            Self::Ended { .. } | Self::Daemon(BuilderError::NoDaemon { .. }) => {
+                Some("log in to the builder with ssh and see what 'nix-daemon --stdio' says".into())
+            }
+            Self::Daemon(BuilderError::Protocol { .. }) => {
+                Some("upgrade Nix on the builder; versions from 2.0 on are spoken".into())
+            }
+            Self::Daemon(_) => Some("see on the builder whether nix-daemon runs and is well".into()),
+            Self::Untrusted { account } => Some(format!(
+                "add '{account}' to trusted-users in the builder's nix.conf and restart its nix-daemon, or log \
+                 in to the builder as a user that is there already"
+            )),
+        }
+    }
+
+    /// The exit code for a command whose only trouble is this.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Start(error) => error.exit_code(),
+            Self::NotSsh(_) | Self::RemoteProgram(_) | Self::Endpoint(_) => exit::CONFIG,
+            Self::Untrusted { .. } => exit::NO_PERMISSION,
+            _ => exit::UNAVAILABLE,
+        }
+    }
+
+    /// Whether a daemon's refusal means that it does not trust us. Daemons before 1.35 of the protocol do not say so
+    /// earlier (`daemon.cc`, `BuildDerivation`).
+    pub fn means_untrusted(refusal: &str) -> bool {
+        refusal.contains("not privileged to build")
+    }
+
+    /// Cause and cure as one text for Nix's user.
+    pub fn describe(&self) -> String {
+        let text = exit::report(self, self.cure().as_deref());
+        text.strip_prefix("error: ").unwrap_or(&text).replace("\nhint: ", "\n  hint: ")
+    }
+}
+
+/// Why no machine can be reached from here.
+#[derive(Debug, Error)]
+pub enum ReachSetupError {
+    /// The directory of the masters.
+    #[error(transparent)]
+    Runtime(#[from] DirectoryError),
+    /// The locks in it.
+    #[error(transparent)]
+    Locks(#[from] SlotError),
+    /// `NIX_SSHOPTS` is split into words like a shell does, as by Nix since 2.25.
+    #[error("NIX_SSHOPTS has a quote that is not closed: {0}")]
+    SshOptions(String),
+}
+
+impl ReachSetupError {
+    /// What to do about it.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            Self::Runtime(error) => error.cure(),
+            Self::Locks(_) => None,
+            Self::SshOptions(_) => Some("close the quote, or put a backslash before it".into()),
+        }
+    }
+}
