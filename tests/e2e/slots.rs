@@ -1,5 +1,7 @@
 //! Slots are counted by Nix's own lock files, so the stock hook and ours can run side by side.
 
+use std::time::Duration;
+
 use harness::{Client, Hook, Output, Running, World, drv};
 
 use crate::support::{assert_only_masters_left, begun, gated, open, wait_for_begin};
@@ -61,6 +63,39 @@ fn a_build_waits_for_the_slot_and_no_longer() {
     open(&client, "second");
     assert_built_on(&client, &second.wait(), "mac");
     assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn builds_that_wait_do_not_wait_for_nixs_clock() {
+    /// How often Nix asks again for what was postponed (`build-poll-interval`).
+    const CLOCK: Duration = Duration::from_secs(5);
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let built = client.nix_build(&drv::independent(6), &["-j0"]);
+    assert_eq!(built.assert_success().out_paths().len(), 6);
+    assert!(built.took() < CLOCK, "{built}");
+}
+
+#[test]
+fn a_slot_is_free_while_outputs_travel() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let large = drv::script(
+        "large",
+        "cat /etc/machine-name >> /mnt/share/large.begun; head -c 300M /dev/zero > $out",
+    );
+    let first = start(&client, &large, false, "-j0");
+    wait_for_begin(&client, "large", &["mac"]);
+    let second = start(&client, &gated("second"), false, "-j0");
+    wait_for_begin(&client, "second", &["mac"]);
+    // It was begun while the output of the first was not valid yet.
+    let mut first = first;
+    assert!(first.is_running(), "the first build had ended before");
+    open(&client, "second");
+    first.wait().assert_success();
+    assert_built_on(&client, &second.wait(), "mac");
 }
 
 #[test]
