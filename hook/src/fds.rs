@@ -2,7 +2,7 @@
 //!
 //! Descriptor 0 brings requests, 2 takes replies and structured lines, 4 takes the build's log. 5 is the reading
 //! end of 4, there for a trick of the stock hook, and 3 is a leak of Nix's. The only room where `unsafe` is
-//! allowed. Must never be used in the commands for people.
+//! allowed.
 //!
 //! Source: Nix 2.34 `src/libstore/unix/build/hook-instance.cc`.
 
@@ -39,7 +39,10 @@ pub fn take_log() -> io::Result<File> {
 
 /// Marks every descriptor above 2 as not to be inherited. No child may keep the log open, for Nix waits for its
 /// end, and what else Nix's own parents left open is no business of a master that outlives us.
-fn keep_from_children() -> io::Result<()> {
+///
+/// # Errors
+/// If the list of descriptors cannot be read.
+pub fn keep_from_children() -> io::Result<()> {
     for entry in fs::read_dir("/proc/self/fd")? {
         let number = entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
         if let Some(number) = number.filter(|number| *number > 2) {

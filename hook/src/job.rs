@@ -2,7 +2,7 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Builder, BuilderError, Clocks, Event};
+use crate::builder::{Builder, BuilderError, Clocks, Event, MAX_ACTIVITIES};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
@@ -131,7 +131,7 @@ impl Task<'_> {
     /// Does it. The slot is given back as soon as the build is over, before outputs travel.
     ///
     /// # Errors
-    /// If the outputs are not valid in the local store afterwards; see [`JobError::is_transport`].
+    /// If the outputs are not valid in the local store afterwards; see [`JobError::blame`].
     pub fn run(&self, builder: &mut Builder, job: &Job, slot: &mut Option<Held>) -> Result<Report, JobError> {
         let mut report = Report::default();
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
@@ -227,7 +227,7 @@ impl Task<'_> {
             inputs
         };
         let result = builder.build(self.drv_path, self.drv, inputs, clocks, &mut |e| relay.pass(e))?;
-        match result.outcome() {
+        match result.outcome(outputs::is_fixed(self.drv)) {
             Outcome::Built => Ok(result),
             outcome => {
                 if keep_failed {
@@ -340,6 +340,7 @@ impl Relay<'_> {
             }
             // The builder's books on its own work. This Nix keeps its own, and each line would wake it.
             Event::Start { kind: activity::REALISE | activity::COPY_PATHS | activity::BUILDS, .. } => {}
+            Event::Start { .. } if self.activities.len() >= MAX_ACTIVITIES => {}
             Event::Start { id, level, kind, text, fields } => {
                 let kind = if kind == activity::FILE_TRANSFER { activity::UNKNOWN } else { kind };
                 let ours = self.nix.start(level, kind, &String::from_utf8_lossy(text), fields);

@@ -4,6 +4,7 @@
 
 use crate::cli::Targets;
 use crate::config::{self, Fleet};
+use crate::fds;
 use crate::files::read_machines_file;
 use crate::plan::machine::{Machine, UriError};
 use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError};
@@ -97,6 +98,8 @@ pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, Pin
     if machines.is_empty() && problems.is_empty() {
         return Err(PingError::NoMachines(missing_files));
     }
+    // A master and what goes with it outlive this command, and are not to hold a caller's locks and pipes.
+    let _ = fds::keep_from_children();
     let reach = Reach::new(|name| std::env::var_os(name))?;
     let answers = ask_all(&reach, &machines, bound);
     let mut report = String::new();
@@ -114,7 +117,11 @@ pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, Pin
     if as_json {
         report = format!("{:#}\n", Value::Array(list));
     }
-    io::stdout().write_all(report.as_bytes()).map_err(PingError::Output)?;
+    match io::stdout().write_all(report.as_bytes()) {
+        // Whoever reads has seen enough.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(PingError::Output(error)),
+        _ => {}
+    }
     if !as_json && !nix::unistd::geteuid().is_root() && Path::new(DAEMON_SOCKET).exists() {
         let _ = writeln!(
             io::stderr(),

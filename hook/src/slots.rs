@@ -11,13 +11,18 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix_derivation::{HashAlgorithm, hash_bytes};
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
+
+/// The right to choose.
+const MAIN_LOCK: &str = "main-lock";
 
 /// Why slots cannot be counted.
 #[derive(Debug, Error)]
@@ -110,15 +115,20 @@ impl Slots {
         Ok(None)
     }
 
-    /// Takes the first free slot of so many, or waits for one of them.
+    /// Takes the first free slot of so many, or waits for one until `bound` is over.
     ///
     /// # Errors
-    /// If a lock cannot be opened or taken.
-    pub fn take_or_wait(&self, name: &str, slots: u64) -> Result<Held, SlotError> {
-        if let Some(held) = self.take_any(name, slots)? {
-            return Ok(held);
+    /// If a lock cannot be opened or tried.
+    pub fn take_within(&self, name: &str, slots: u64, bound: Duration) -> Result<Option<Held>, SlotError> {
+        const AGAIN: Duration = Duration::from_millis(3);
+        let end = Instant::now() + bound;
+        loop {
+            let held = self.take_any(name, slots)?;
+            if held.is_some() || Instant::now() >= end {
+                return Ok(held);
+            }
+            thread::sleep(AGAIN);
         }
-        wait_for(self.path(name, u64::from(std::process::id()) % slots.max(1)))
     }
 
     /// Begins to watch for slots becoming free. What happens from now on is not missed.
@@ -147,11 +157,20 @@ impl Slots {
 impl Watch {
     /// Waits until a slot may have become free, or `bound` is over.
     pub fn wait(&self, bound: Duration) {
-        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        let bound = PollTimeout::try_from(bound).unwrap_or(PollTimeout::MAX);
-        if poll(&mut fds, bound).is_ok_and(|ready| ready > 0) {
-            // What happened does not matter: the slots are counted again anyway.
-            let _ = self.0.read_events();
+        let end = Instant::now() + bound;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            // A part of a millisecond would be cut off.
+            let left = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            if !poll(&mut fds, left).is_ok_and(|ready| ready > 0) {
+                return;
+            }
+            // Whoever counts closes the main lock, we too: that frees no slot.
+            let events = self.0.read_events().unwrap_or_default();
+            if events.iter().any(|event| event.name.as_deref() != Some(OsStr::new(MAIN_LOCK))) {
+                return;
+            }
         }
     }
 }
@@ -191,7 +210,6 @@ fn lock(path: &Path, how: FlockArg, write: bool) -> io::Result<Option<Flock<File
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     fn slots() -> (tempfile::TempDir, Slots) {
         let state = tempfile::tempdir().unwrap();
@@ -221,16 +239,19 @@ mod tests {
     }
 
     #[test]
-    fn one_of_several_slots_is_waited_for() {
+    fn one_of_several_slots_is_waited_for_with_a_bound() {
+        const LONG: Duration = Duration::from_secs(20);
         let (_state, slots) = slots();
-        let first = slots.take_or_wait("m", 2).unwrap();
-        let second = slots.take_or_wait("m", 2).unwrap();
-        let waiting = std::thread::spawn({
+        let first = slots.take_within("m", 2, LONG).unwrap();
+        let second = slots.take_within("m", 2, LONG).unwrap();
+        assert!(first.is_some() && second.is_some());
+        assert!(slots.take_within("m", 2, Duration::from_millis(20)).unwrap().is_none());
+        let waiting = thread::spawn({
             let slots = slots.clone();
-            move || slots.take_or_wait("m", 2).map(drop)
+            move || slots.take_within("m", 2, LONG).unwrap().is_some()
         });
         drop((first, second));
-        waiting.join().unwrap().unwrap();
+        assert!(waiting.join().unwrap());
     }
 
     #[test]
@@ -259,7 +280,9 @@ mod tests {
         let (_state, slots) = slots();
         let held = take(&slots, "m", 1).1.unwrap();
         let watch = slots.watch().unwrap();
+        let choosing = slots.lock("main-lock").unwrap();
         slots.count("m", 1).unwrap();
+        drop(choosing);
         let begin = Instant::now();
         watch.wait(Duration::from_millis(50));
         assert!(begin.elapsed() >= Duration::from_millis(50), "counting woke the watch");

@@ -260,6 +260,32 @@ fn the_only_machine_switched_off_in_mid_build_fails_the_build_soon() {
 }
 
 #[test]
+fn a_failed_fixed_output_is_not_tried_again_and_a_machine_without_slots_not_waited_for() {
+    let world = World::new();
+    let [mac, other] = ["mac", "other"].map(|name| world.builder(name).start());
+    let client = plan(&world)
+        .uses(&mac, "ssh-ng", 1)
+        .uses(&other, "ssh-ng", 1)
+        .machines("ssh-ng://off.invalid x86_64-linux - 0")
+        .start();
+    let hash = format!("sha256:{}", "0".repeat(64));
+    let make = "cat /etc/machine-name >> /mnt/share/fixed.begun; exit 3";
+    let failed = client.nix_build(&drv::fixed_flat("fixed", make, &hash), &["-j0"]);
+    failed.assert_failure().assert_stderr_has("exit code 3");
+    assert!(failed.took() < LIMIT, "{failed}");
+    assert_eq!(begun(&client, "fixed"), ["mac"], "{failed}");
+}
+
+#[test]
+fn a_time_limit_beyond_all_time_is_none() {
+    let (_world, _mac, client) = one_of_each("ssh-ng", 1);
+    for option in ["max-silent-time", "timeout"] {
+        let args = ["-j0", "--option", option, "9223372036854775807"];
+        client.nix_build(&drv::trivial(option), &args).assert_success();
+    }
+}
+
+#[test]
 fn a_failed_build_is_not_tried_again() {
     let world = World::new();
     let (first, second) = (world.builder("first").start(), world.builder("second").start());

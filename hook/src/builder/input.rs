@@ -12,6 +12,13 @@ pub(super) struct Input {
     pub(super) timed: bool,
 }
 
+impl Input {
+    /// Ends the stream for its sender, for nobody will read any more.
+    pub(super) fn abandon(&mut self) {
+        self.inner.get_mut().abandon();
+    }
+}
+
 impl Read for Input {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.inner.buffer().is_empty() && (self.deadline.is_some() || self.timed) {

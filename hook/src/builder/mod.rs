@@ -22,6 +22,9 @@ use thiserror::Error;
 /// Operations sent together before their answers are read: their answers must fit the receive window.
 const BATCH: usize = 1000;
 
+/// Activities of a builder that are followed at a time.
+pub(crate) const MAX_ACTIVITIES: usize = 10_000;
+
 /// What can go wrong with a builder's store.
 #[derive(Debug, Error)]
 pub enum BuilderError {
@@ -253,6 +256,7 @@ impl Builder {
         on: OnEvent<'_>,
     ) -> Result<BTreeSet<StorePath>, BuilderError> {
         const DOING: &str = "asking which inputs are there";
+        let all = paths.len() as u64;
         let mut batches = paths.chunks(BATCH).peekable();
         let mut request = Vec::new();
         let mut valid = None;
@@ -275,14 +279,14 @@ impl Builder {
             let (input, output) = (&mut self.input, &mut self.output);
             let version = self.peer.version;
             let (store_dir, builds) = (&self.store_dir, &mut self.builds);
-            both(output, &request, DOING, || {
+            both(input, output, &request, DOING, |input| {
                 for _ in batch {
                     work(input, version, builds, DOING, on)?;
                     worker::read_number(input).map_err(|e| BuilderError::wire(DOING, e))?;
                 }
                 if last {
                     work(input, version, builds, DOING, on)?;
-                    let paths = worker::read_paths(input, store_dir);
+                    let paths = worker::read_paths(input, store_dir, all);
                     valid = Some(paths.map_err(|e| BuilderError::wire(DOING, e))?);
                 }
                 Ok(())
@@ -310,20 +314,22 @@ impl Builder {
         let store_dir = &self.store_dir;
         if version.has_add_multiple() {
             beside(
+                input,
                 output,
                 DOING,
                 |output| send_many(output, store_dir, infos, dump, progress),
-                || work(input, version, builds, DOING, on),
+                |input| work(input, version, builds, DOING, on),
             )?;
         } else {
             for info in infos {
                 progress(Some(info));
                 if version.has_frames() {
                     beside(
+                        input,
                         output,
                         DOING,
                         |output| send_framed(output, store_dir, info, dump),
-                        || work(input, version, builds, DOING, on),
+                        |input| work(input, version, builds, DOING, on),
                     )?;
                 } else {
                     send_asked(input, output, version, builds, store_dir, info, dump, on)?;
@@ -353,13 +359,13 @@ impl Builder {
         let version = self.peer.version;
         let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
         let mut answer = None;
-        both(output, &request, DOING, || {
+        both(input, output, &request, DOING, |input| {
             let started = Instant::now();
             let seconds = |n: u64| (n > 0).then(|| Duration::from_secs(n));
-            let end = seconds(clocks.timeout).map(|d| started + d);
+            let end = seconds(clocks.timeout).and_then(|d| started.checked_add(d));
             let mut heard = started;
             loop {
-                let silent = seconds(clocks.max_silent_time).map(|d| heard + d);
+                let silent = seconds(clocks.max_silent_time).and_then(|d| heard.checked_add(d));
                 input.deadline = [end, silent].into_iter().flatten().min();
                 let message = match worker::read_message(input, version) {
                     Err(e) if e.is_timeout() => {
@@ -464,7 +470,7 @@ impl Builder {
         self.input.deadline = Some(begin + bound);
         self.send(DOING, &request)?;
         self.work(DOING, &mut |_| {})?;
-        worker::read_paths(&mut self.input, &self.store_dir).map_err(|e| BuilderError::wire(DOING, e))?;
+        worker::read_paths(&mut self.input, &self.store_dir, 0).map_err(|e| BuilderError::wire(DOING, e))?;
         self.input.deadline = None;
         Ok(begin.elapsed())
     }
@@ -490,26 +496,28 @@ fn send(output: &mut Output, doing: &'static str, request: &[u8]) -> Result<(), 
 
 /// Sends a request and reads its answers, the one never waiting for the other when the request is large.
 fn both(
+    input: &mut Input,
     output: &mut Output,
     request: &[u8],
     doing: &'static str,
-    receive: impl FnOnce() -> Result<(), BuilderError>,
+    receive: impl FnOnce(&mut Input) -> Result<(), BuilderError>,
 ) -> Result<(), BuilderError> {
     // Below this size it fits the channel's window and the sockets' buffers, and needs no second thread.
     const AT_ONCE: usize = 256 << 10;
     if request.len() <= AT_ONCE {
         send(output, doing, request)?;
-        return receive();
+        return receive(input);
     }
-    beside(output, doing, |output| send(output, doing, request), receive)
+    beside(input, output, doing, |output| send(output, doing, request), receive)
 }
 
 /// Runs the sending in a thread of its own while answers are read here.
 fn beside(
+    input: &mut Input,
     output: &mut Output,
     doing: &'static str,
     sending: impl FnOnce(&mut Output) -> Result<(), BuilderError> + Send,
-    receive: impl FnOnce() -> Result<(), BuilderError>,
+    receive: impl FnOnce(&mut Input) -> Result<(), BuilderError>,
 ) -> Result<(), BuilderError> {
     thread::scope(|scope| {
         let sender = scope.spawn(move || {
@@ -520,7 +528,11 @@ fn beside(
             }
             sent
         });
-        let received = receive();
+        let received = receive(input);
+        if received.is_err() {
+            // Nobody reads any more, so a sender that waits for the other side would wait for ever.
+            input.abandon();
+        }
         let sent = sender.join().unwrap_or_else(|_| {
             Err(BuilderError::Lost { doing, source: WireError::Truncated { what: "our own sender" } })
         });
@@ -569,7 +581,9 @@ fn handle(
         }
         Message::Text(text) => on(Event::Text(&text)),
         Message::Start { id, kind: activity::BUILD, .. } => {
-            builds.insert(id);
+            if builds.len() < MAX_ACTIVITIES {
+                builds.insert(id);
+            }
         }
         Message::Start { id, level, kind, text, fields } => {
             on(Event::Start { id, level, kind, text: &text, fields: &fields });

@@ -119,8 +119,8 @@ pub enum Verdict {
     /// Suitable machines (these) are busy, and it cannot be built locally at any time: accept it and wait for a slot,
     /// unless [`MAX_WAITING`] do so already.
     Wait(Vec<usize>),
-    /// Ask again later: suitable machines are busy, but Nix may have a local slot for it sooner.
-    Postpone,
+    /// Ask again later: suitable machines (these) are busy, but Nix may have a local slot for it sooner.
+    Postpone(Vec<usize>),
     /// Not to be built by any machine now.
     Decline,
 }
@@ -195,6 +195,9 @@ pub fn decide(
         ready.into_iter().partition(|(index, load)| load.taken < machines[*index].max_jobs);
     refusals
         .extend(full.iter().map(|(index, _)| (*index, Refusal::Full { slots: machines[*index].max_jobs })));
+    // A machine without slots will never have a free one, so nobody is to wait for it.
+    let full: Vec<usize> =
+        full.iter().map(|(index, _)| *index).filter(|index| machines[*index].max_jobs > 0).collect();
     let best = free.iter().copied().reduce(|best, next| {
         let outranks = outranks((&machines[next.0], next.1), (&machines[best.0], best.1));
         if outranks { next } else { best }
@@ -208,16 +211,8 @@ pub fn decide(
         None if full.is_empty() => Verdict::Decline,
         // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
         None if request.am_willing && local.could_build(request) => Verdict::Decline,
-        None => {
-            // A machine without slots will never have a free one.
-            let waiting_for: Vec<usize> =
-                full.iter().map(|(index, _)| *index).filter(|index| machines[*index].max_jobs > 0).collect();
-            if local.could_build(request) || waiting_for.is_empty() {
-                Verdict::Postpone
-            } else {
-                Verdict::Wait(waiting_for)
-            }
-        }
+        None if local.could_build(request) => Verdict::Postpone(full),
+        None => Verdict::Wait(full),
     };
     refusals.sort_by_key(|(index, _)| *index);
     Decision { verdict, refusals }
@@ -332,7 +327,7 @@ mod tests {
                 State::Ready(Load { taken: 2 })
             })
         };
-        assert_eq!(ask(false, &local).verdict, Verdict::Postpone);
+        assert_eq!(ask(false, &local).verdict, Verdict::Postpone(vec![0]));
         assert_eq!(ask(true, &local).verdict, Verdict::Decline);
         assert_eq!(ask(true, &Local::default()).verdict, Verdict::Wait(vec![0]));
         assert_eq!(ask(false, &Local::default()).verdict, Verdict::Wait(vec![0]));
@@ -388,6 +383,7 @@ mod tests {
     #[test]
     fn a_machine_without_slots_is_never_free() {
         let d = with_loads(&[machine("a", 0, 1.0)], &request(), &[0]);
-        assert_eq!(d.verdict, Verdict::Postpone);
+        assert_eq!(d.verdict, Verdict::Decline);
+        assert_eq!(d.refusals, [(0, Refusal::Full { slots: 0 })]);
     }
 }

@@ -35,6 +35,9 @@ const SOCKET_AGAIN: Duration = Duration::from_secs(600);
 /// refused for that costs a small process.
 const OPENING: u64 = 4;
 
+/// How long to wait for a turn to open one.
+const TURN_BOUND: Duration = Duration::from_millis(500);
+
 /// How long to wait before a socket that was open to us lately is asked again after it refused.
 const REFUSED_PAUSES: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(180)];
@@ -254,8 +257,9 @@ impl Reach {
         store_dir: &StoreDir,
         deadline: Instant,
     ) -> Result<Builder, ReachError> {
-        // Without the lock it may still go well.
-        let _turn = self.opening.take_or_wait(&machine.uri.destination, OPENING).ok();
+        // Without a turn it may still go well.
+        let _turn =
+            self.opening.take_within(&machine.uri.destination, OPENING, TURN_BOUND.min(left(deadline)));
         let was_open = fs::read_to_string(self.stamp(machine)).is_ok_and(|way| way == Way::Socket.as_str());
         let mut pauses = REFUSED_PAUSES.iter().take(if was_open { REFUSED_PAUSES.len() } else { 0 });
         loop {

@@ -68,9 +68,10 @@ impl Hook<'_> {
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
                     next = match self.choose(candidate, &mut failed, true) {
-                        (Verdict::Wait(machines), _) => self.wait_for_slot(candidate, &mut failed, &machines),
                         // Nix has no say any more, so what it could do locally does not count.
-                        (Verdict::Postpone, _) => self.wait_for_slot(candidate, &mut failed, &[]),
+                        (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
+                            self.wait_for_slot(candidate, &mut failed, &machines)
+                        }
                         (_, chosen) => chosen,
                     };
                     if let Some(next) = &next {
@@ -113,7 +114,7 @@ impl Hook<'_> {
         };
         loop {
             match self.choose(candidate, failed, false) {
-                (Verdict::Wait(_) | Verdict::Postpone, _) => watch.wait(LOOK_AGAIN),
+                (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
                 (_, chosen) => {
                     let duration_ms = begin.elapsed().as_millis() as u64;
                     tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");

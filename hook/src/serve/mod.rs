@@ -246,7 +246,7 @@ impl<'a> Hook<'a> {
                 }
                 _ => (Reply::Postpone, None),
             },
-            (Verdict::Postpone, _) => (Reply::Postpone, None),
+            (Verdict::Postpone(_), _) => (Reply::Postpone, None),
             _ => (Reply::Decline, None),
         }
     }
@@ -283,10 +283,12 @@ impl<'a> Hook<'a> {
                 }
             };
             self.log_decision(candidate, &decision);
-            let (Verdict::Accept(index), Some(slot)) = (&decision.verdict, slot) else {
-                return (decision.verdict, None);
+            let (index, slot) = match (&decision.verdict, slot) {
+                (Verdict::Accept(index), Some(slot)) => (*index, slot),
+                // Somebody took it without the right to choose; the next count will tell.
+                (Verdict::Accept(_), None) => continue,
+                _ => return (decision.verdict, None),
             };
-            let index = *index;
             let machine = &self.machines[index];
             if !ask || self.reach.is_warm(machine) {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
@@ -382,7 +384,7 @@ impl<'a> Hook<'a> {
             Verdict::Wait(_) => {
                 tracing::debug!(derivation, reason = "all suitable machines are full", "waiting");
             }
-            Verdict::Postpone => {
+            Verdict::Postpone(_) => {
                 tracing::info!(derivation, reason = "all suitable machines are full", "postponed")
             }
             Verdict::Decline => {

@@ -8,7 +8,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use super::{MAX_NAME, MAX_STRING, WireError, read_list, read_string, read_u64};
+use super::{MAX_ITEMS, MAX_NAME, MAX_STRING, WireError, read_list, read_string, read_u64};
 use crate::config::Settings;
 use crate::plan::Request;
 use serde_json::{Value, json};
@@ -103,7 +103,7 @@ pub fn read_job(source: &mut impl Read) -> Result<Job, WireError> {
 }
 
 fn read_strings(source: &mut impl Read, what: &'static str) -> Result<Vec<String>, WireError> {
-    read_list(source, what, |s| read_string(s, what, MAX_NAME))
+    read_list(source, what, MAX_ITEMS, |s| read_string(s, what, MAX_NAME))
 }
 
 /// An answer to a request.
@@ -176,8 +176,6 @@ pub mod result {
     pub const SET_PHASE: u64 = 104;
     /// Fields: done, expected, running, failed.
     pub const PROGRESS: u64 = 105;
-    /// Fields: kind of activity, expected amount.
-    pub const SET_EXPECTED: u64 = 106;
 }
 
 /// A field of an activity or result. Nix takes nothing but these two; anything else ends the whole command.

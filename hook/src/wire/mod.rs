@@ -18,7 +18,7 @@ pub const MAX_STRING: u64 = 64 << 20;
 /// Longest store path, system or feature name taken.
 pub const MAX_NAME: u64 = 4096;
 
-/// Most items taken in one list (input paths, references, features).
+/// Most items taken in one list from Nix (input paths, features).
 pub const MAX_ITEMS: u64 = 4 << 20;
 
 /// What a peer sent that cannot be read.
@@ -154,18 +154,19 @@ pub fn read_string(
     String::from_utf8(read_bytes(source, what, limit)?).map_err(|_| WireError::NotText { what })
 }
 
-/// Reads a count and then as many items.
+/// Reads a count and then as many items, `limit` at most.
 ///
 /// # Errors
-/// If the count is above [`MAX_ITEMS`], or an item cannot be read.
+/// If the count is above the limit, or an item cannot be read.
 pub fn read_list<R: Read + ?Sized, T>(
     source: &mut R,
     what: &'static str,
+    limit: u64,
     mut item: impl FnMut(&mut R) -> Result<T, WireError>,
 ) -> Result<Vec<T>, WireError> {
     let count = read_u64(source, what)?;
-    if count > MAX_ITEMS {
-        return Err(WireError::TooMany { what, count, limit: MAX_ITEMS });
+    if count > limit {
+        return Err(WireError::TooMany { what, count, limit });
     }
     let mut items = Vec::new();
     for _ in 0..count {
@@ -221,7 +222,7 @@ mod tests {
     fn every_truncation_is_an_error() {
         let mut buffer = Vec::new();
         put_strings(&mut buffer, ["one", "three four"].iter());
-        let read = |mut bytes: &[u8]| read_list(&mut bytes, "words", |s| read_string(s, "word", 100));
+        let read = |mut bytes: &[u8]| read_list(&mut bytes, "words", 9, |s| read_string(s, "word", 100));
         assert_eq!(read(&buffer).unwrap(), ["one", "three four"]);
         for end in 0..buffer.len() {
             assert!(matches!(read(&buffer[..end]), Err(WireError::Truncated { .. })), "{end}");
@@ -233,7 +234,7 @@ mod tests {
         let huge = u64::MAX.to_le_bytes();
         assert!(matches!(read_bytes(&mut &huge[..], "x", MAX_STRING), Err(WireError::TooLong { .. })));
         assert!(matches!(
-            read_list(&mut &huge[..], "x", |s| read_u64(s, "n")),
+            read_list(&mut &huge[..], "x", MAX_ITEMS, |s| read_u64(s, "n")),
             Err(WireError::TooMany { .. })
         ));
         let mut claim = MAX_STRING.to_le_bytes().to_vec();

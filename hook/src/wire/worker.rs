@@ -25,6 +25,16 @@ use nix_derivation::{CAHash, Derivation, NixHash, Output, StoreDir, StorePath};
 use std::collections::BTreeSet;
 use std::io::Read;
 
+/// Most bytes taken for one message, with all that is in it.
+const MAX_MESSAGE: u64 = MAX_STRING + (1 << 20);
+const MAX_FIELDS: u64 = 64;
+const MAX_TRACES: u64 = 1000;
+const MAX_SIGNATURES: u64 = 1000;
+const MAX_OUTPUTS: u64 = 1000;
+const MAX_REFERENCES: u64 = 1 << 20;
+/// Longest identity or realisation of an output; both are read and dropped.
+const MAX_REALISATION: u64 = 1 << 20;
+
 const OP_ADD_TEMP_ROOT: u64 = 11;
 const OP_SET_OPTIONS: u64 = 19;
 const OP_QUERY_PATH_INFO: u64 = 26;
@@ -97,6 +107,7 @@ pub enum Message {
 /// # Errors
 /// If the stream ends or holds something else.
 pub fn read_message(source: &mut impl Read, version: Version) -> Result<Message, WireError> {
+    let source = &mut source.take(MAX_MESSAGE);
     let text = |source: &mut _, what| read_bytes(source, what, MAX_STRING);
     match read_u64(source, "a message of the daemon")? {
         MESSAGE_LAST => Ok(Message::Last),
@@ -138,7 +149,7 @@ fn read_error(source: &mut impl Read, version: Version) -> Result<DaemonError, W
     read_bytes(source, "an error's name", MAX_STRING)?;
     let mut message = lossy(read_bytes(source, "an error's message", MAX_STRING)?);
     read_u64(source, "an error's position")?;
-    let traces = read_list(source, "an error's traces", |source| {
+    let traces = read_list(source, "an error's traces", MAX_TRACES, |source| {
         read_u64(source, "a trace's position")?;
         read_bytes(source, "a trace's text", MAX_STRING)
     })?;
@@ -150,14 +161,16 @@ fn read_error(source: &mut impl Read, version: Version) -> Result<DaemonError, W
 }
 
 fn read_fields(source: &mut impl Read) -> Result<Vec<Field>, WireError> {
-    read_list(source, "an activity's fields", |source| match read_u64(source, "a field's type")? {
-        0 => Ok(Field::Int(read_u64(source, "a field")?)),
-        1 => Ok(Field::Text(read_bytes(source, "a field", MAX_STRING)?)),
-        other => Err(WireError::Unexpected {
-            what: "a field's type",
-            got: other.to_string(),
-            expected: "0 (number) or 1 (text)",
-        }),
+    read_list(source, "an activity's fields", MAX_FIELDS, |source| {
+        match read_u64(source, "a field's type")? {
+            0 => Ok(Field::Int(read_u64(source, "a field")?)),
+            1 => Ok(Field::Text(read_bytes(source, "a field", MAX_STRING)?)),
+            other => Err(WireError::Unexpected {
+                what: "a field's type",
+                got: other.to_string(),
+                expected: "0 (number) or 1 (text)",
+            }),
+        }
     })
 }
 
@@ -294,8 +307,9 @@ fn base16(hash: &NixHash) -> String {
     text.split_once(':').map(|(_, digest)| digest.to_owned()).unwrap_or(text)
 }
 
-/// Appends the head of the operation that imports several paths; a framed stream follows (see
-/// [`put_frame`]): the number of paths, and for each [`put_path_info`] and its NAR. Answer: nothing.
+/// Appends the head of the operation that imports several paths; a stream in frames of
+/// a length and as many bytes follows, ended by an empty one: the number of paths, and for each [`put_path_info`] and its
+/// NAR. Answer: nothing.
 pub fn put_add_multiple(buffer: &mut Vec<u8>) {
     put_u64(buffer, OP_ADD_MULTIPLE_TO_STORE);
     put_u64(buffer, 0); // repair
@@ -311,12 +325,6 @@ pub fn put_add_to_store_nar(buffer: &mut Vec<u8>, store_dir: &StoreDir, info: &P
     put_u64(buffer, 1); // do not check signatures
 }
 
-/// Appends one frame; an empty one ends the framed stream.
-pub fn put_frame(buffer: &mut Vec<u8>, data: &[u8]) {
-    put_u64(buffer, data.len() as u64);
-    buffer.extend_from_slice(data);
-}
-
 /// Appends a path and its metadata. `ultimate` is never claimed: the path was not built over there.
 pub fn put_path_info(buffer: &mut Vec<u8>, store_dir: &StoreDir, info: &PathInfo) {
     put_str(buffer, &store_dir.render_path(&info.path));
@@ -330,12 +338,16 @@ pub fn put_path_info(buffer: &mut Vec<u8>, store_dir: &StoreDir, info: &PathInfo
     put_str(buffer, info.content_address.as_deref().unwrap_or_default());
 }
 
-/// Reads a set of store paths.
+/// Reads a set of store paths, `limit` at most.
 ///
 /// # Errors
 /// If the stream ends or holds something else.
-pub fn read_paths(source: &mut impl Read, store_dir: &StoreDir) -> Result<BTreeSet<StorePath>, WireError> {
-    Ok(read_list(source, "a store path", |source| read_path(source, store_dir, "a store path"))?
+pub fn read_paths(
+    source: &mut impl Read,
+    store_dir: &StoreDir,
+    limit: u64,
+) -> Result<BTreeSet<StorePath>, WireError> {
+    Ok(read_list(source, "a store path", limit, |source| read_path(source, store_dir, "a store path"))?
         .into_iter()
         .collect())
 }
@@ -382,12 +394,13 @@ pub fn read_path_info(
             });
         }
     };
-    let references = read_paths(source, store_dir)?;
+    let references = read_paths(source, store_dir, MAX_REFERENCES)?;
     let registration_time = read_u64(source, "a path's registration time")?;
     let nar_size = read_u64(source, "a path's NAR size")?;
     let ultimate = read_u64(source, "whether a path is ultimate")? != 0;
-    let signatures =
-        read_list(source, "a path's signatures", |source| read_string(source, "a signature", MAX_NAME))?;
+    let signatures = read_list(source, "a path's signatures", MAX_SIGNATURES, |source| {
+        read_string(source, "a signature", MAX_NAME)
+    })?;
     let content_address = Some(read_string(source, "a path's content address", MAX_NAME)?);
     Ok(Some(PathInfo {
         path: path.clone(),
@@ -409,8 +422,6 @@ pub struct BuildResult {
     pub status: u64,
     /// The builder's own message when it failed.
     pub message: String,
-    /// Seconds since the epoch at which the build began and ended (from 1.29).
-    pub times: Option<(u64, u64)>,
 }
 
 /// What a build's status means for the one who asked.
@@ -427,11 +438,13 @@ pub enum Outcome {
 }
 
 impl BuildResult {
-    /// Reads the status.
-    pub fn outcome(&self) -> Outcome {
+    /// Reads the status. To Nix every failure of a fixed-output derivation is transient, since it may come from the
+    /// network (`derivation-building-goal.cc`); another machine is no cure for those.
+    pub fn outcome(&self, fixed: bool) -> Outcome {
         match self.status {
             0 | 1 | 2 | 13 => Outcome::Built,
             8 => Outcome::TimedOut,
+            6 if fixed => Outcome::Failed,
             6 | 10 | 14 => Outcome::NotThere,
             _ => Outcome::Failed,
         }
@@ -445,11 +458,12 @@ impl BuildResult {
 pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<BuildResult, WireError> {
     let status = read_u64(source, "a build's status")?;
     let message = String::from_utf8_lossy(&read_bytes(source, "a build's message", MAX_STRING)?).into_owned();
-    let mut times = None;
     if version.minor() >= 29 {
-        read_u64(source, "how often it was built")?;
-        read_u64(source, "whether it is deterministic")?;
-        times = Some((read_u64(source, "a build's begin")?, read_u64(source, "a build's end")?));
+        for what in
+            ["how often it was built", "whether it is deterministic", "a build's begin", "a build's end"]
+        {
+            read_u64(source, what)?;
+        }
     }
     if version.minor() >= 37 {
         for what in ["a build's user time", "a build's system time"] {
@@ -467,12 +481,12 @@ pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<Bui
         }
     }
     if version.minor() >= 28 {
-        read_list(source, "a build's outputs", |source| {
-            read_bytes(source, "an output's identity", MAX_STRING)?;
-            read_bytes(source, "an output's realisation", MAX_STRING)
+        read_list(source, "a build's outputs", MAX_OUTPUTS, |source| {
+            read_bytes(source, "an output's identity", MAX_REALISATION)?;
+            read_bytes(source, "an output's realisation", MAX_REALISATION).map(drop)
         })?;
     }
-    Ok(BuildResult { status, message, times })
+    Ok(BuildResult { status, message })
 }
 
 /// Reads the number some operations answer with.

@@ -32,6 +32,10 @@ impl TimedRead for End {
     fn set_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.0.set_read_timeout(timeout)
     }
+
+    fn abandon(&mut self) {
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 impl Write for End {
@@ -184,7 +188,7 @@ fn every_version_uploads_builds_and_fetches() {
         let mut log = Vec::new();
         let result =
             builder.build(&drv_path, &drv, &[input], Clocks::default(), &mut events(&mut log)).unwrap();
-        assert_eq!(result.outcome(), Outcome::Built, "1.{minor}: {result:?}");
+        assert_eq!(result.outcome(false), Outcome::Built, "1.{minor}: {result:?}");
         assert_eq!(log, [format!("log from {name}")], "1.{minor}");
 
         let out = drv.outputs()["out"].path_in(drv.store_dir(), drv.name(), "out").unwrap().unwrap();
@@ -234,7 +238,7 @@ fn a_failing_build_is_a_result_and_the_connection_goes_on() {
     let mut builder = store.daemon(NEWEST_MINOR);
     let mut log = Vec::new();
     let result = builder.build(&drv_path, &drv, &inputs, Clocks::default(), &mut events(&mut log)).unwrap();
-    assert_eq!(result.outcome(), Outcome::Failed);
+    assert_eq!(result.outcome(false), Outcome::Failed);
     assert!(result.message.contains("failed with exit code 5"), "{}", result.message);
     assert_eq!(log, ["why"]);
     assert!(builder.round_trip(BOUND).is_ok());

@@ -156,6 +156,30 @@ fn a_receiver_that_stops_early_ends_the_talk() {
 }
 
 #[test]
+fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let (done, wait) = std::sync::mpsc::channel::<()>();
+    thread::spawn(move || {
+        let _ = theirs.write_all(&greeting());
+        let mut refusal = Vec::new();
+        put_u64(&mut refusal, 0x6378_7470);
+        for text in ["Error", "", "Error", "out of memory"] {
+            if text.is_empty() { put_u64(&mut refusal, 0) } else { put_str(&mut refusal, text) }
+        }
+        put_u64(&mut refusal, 0);
+        put_u64(&mut refusal, 0);
+        let _ = theirs.write_all(&refusal);
+        // It stays and reads nothing, until the test is over.
+        let _ = wait.recv();
+    });
+    let mut builder = Builder::connect(stream(ours), StoreDir::default(), Version::newest(), BOUND).unwrap();
+    let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));
+    let error = builder.upload(&[info(65_536_000)], &dump, &|_| {}, &mut |_| {}).unwrap_err();
+    assert_eq!(error.to_string(), "out of memory");
+    drop(done);
+}
+
+#[test]
 fn a_peer_that_leaves_while_it_is_sent_a_path_is_a_lost_connection() {
     let mut builder = after_greeting(&[], false);
     let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));

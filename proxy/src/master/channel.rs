@@ -426,6 +426,10 @@ impl TimedRead for ChannelReader {
         self.timeout = timeout;
         Ok(())
     }
+
+    fn abandon(&mut self) {
+        self.shared.end();
+    }
 }
 
 impl Drop for ChannelReader {

@@ -122,6 +122,11 @@ pub enum Fault {
         /// ssh's line.
         said: String,
     },
+    /// ssh does not understand its configuration or its command line.
+    Configuration {
+        /// ssh's line.
+        said: String,
+    },
     /// Something else; ssh's last lines.
     Other {
         /// ssh's lines, or what happened if it said nothing.
@@ -158,6 +163,7 @@ impl fmt::Display for Fault {
             Fault::IdentityPermissions { said } => {
                 write!(f, "ssh does not use an identity file that others can read ({said})")
             }
+            Fault::Configuration { said } => write!(f, "ssh is configured wrongly ({said})"),
             Fault::Other { said } => write!(f, "{said}"),
         }
     }
@@ -168,6 +174,9 @@ pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
     let find = |needles: &[&str]| {
         lines(stderr).find(|line| needles.iter().any(|needle| line.contains(needle))).map(|line| quote(&line))
     };
+    if let Some(said) = find(&["Bad configuration option", "bad configuration options"]) {
+        return Fault::Configuration { said };
+    }
     // In the order of the connection, the later step first where ssh goes on after a warning.
     if let Some(said) = find(&["Could not resolve hostname"]) {
         return Fault::NameNotResolved { said };
@@ -386,6 +395,9 @@ impl Context {
                     .as_ref()
                     .map_or_else(|| "FILE".into(), |path| shell_word(&path.to_string_lossy()))
             ),
+            Fault::Configuration { .. } => {
+                format!("correct user {user}'s ssh_config, or the words in NIX_SSHOPTS")
+            }
             Fault::Other { .. } => {
                 format!("as user {user} try `{command} true`; all that ssh said is in {}", log.display())
             }
@@ -425,6 +437,8 @@ mod tests {
         assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts, name });
         assert_eq!(port_in("ssh: connect to host h port 2222: Connection refused"), Some(2222));
         assert_eq!(diagnose(changed, true), Fault::PinnedKeyMismatch);
+        let bad = "command-line: line 0: Bad configuration option: badopt";
+        assert_eq!(diagnose(bad, false), Fault::Configuration { said: said(bad) });
         let unknown = "No RSA host key is known for h and you have requested strict checking.\r\n";
         assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown);
         assert_eq!(diagnose(unknown, true), Fault::PinnedKeyMismatch);

@@ -54,6 +54,10 @@ pub trait TimedRead: Read {
     /// # Errors
     /// When the kernel refuses.
     fn set_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Says that nobody will read any more: a write of the other half that waits for the far side, or comes later,
+    /// fails.
+    fn abandon(&mut self);
 }
 
 /// The writing half of a stream.

@@ -50,12 +50,14 @@ impl Session {
         let (stdout, stdout_far) = UnixStream::pair().map_err(gone)?;
         let (stderr, stderr_far) = UnixStream::pair().map_err(gone)?;
         stderr.set_nonblocking(true).map_err(gone)?;
+        let stdin_too = stdin.try_clone().map_err(gone)?;
         let fds = [stdin_far, stdout_far, stderr_far].map(OwnedFd::from);
         let session = Arc::new(Mutex::new(OpenSession::open(control, command, fds, bound)?));
         let tail = Arc::new(Mutex::new(Tail { socket: Some(stderr), bytes: Vec::new() }));
         Ok(Session {
             reader: SessionReader {
                 stdout,
+                stdin: stdin_too,
                 tail: Arc::clone(&tail),
                 timeout: None,
                 _session: Arc::clone(&session),
@@ -80,6 +82,8 @@ impl Session {
 #[derive(Debug)]
 pub struct SessionReader {
     stdout: UnixStream,
+    /// The writer's socket, to end it with.
+    stdin: UnixStream,
     tail: Arc<Mutex<Tail>>,
     timeout: Option<Duration>,
     _session: Arc<Mutex<OpenSession>>,
@@ -116,6 +120,11 @@ impl TimedRead for SessionReader {
     fn set_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         self.timeout = timeout;
         Ok(())
+    }
+
+    fn abandon(&mut self) {
+        // It may be gone already.
+        let _ = self.stdin.shutdown(Shutdown::Both);
     }
 }
 
