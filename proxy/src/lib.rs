@@ -6,3 +6,4 @@ pub mod cli;
 pub mod exit;
 pub mod log;
 pub mod master;
+mod passing;
