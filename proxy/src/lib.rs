@@ -9,3 +9,4 @@ pub mod exit;
 pub mod log;
 pub mod master;
 mod passing;
+pub mod tunnel;

@@ -1,0 +1,87 @@
+//! The commands around the ProxyCommand: what they say.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::Stdio,
+};
+
+use serde_json::Value;
+
+use crate::world::{World, wait_until};
+
+#[test]
+fn the_list_counts_what_runs_over_a_connection() {
+    let world = World::new();
+    let listed = || -> Value {
+        let said = world.proxy_says(&["list", "--json"]);
+        assert_eq!((said.code, &*said.err), (Some(0), ""));
+        serde_json::from_str(&said.out).unwrap()
+    };
+    assert_eq!(world.ssh("host2", "true").code, Some(0));
+    assert_eq!(listed()[0]["destination"], "bastion");
+    wait_until("all streams are gone", || listed()[0]["channels"] == 0);
+    let mut sessions: Vec<_> = ["host2", "fd2", "host3"]
+        .map(|host| {
+            let mut ssh = world.client("ssh");
+            ssh.args([host, "echo ready; cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+        })
+        .into();
+    for session in &mut sessions {
+        let mut line = String::new();
+        BufReader::new(session.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+    }
+    assert_eq!(listed()[0]["channels"], 3);
+    let text = world.proxy_says(&["list"]).out;
+    assert!(text.starts_with("bastion\talive\tpid ") && text.contains("\t3 channels\t"), "{text}");
+    for mut session in sessions {
+        drop(session.stdin.take());
+        assert!(session.wait().unwrap().success());
+    }
+    wait_until("all streams are gone", || listed()[0]["channels"] == 0);
+}
+
+#[test]
+fn check_says_whether_a_host_answers() {
+    let world = World::new();
+    let config = world.path("ssh_config").display().to_string();
+    let said = world.proxy_says(&["check", "-F", &config, "host2"]);
+    assert!(
+        said.code == Some(0) && said.out.starts_with("host2 answers, over a new connection ("),
+        "{said:?}"
+    );
+    let said = world.proxy_says(&["check", "--json", "-F", &config, "host2"]);
+    let result: Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((&result["answers"], &result["master"]), (&Value::from(true), &Value::from("found")));
+    assert_eq!(world.bastion_logins(), 1);
+
+    let said = world.proxy_says(&["check", "--json", "-F", "none", "-p", "1", "127.0.0.1"]);
+    let result: Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((said.code, &result["answers"]), (Some(69), &Value::from(false)));
+    assert!(result["error"].as_str().unwrap().contains("connection refused"), "{result}");
+    assert!(
+        said.err.starts_with("error: cannot connect to 127.0.0.1") && said.err.contains("hint: "),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn wrong_words_are_said_to_be_so() {
+    let world = World::new();
+    for words in
+        [&["host"][..], &["host", "0"], &["host", "ssh"], &["--wait=x", "host", "22"], &["list", "22"]]
+    {
+        let said = world.proxy_says(words);
+        assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
+        assert!(said.err.contains("Usage") || said.err.contains("--help"), "{said:?}");
+    }
+    let said = world.proxy_says(&["--fdpass", "127.0.0.1", "22"]);
+    assert!(said.code == Some(2) && said.err.contains("hint: leave --fdpass out, or say"), "{said:?}");
+    let said = world.proxy_says(&["--via", "-oProxyCommand=x", "127.0.0.1", "22"]);
+    assert_eq!(said.code, Some(2), "{said:?}");
+    let said = world.proxy_says(&["-i", "key", "127.0.0.1", "22"]);
+    assert!(said.code == Some(2) && said.err.contains("hint: name it with --via"), "{said:?}");
+    // A host called like a command.
+    let said = world.proxy_says(&["--", "list", "22"]);
+    assert!(said.code == Some(69) && said.err.contains("cannot connect to list port 22"), "{said:?}");
+}
