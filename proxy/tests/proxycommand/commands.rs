@@ -1,13 +1,21 @@
-//! The commands around the ProxyCommand: what they say.
+//! The commands around the ProxyCommand: what they say, and their documents.
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
-    process::Stdio,
+    process::{Command, Stdio},
 };
 
 use serde_json::Value;
 
 use crate::world::{World, wait_until};
+
+fn help(words: &[&str]) -> String {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_nix-offload-proxy")).args(words).arg("--help").output().unwrap();
+    assert!(output.status.success(), "{words:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
 
 #[test]
 fn the_list_counts_what_runs_over_a_connection() {
@@ -84,4 +92,41 @@ fn wrong_words_are_said_to_be_so() {
     // A host called like a command.
     let said = world.proxy_says(&["--", "list", "22"]);
     assert!(said.code == Some(69) && said.err.contains("cannot connect to list port 22"), "{said:?}");
+}
+
+#[test]
+fn the_manual_has_every_command_and_every_flag() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/man/nix-offload-proxy.1");
+    // Without roff's escapes of hyphens.
+    let manual = fs::read_to_string(path).unwrap().replace("\\-", "-");
+    let top = help(&[]);
+    let commands: Vec<&str> = top
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .map_while(|line| line.strip_prefix("  ")?.split_whitespace().next())
+        .filter(|word| *word != "help")
+        .collect();
+    assert_eq!(commands, ["list", "start", "stop", "check"]);
+    let mut flags = 0;
+    for words in [vec![]].into_iter().chain(commands.iter().map(|command| vec![*command])) {
+        let text = help(&words);
+        for line in text.lines().filter(|line| line.trim_start().starts_with('-')) {
+            for flag in line.split([' ', ',', '=', '[', ')']).filter(|word| word.starts_with('-')) {
+                flags += 1;
+                let named = [format!("{flag} "), format!("{flag}\n"), format!("{flag},"), format!("{flag}=")];
+                assert!(
+                    named.iter().any(|named| manual.contains(named)),
+                    "the manual lacks {words:?} {flag}"
+                );
+            }
+        }
+        for command in &words {
+            assert!(manual.contains(&format!(".SS {command}")), "the manual lacks {command}");
+        }
+    }
+    assert!(flags > 30, "{flags} flags found");
+    for code in ["69", "75", "77", "78"] {
+        assert!(manual.contains(&format!(".B {code}\n")), "the manual lacks exit code {code}");
+    }
 }
