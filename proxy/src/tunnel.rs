@@ -261,7 +261,11 @@ pub fn check(pool: &Pool, endpoint: &Endpoint, bound: Duration) -> Result<Checke
     if let Some(master) = found {
         match run_true(&master, bound) {
             Err(error) if error.is_master_lost() => master.retire(),
-            other => return other.map(|()| Checked::Found).map_err(|source| unanswered(endpoint, source)),
+            Err(source) => return Err(unanswered(endpoint, source)),
+            Ok(()) => {
+                of_host.clear();
+                return Ok(Checked::Found);
+            }
         }
     }
     let master = pool.start(endpoint, bound, "true")?;
@@ -342,9 +346,7 @@ fn through(pool: &Pool, via: &Endpoint, request: &Request) -> Result<Link, Tunne
         let started = pool.start(via, request.bound, "true");
         match &started {
             Ok(_) => of_jump.clear(),
-            // Another process's haste is no fault of the host.
-            Err(StartError::Busy { .. }) => {}
-            Err(error) if error.is_temporary() => of_jump.failed(&reason(error), SystemTime::now()),
+            Err(error) if error.is_host_down() => of_jump.failed(&reason(error), SystemTime::now()),
             Err(_) => {}
         }
         started

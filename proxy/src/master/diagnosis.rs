@@ -270,6 +270,19 @@ impl StartError {
         }
     }
 
+    /// The host or the way to it is down: nothing but time will help, so others need not try at once. What
+    /// somebody may be mending, such as a configuration, is not this.
+    pub fn is_host_down(&self) -> bool {
+        match self {
+            StartError::TimedOut { .. } => true,
+            StartError::Failed { fault, .. } => matches!(
+                fault,
+                Fault::NameNotResolved { .. } | Fault::Refused { .. } | Fault::Unreachable { .. }
+            ),
+            _ => false,
+        }
+    }
+
     /// The exit code a command ends with, from [`crate::exit`].
     pub fn exit_code(&self) -> u8 {
         use crate::exit;

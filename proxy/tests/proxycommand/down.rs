@@ -83,6 +83,14 @@ fn a_bastion_that_is_down_fails_fast_for_every_host_behind_it() {
     world.write_client_config("Host bastion\n HostName 127.0.0.1\n Port 1\n");
     let first = world.ssh("host2", "true");
     assert!(first.err.contains("cannot connect to bastion: connection refused"), "{first:?}");
+    // What somebody may be mending is tried each time.
+    world.write_client_config("Host bastion\n NoSuchWord yes\n");
+    for _ in 0..2 {
+        let config = world.path("ssh_config").display().to_string();
+        let said = world.proxy_says(&["-F", &config, "--via", "other", "127.0.0.2", "22"]);
+        assert!(said.code == Some(69) && said.err.contains("Bad configuration option"), "{said:?}");
+    }
+    world.write_client_config("Host bastion\n HostName 127.0.0.1\n Port 1\n");
     for host in ["host3", "fd4"] {
         let begin = Instant::now();
         let said = world.ssh(host, "true");
