@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -143,12 +143,20 @@ impl SshArgs {
     fn endpoint(self, destination: String) -> Result<(Endpoint, Duration), StartError> {
         let mut endpoint = Endpoint::new(destination)?;
         endpoint.port = self.ssh_port;
-        endpoint.identity = self.identity;
-        let config = self.config.into_iter().flat_map(|file| ["-F".to_owned(), file]);
+        endpoint.identity = self.identity.map(|file| from_here(&file));
+        let config = self.config.map(|file| from_here(Path::new(&file)).to_string_lossy().into_owned());
+        let config = config.into_iter().flat_map(|file| ["-F".to_owned(), file]);
         let options = self.options.into_iter().flat_map(|option| ["-o".to_owned(), option]);
         endpoint.ssh_options = config.chain(options).collect();
         Ok((endpoint, Duration::from_secs(self.timeout.into())))
     }
+}
+
+/// A file that is named from where we stand: masters start in another directory. Anything else is left to ssh, which
+/// knows `none`, `~` and `%d`.
+fn from_here(file: &Path) -> PathBuf {
+    let absolute = std::path::absolute(file).ok().filter(|absolute| absolute.exists());
+    absolute.unwrap_or_else(|| file.to_owned())
 }
 
 #[derive(Debug, Args)]
