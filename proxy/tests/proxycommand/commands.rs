@@ -39,9 +39,12 @@ fn the_list_counts_what_runs_over_a_connection() {
         BufReader::new(session.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         assert_eq!(line, "ready\n");
     }
-    assert_eq!(listed()[0]["channels"], 3);
-    let text = world.proxy_says(&["list"]).out;
-    assert!(text.starts_with("bastion\talive\tpid ") && text.contains("\t3 channels\t"), "{text}");
+    // A list is a client too, for a moment.
+    wait_until("three streams are there", || listed()[0]["channels"] == 3);
+    wait_until("the list says so", || {
+        let text = world.proxy_says(&["list"]).out;
+        text.starts_with("bastion\talive\tpid ") && text.contains("\t3 channels\t")
+    });
     for mut session in sessions {
         drop(session.stdin.take());
         assert!(session.wait().unwrap().success());
@@ -62,6 +65,10 @@ fn check_says_whether_a_host_answers() {
     let result: Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!((&result["answers"], &result["master"]), (&Value::from(true), &Value::from("found")));
     assert_eq!(world.bastion_logins(), 1);
+    // A file named from here, though the master starts elsewhere.
+    let mut here = world.proxy();
+    here.current_dir(world.path("")).args(["check", "-F", "ssh_config", "-i", "user", "host2"]);
+    assert_eq!(here.output().unwrap().status.code(), Some(0));
 
     let said = world.proxy_says(&["check", "--json", "-F", "none", "-p", "1", "127.0.0.1"]);
     let result: Value = serde_json::from_str(&said.out).unwrap();
