@@ -212,13 +212,13 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
     }
     let deadline = request.wait.and_then(|wait| Instant::now().checked_add(wait));
     let link = loop {
-        let error = match find(pool, request) {
+        let error = match find(pool, request, deadline) {
             Ok(link) => break link,
             Err(error) => error,
         };
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         match left {
-            Some(left) if !left.is_zero() && error.is_worth_waiting() => {
+            Some(left) if !left.is_zero() && error.is_worth_waiting() && !keeps(request, &error) => {
                 thread::sleep(WAIT_INTERVAL.mul_f64(1.0 + dice() / 2.0).min(left));
             }
             _ => return Err(error),
@@ -260,7 +260,9 @@ pub fn check(pool: &Pool, endpoint: &Endpoint, bound: Duration) -> Result<Checke
     let found = pool.live(endpoint);
     if let Some(master) = found {
         match run_true(&master, bound) {
-            Err(error) if error.is_master_lost() => master.retire(),
+            Err(error) if error.is_master_lost() => {
+                master.retire();
+            }
             Err(source) => return Err(unanswered(endpoint, source)),
             Ok(()) => {
                 of_host.clear();
@@ -299,10 +301,10 @@ impl Link {
     }
 }
 
-fn find(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
+fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
     // The master to the jump host may itself be started through us: its way there is a direct one.
     if let Some(via) = request.via.as_ref().filter(|via| !pool.is_starting(via)) {
-        return through(pool, via, request);
+        return through(pool, via, request, deadline);
     }
     // What serves the start of a master must not hang on another one to the same host.
     if !pool.serves_a_start()
@@ -311,8 +313,14 @@ fn find(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
         match open_on(&master, request, request.bound.min(UNASKED_BOUND)) {
             Ok(link) => return Ok(link),
             // It need not be able to; it was only asked because it is there.
-            Err(error) => {
-                tracing::debug!(host = request.host, %error, "the master to the host itself is of no use");
+            Err(source) => {
+                tracing::debug!(host = request.host, error = %source, "the master to the host itself is of no use");
+                let (host, port) = (request.host.clone(), request.port);
+                if keeps_descriptors(request, &source)
+                    && !(is_lost(&master, &source, request.bound) && master.retire())
+                {
+                    return Err(TunnelError::Via { via: host.clone(), host, port, source });
+                }
             }
         }
     }
@@ -336,7 +344,12 @@ fn direct(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
     }
 }
 
-fn through(pool: &Pool, via: &Endpoint, request: &Request) -> Result<Link, TunnelError> {
+fn through(
+    pool: &Pool,
+    via: &Endpoint,
+    request: &Request,
+    deadline: Option<Instant>,
+) -> Result<Link, TunnelError> {
     let (host, port, jump) = (&request.host, request.port, &via.destination);
     let of_jump = Memory::of(pool.directory(), format!("master {}", via.name()));
     let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
@@ -352,11 +365,13 @@ fn through(pool: &Pool, via: &Endpoint, request: &Request) -> Result<Link, Tunne
         started
     };
     let master = start()?;
-    let mut opened = open_on(&master, request, request.bound);
-    if opened.as_ref().is_err_and(|error| error.is_master_lost()) && is_lost(&master, &opened, request.bound)
+    let mut opened = open_on(&master, request, patience(request, deadline, Instant::now()));
+    if let Err(error) = &opened
+        && error.is_master_lost()
+        && is_lost(&master, error, request.bound)
+        && (master.retire() || !keeps_descriptors(request, error))
     {
-        master.retire();
-        opened = open_on(&start()?, request, request.bound);
+        opened = open_on(&start()?, request, patience(request, deadline, Instant::now()));
     }
     match opened {
         Ok(link) => {
@@ -380,10 +395,31 @@ fn open_on(master: &Master, request: &Request, bound: Duration) -> Result<Link, 
     Ok(Link::Carried { forward, via: master.destination().to_owned() })
 }
 
+/// How long a master may take to open a stream. Who waits for the host waits for the jump host's own answer, for one
+/// that was given up may still come to life and read what is meant for the next attempt.
+fn patience(request: &Request, deadline: Option<Instant>, now: Instant) -> Duration {
+    match deadline {
+        Some(deadline) if !request.fdpass => deadline.saturating_duration_since(now).max(request.bound),
+        _ => request.bound,
+    }
+}
+
+/// Whether the master may still carry our stdin and stdout somewhere: it has them and has not answered. Then nobody
+/// else can have them before it is gone.
+fn keeps_descriptors(request: &Request, error: &OpenError) -> bool {
+    !request.fdpass && matches!(error, OpenError::TimedOut { .. } | OpenError::Protocol(_))
+}
+
+fn keeps(request: &Request, error: &TunnelError) -> bool {
+    matches!(error, TunnelError::Via { source, .. } if keeps_descriptors(request, source))
+}
+
 /// Silence may be that of the host behind a link that works: then a command on the jump host ends in time. It has
 /// all the time there is, for a master that is only slow carries the streams of others.
-fn is_lost(master: &Master, opened: &Result<Link, OpenError>, bound: Duration) -> bool {
-    let Err(OpenError::TimedOut { master_answers: true, .. }) = opened else { return true };
+fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
+    if !matches!(error, OpenError::TimedOut { master_answers: true, .. }) {
+        return true;
+    }
     run_true(master, bound).is_err_and(|error| error.is_master_lost())
 }
 
@@ -504,4 +540,26 @@ fn pump(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
 
 fn null() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open("/dev/null")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_with_a_stream_lets_the_jump_host_answer() {
+        let bound = Duration::from_secs(10);
+        let mut request = Request { host: "h".into(), port: 22, via: None, fdpass: false, bound, wait: None };
+        let now = Instant::now();
+        let later = |seconds| Some(now + Duration::from_secs(seconds));
+        assert_eq!(patience(&request, None, now), bound);
+        assert_eq!(patience(&request, later(60), now), Duration::from_secs(60));
+        assert_eq!(patience(&request, later(1), now), bound);
+        let late = OpenError::TimedOut { bound, master_answers: true };
+        assert!(keeps_descriptors(&request, &late));
+        assert!(!keeps_descriptors(&request, &OpenError::Refused { reason: String::new() }));
+        request.fdpass = true;
+        assert_eq!(patience(&request, later(60), now), bound);
+        assert!(!keeps_descriptors(&request, &late));
+    }
 }

@@ -305,7 +305,9 @@ impl Pool {
                     process::end(pid, &born, STOP_BOUND);
                 }
             }
-            Health::Hung => kill_recorded(&files),
+            Health::Hung => {
+                kill_recorded(&files);
+            }
             Health::Absent => {}
         }
         if !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Absent) {
@@ -389,16 +391,23 @@ impl Master {
 
     /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
     /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
-    /// a master that has replaced it meanwhile.
-    pub fn retire(&self) {
-        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else { return };
-        let now = socket_identity(&self.files.socket);
-        if now.is_none() || now != self.socket_identity {
-            return;
+    /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it
+    /// was asked to do.
+    pub fn retire(&self) -> bool {
+        let is_there = || {
+            let now = socket_identity(&self.files.socket);
+            now.is_some() && now == self.socket_identity
+        };
+        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else {
+            return !is_there();
+        };
+        if !is_there() {
+            return true;
         }
         tracing::info!(destination = self.destination, "SSH master retired");
-        kill_recorded(&self.files);
+        let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
+        gone
     }
 
     /// The destination as it was given.
@@ -475,12 +484,12 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Ends the process of the record, if it still is that process.
-fn kill_recorded(files: &Files) {
-    if let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) {
-        // It had its chance to answer.
-        process::end(pid, &born, Duration::from_millis(200));
-    }
+/// Ends the process of the record, if it still is that process. True when it is gone.
+fn kill_recorded(files: &Files) -> bool {
+    let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) else { return false };
+    // It had its chance to answer.
+    process::end(pid, &born, Duration::from_millis(200));
+    process::birth(pid) != Some(born)
 }
 
 fn record(endpoint: &Endpoint, pid: u32) -> String {

@@ -185,6 +185,31 @@ fn a_dead_link_is_noticed_and_replaced() {
 }
 
 #[test]
+fn a_dead_master_to_the_host_itself_gets_nothing_of_the_stream() {
+    let world = World::new();
+    let mut itself = world.endpoint("127.0.0.1");
+    itself.port = Some(world.bastion_port);
+    world.pool.start(&itself, BOUND, "true").unwrap();
+    let stopped = world.bastion_processes();
+    stopped.iter().for_each(|pid| signal(*pid, Signal::SIGSTOP));
+    let port = world.bastion_port.to_string();
+    let mut proxy = world
+        .proxy()
+        .args(["--timeout", "2", "127.0.0.1", &port])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // What is written while the master still has the descriptors must reach the host, all of it.
+    proxy.stdin.take().unwrap().write_all(b"no ssh\r\n").unwrap();
+    let output = proxy.wait_with_output().unwrap();
+    stopped.iter().for_each(|pid| signal(*pid, Signal::SIGCONT));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("SSH-2.0-") && text.contains("Invalid SSH identification string"), "{text}");
+    assert!(world.pool.live(&itself).is_none(), "it was ended");
+}
+
+#[test]
 fn a_master_that_ends_in_the_middle_is_an_error() {
     let world = World::new();
     let mut proxy = world
@@ -231,9 +256,7 @@ fn a_killed_stream_is_closed_at_the_host() {
 fn an_idle_stream_does_nothing() {
     let world = World::new();
     let port = world.port.to_string();
-    let bastion_port = world.client("ssh").args(["-G", "bastion"]).output().unwrap().stdout;
-    let bastion_port = String::from_utf8(bastion_port).unwrap();
-    let bastion_port = bastion_port.lines().find_map(|line| line.strip_prefix("port ")).unwrap();
+    let bastion_port = &world.bastion_port.to_string();
     for (via, host, port) in [(true, "127.0.0.2", &*port), (false, "127.0.0.1", bastion_port)] {
         let mut command = world.proxy();
         if via {

@@ -46,7 +46,7 @@ pub(crate) struct World {
     pub(crate) pool: Pool,
     /// The port of the hosts, where nobody listens outside.
     pub(crate) port: u16,
-    bastion_port: u16,
+    pub(crate) bastion_port: u16,
     hosts: Vec<Child>,
     over: Arc<AtomicBool>,
     /// The processes of the bastion's connections.
