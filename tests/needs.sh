@@ -19,6 +19,7 @@ needs=(
   nsenter:util-linux
   setpriv:util-linux
   mount:mount
+  ip:iproute2
   cc:gcc
   /usr/include/stdlib.h:libc6-dev
   /etc/ssl/certs/ca-certificates.crt:ca-certificates

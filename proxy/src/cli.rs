@@ -3,9 +3,9 @@
 use std::{
     ffi::OsString,
     io::{self, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -15,18 +15,34 @@ use crate::{
     exit,
     log::{self, Fallback},
     master::{DirectoryError, Endpoint, MasterInfo, Pool, PoolError, StartError},
+    tunnel::{self, Checked},
 };
 
 /// The level of the log, by name or number.
 const LOG_VARIABLE: &str = "NIX_OFFLOAD_LOG";
 
-const EXIT_CODES: &str = "\
+const AFTER_HELP: &str = "\
+In ~/.ssh/config, for hosts behind a bastion (which stands above it, with its own settings):
+
+  Host bastion
+    User me
+  Host *.internal
+    ProxyCommand nix-offload-proxy --via bastion %h %p
+
+or, so that no process stays behind for each connection:
+
+  Host *.internal
+    ProxyCommand nix-offload-proxy --fdpass --via bastion %h %p
+    ProxyUseFdpass yes
+
+A host whose name is that of a command: nix-offload-proxy -- list 22
+
 Exit codes:
   0   done
   1   failed
   2   wrong usage
   69  the host cannot be reached
-  75  another process is busy with the same master
+  75  the host failed lately and is not tried again yet, or another process is busy with it
   77  the host does not let us in
   78  something is set up wrongly here (host keys, identity file, ssh, runtime directory)
 
@@ -36,17 +52,30 @@ Environment:
   NIX_OFFLOAD_LOG          level of the messages in the journal (journalctl -t nix-offload-proxy):
                            off, error, warn, info (default), debug, trace";
 
-/// Shared OpenSSH masters: one connection to each host, used by many processes.
+/// Connects ssh with a host, and shares SSH connections between many processes.
+///
+/// With HOST and PORT it is a ProxyCommand for ssh_config: what it reads goes to the host, what comes from there
+/// it writes. With --via it goes through a jump host, to which one SSH connection is opened and kept for all.
+/// Without --via it uses a shared connection to the host itself if there is one, else TCP.
 #[derive(Debug, Parser)]
-#[command(name = "nix-offload-proxy", version, after_help = EXIT_CODES, arg_required_else_help = true)]
+#[command(
+    name = "nix-offload-proxy",
+    version,
+    after_help = AFTER_HELP,
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct Cli {
     #[command(subcommand)]
-    action: Action,
+    action: Option<Action>,
+    #[command(flatten)]
+    connect: ConnectArgs,
 }
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Show the masters of this user
+    /// Show the shared connections (masters) of this user: host, state, process, age, channels, socket
     List {
         /// As a JSON array
         #[arg(long)]
@@ -56,24 +85,97 @@ enum Action {
     Start(StartArgs),
     /// End the masters to a host at once, with everything that runs over them
     Stop(StopArgs),
+    /// Run `true` on a host over its shared connection, which is started if need be
+    Check(CheckArgs),
+}
+
+#[derive(Debug, Args)]
+struct ConnectArgs {
+    /// The host (%h in ssh_config)
+    #[arg(required = true)]
+    host: Option<String>,
+    /// Its port (%p in ssh_config)
+    #[arg(required = true, value_parser = clap::value_parser!(u16).range(1..))]
+    port: Option<u16>,
+    /// Go through this host, as given to ssh: [USER@]HOST
+    #[arg(long, value_name = "JUMP")]
+    via: Option<String>,
+    /// Hand the connection over to ssh and end (with `ProxyUseFdpass yes` in ssh_config)
+    #[arg(long)]
+    fdpass: bool,
+    /// Wait for a host that is down, that many seconds (300 if none are given)
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "300",
+          value_parser = clap::value_parser!(u32).range(1..=86400))]
+    wait: Option<u32>,
+    #[command(flatten)]
+    ssh: SshArgs,
+}
+
+/// How ssh makes a shared connection.
+#[derive(Debug, Args)]
+struct SshArgs {
+    /// The port of the shared connection, instead of that of ssh_config
+    #[arg(id = "ssh-port", short = 'p', long = "port", value_name = "PORT")]
+    ssh_port: Option<u16>,
+    /// The private key file, instead of those of ssh_config
+    #[arg(short, long, value_name = "FILE")]
+    identity: Option<PathBuf>,
+    /// The configuration file for ssh (as its -F), instead of the usual ones
+    #[arg(short = 'F', long, value_name = "FILE")]
+    config: Option<String>,
+    /// An option for ssh (as in its -o); may be given several times
+    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
+    options: Vec<String>,
+    /// How long connecting may take, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    timeout: u32,
+}
+
+impl SshArgs {
+    /// Anything but the time limit.
+    fn is_given(&self) -> bool {
+        self.ssh_port.is_some()
+            || self.identity.is_some()
+            || self.config.is_some()
+            || !self.options.is_empty()
+    }
+
+    fn endpoint(self, destination: String) -> Result<(Endpoint, Duration), StartError> {
+        let mut endpoint = Endpoint::new(destination)?;
+        endpoint.port = self.ssh_port;
+        endpoint.identity = self.identity.map(|file| from_here(&file));
+        let config = self.config.map(|file| from_here(Path::new(&file)).to_string_lossy().into_owned());
+        let config = config.into_iter().flat_map(|file| ["-F".to_owned(), file]);
+        let options = self.options.into_iter().flat_map(|option| ["-o".to_owned(), option]);
+        endpoint.ssh_options = config.chain(options).collect();
+        Ok((endpoint, Duration::from_secs(self.timeout.into())))
+    }
+}
+
+/// A file that is named from where we stand: masters start in another directory. Anything else is left to ssh, which
+/// knows `none`, `~` and `%d`.
+fn from_here(file: &Path) -> PathBuf {
+    let absolute = std::path::absolute(file).ok().filter(|absolute| absolute.exists());
+    absolute.unwrap_or_else(|| file.to_owned())
+}
+
+#[derive(Debug, Args)]
+struct CheckArgs {
+    /// The host, as given to ssh: [USER@]HOST
+    destination: String,
+    #[command(flatten)]
+    ssh: SshArgs,
+    /// The result as a JSON object, also when it is a failure
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Args)]
 struct StartArgs {
     /// The host, as given to ssh: [USER@]HOST
     destination: String,
-    /// The port, instead of that of ssh_config
-    #[arg(short, long)]
-    port: Option<u16>,
-    /// The private key file, instead of those of ssh_config
-    #[arg(short, long, value_name = "FILE")]
-    identity: Option<PathBuf>,
-    /// An option for ssh (as in its -o); may be given several times
-    #[arg(short = 'o', long = "option", value_name = "NAME=VALUE")]
-    options: Vec<String>,
-    /// How long it may take, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=3600))]
-    timeout: u32,
+    #[command(flatten)]
+    ssh: SshArgs,
     /// The first command to run there
     #[arg(long, value_name = "COMMAND", default_value = "true")]
     command: String,
@@ -118,15 +220,80 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
         Fallback::Nothing,
     );
     let result = match cli.action {
-        Action::List { json } => list(json),
-        Action::Start(args) => start(args),
-        Action::Stop(args) => stop(&args),
+        None => connect(cli.connect).map(|()| String::new()),
+        Some(Action::List { json }) => list(json),
+        Some(Action::Start(args)) => start(args),
+        Some(Action::Stop(args)) => stop(&args),
+        Some(Action::Check(args)) => check(args),
     };
     match result.and_then(|text| print(&text)) {
         Ok(()) => ExitCode::from(exit::OK),
         Err(Failure { report, code }) => {
             let _ = writeln!(io::stderr(), "{report}");
             ExitCode::from(code)
+        }
+    }
+}
+
+fn connect(args: ConnectArgs) -> Result<(), Failure> {
+    let (Some(host), Some(port)) = (args.host, args.port) else {
+        return Err(Failure { report: "error: HOST and PORT are missing".into(), code: exit::USAGE });
+    };
+    let bound = Duration::from_secs(args.ssh.timeout.into());
+    if args.via.is_none() && args.ssh.is_given() {
+        let report = "error: --port, --identity, --config and --option say how to connect to the jump host, and there is none\n\
+                      hint: name it with --via";
+        return Err(Failure { report: report.into(), code: exit::USAGE });
+    }
+    let via = args.via.map(|via| args.ssh.endpoint(via)).transpose()?.map(|(endpoint, _)| endpoint);
+    let pool = Pool::from_env()?;
+    let wait = args.wait.map(|seconds| Duration::from_secs(seconds.into()));
+    let request = tunnel::Request { host, port, via, fdpass: args.fdpass, bound, wait };
+    tunnel::run(&pool, &request).map_err(|error| {
+        let report = exit::report(&error, None);
+        tracing::warn!(host = request.host, port = request.port, error = report, "no connection");
+        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report));
+        error.into()
+    })
+}
+
+fn check(args: CheckArgs) -> Result<String, Failure> {
+    let pool = Pool::from_env()?;
+    let began = Instant::now();
+    let destination = args.destination.clone();
+    let (endpoint, bound) = args.ssh.endpoint(args.destination)?;
+    let answer = tunnel::check(&pool, &endpoint, bound);
+    let milliseconds = began.elapsed().as_millis() as u64;
+    match answer {
+        Ok(state) if args.json => Ok(json!({
+            "destination": destination,
+            "answers": true,
+            "master": if state == Checked::Found { "found" } else { "started" },
+            "milliseconds": milliseconds,
+        })
+        .to_string()),
+        Ok(state) => Ok(format!(
+            "{destination} answers, {} ({milliseconds} ms)",
+            if state == Checked::Found {
+                "over a connection that was there"
+            } else {
+                "over a new connection"
+            }
+        )),
+        Err(error) => {
+            if args.json {
+                print(
+                    &json!({
+                        "destination": destination,
+                        "answers": false,
+                        "error": exit::report(&error, None).trim_start_matches("error: "),
+                        "hint": error.cure(),
+                        "milliseconds": milliseconds,
+                    })
+                    .to_string(),
+                )?;
+            }
+            Err(error.into())
         }
     }
 }
@@ -139,8 +306,9 @@ fn list(json: bool) -> Result<String, Failure> {
     let line = |master: &MasterInfo| {
         let state = if master.alive { "alive" } else { "dead" };
         let age = SystemTime::now().duration_since(master.started_at).unwrap_or_default().as_secs();
+        let channels = master.channels.map_or("?".to_owned(), |number| number.to_string());
         format!(
-            "{}\t{state}\tpid {}\t{age} s\t{}",
+            "{}\t{state}\tpid {}\t{age} s\t{channels} channels\t{}",
             master.destination,
             master.pid,
             master.control_path.display()
@@ -150,12 +318,8 @@ fn list(json: bool) -> Result<String, Failure> {
 }
 
 fn start(args: StartArgs) -> Result<String, Failure> {
-    let mut endpoint = Endpoint::new(args.destination).map_err(StartError::from)?;
-    endpoint.port = args.port;
-    endpoint.identity = args.identity;
-    endpoint.ssh_options = args.options.into_iter().flat_map(|option| ["-o".to_owned(), option]).collect();
-    let master =
-        Pool::from_env()?.start(&endpoint, Duration::from_secs(args.timeout.into()), &args.command)?;
+    let (endpoint, bound) = args.ssh.endpoint(args.destination)?;
+    let master = Pool::from_env()?.start(&endpoint, bound, &args.command)?;
     if args.json {
         let result = json!({
             "destination": endpoint.destination,
@@ -204,6 +368,7 @@ fn describe(master: &MasterInfo) -> Value {
         "log-path": master.log_path,
         "started-at": master.started_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         "alive": master.alive,
+        "channels": master.channels,
     })
 }
 
@@ -228,6 +393,12 @@ impl From<DirectoryError> for Failure {
 
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
+        Failure { report: exit::report(&error, error.cure().as_deref()), code: error.exit_code() }
+    }
+}
+
+impl From<tunnel::TunnelError> for Failure {
+    fn from(error: tunnel::TunnelError) -> Self {
         Failure { report: exit::report(&error, error.cure().as_deref()), code: error.exit_code() }
     }
 }

@@ -3,6 +3,10 @@
 //! A line belongs here if a ProxyCommand that has never heard of Nix would need it.
 
 pub mod cli;
+pub mod dial;
+pub mod down;
 pub mod exit;
 pub mod log;
 pub mod master;
+mod passing;
+pub mod tunnel;

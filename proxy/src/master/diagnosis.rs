@@ -9,6 +9,8 @@ use thiserror::Error;
 
 use super::name::{Endpoint, EndpointError};
 
+/// Stands before what a ProxyCommand of ours wrote to ssh's log.
+pub(super) const SAID_BY_PROXY: &str = "nix-offload-proxy: ";
 /// How many of ssh's last lines are quoted when none of them is known.
 const QUOTED_LINES: usize = 3;
 /// The longest quotation, in characters.
@@ -174,6 +176,10 @@ pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
     let find = |needles: &[&str]| {
         lines(stderr).find(|line| needles.iter().any(|needle| line.contains(needle))).map(|line| quote(&line))
     };
+    // It may quote what was said to us on the way, by another host.
+    if let Some(said) = find(&[SAID_BY_PROXY]) {
+        return Fault::Other { said };
+    }
     if let Some(said) = find(&["Bad configuration option", "bad configuration options"]) {
         return Fault::Configuration { said };
     }
@@ -282,6 +288,19 @@ impl StartError {
                     | Fault::Refused { .. }
                     | Fault::Unreachable { .. }
                     | Fault::Other { .. }
+            ),
+            _ => false,
+        }
+    }
+
+    /// The host or the way to it is down: nothing but time will help, so others need not try at once. What
+    /// somebody may be mending, such as a configuration, is not this.
+    pub fn is_host_down(&self) -> bool {
+        match self {
+            StartError::TimedOut { .. } => true,
+            StartError::Failed { fault, .. } => matches!(
+                fault,
+                Fault::NameNotResolved { .. } | Fault::Refused { .. } | Fault::Unreachable { .. }
             ),
             _ => false,
         }
@@ -451,6 +470,13 @@ mod tests {
         assert_eq!(diagnose(text, false), Fault::PermissionDenied { methods: "publickey,password".into() });
         let text = "Load key \"/k\": invalid format\nu@h: Permission denied (publickey).";
         assert!(matches!(diagnose(text, false), Fault::IdentityUnreadable { said } if said.contains("/k")));
+    }
+
+    #[test]
+    fn what_a_proxy_says_of_another_host_is_not_taken_for_this_one() {
+        let said = format!("{SAID_BY_PROXY}cannot connect to bastion: Host key verification failed");
+        let text = format!("{said}\nConnection closed by UNKNOWN port 65535\r\n");
+        assert_eq!(diagnose(&text, false), Fault::Other { said });
     }
 
     #[test]

@@ -13,6 +13,7 @@
 mod channel;
 mod diagnosis;
 mod directory;
+mod forward;
 mod holder;
 mod mux;
 mod name;
@@ -21,6 +22,7 @@ mod process;
 mod proxy_mode;
 mod session;
 mod start;
+mod stdio_forward;
 
 use std::{
     io::{self, Read, Write},
@@ -38,6 +40,7 @@ use thiserror::Error;
 pub use channel::{Channel, ChannelReader, ChannelWriter};
 pub use diagnosis::{Fault, StartError};
 pub use directory::DirectoryError;
+pub use forward::Forward;
 pub use name::{Endpoint, EndpointError};
 pub use pool::{Master, MasterInfo, Pool, PoolError};
 pub use proxy_mode::ProtocolError;
@@ -120,7 +123,7 @@ pub enum OpenError {
     /// What came is not the mux protocol.
     #[error("the SSH master does not speak the mux protocol as expected")]
     Protocol(#[from] ProtocolError),
-    /// A path or command that cannot be sent.
+    /// A path, host or command that cannot be sent.
     #[error("the {what} is empty, too long, or has a zero byte")]
     Argument {
         /// Which one.

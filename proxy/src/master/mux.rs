@@ -1,4 +1,4 @@
-//! The mux conversation with a master: is it alive, and sessions on it.
+//! The mux conversation with a master: is it alive, sessions on it, and sockets where it listens for us.
 //!
 //! The only file that names tokio and openssh_mux_client. Descriptors are passed, payload is never carried.
 //! That crate trusts the lengths it reads, so everything is under a time limit and no connection is used
@@ -12,7 +12,9 @@ use std::{
     time::Duration,
 };
 
-use openssh_mux_client::{Connection, Error, EstablishedSession, NonZeroByteSlice, Session, SessionStatus};
+use openssh_mux_client::{
+    Connection, Error, EstablishedSession, ForwardType, NonZeroByteSlice, Session, SessionStatus, Socket,
+};
 use tokio::{
     runtime::{Builder, Runtime},
     time::timeout,
@@ -105,6 +107,65 @@ impl OpenSession {
             Ok(Ok(SessionStatus::Exited { exit_value })) => exit_value,
             _ => None,
         }
+    }
+}
+
+/// Has the master listen at `local`, a path that is free, and have the far side connect to `host` for each client.
+pub(super) fn listen(
+    control: &Path,
+    local: &Path,
+    host: &str,
+    port: u16,
+    bound: Duration,
+) -> Result<(), OpenError> {
+    let [local, remote] = ends(local, host, port);
+    request(control, bound, async |connection| {
+        connection.request_port_forward(ForwardType::Local, &local, &remote).await
+    })
+}
+
+/// Ends that. The connections that were made stay.
+pub(super) fn unlisten(
+    control: &Path,
+    local: &Path,
+    host: &str,
+    port: u16,
+    bound: Duration,
+) -> Result<(), OpenError> {
+    let [local, remote] = ends(local, host, port);
+    request(control, bound, async |connection| {
+        connection.close_port_forward(ForwardType::Local, &local, &remote).await
+    })
+}
+
+fn ends<'a>(local: &'a Path, host: &'a str, port: u16) -> [Socket<'a>; 2] {
+    let local = Socket::UnixSocket { path: Cow::Borrowed(local) };
+    [local, Socket::TcpSocket { port: port.into(), host: Cow::Borrowed(host) }]
+}
+
+/// Makes one request on a connection of its own.
+fn request(
+    control: &Path,
+    bound: Duration,
+    ask: impl AsyncFnOnce(&mut Connection) -> Result<(), Error>,
+) -> Result<(), OpenError> {
+    let gone = |source| OpenError::Gone { control: control.to_owned(), source };
+    let runtime = runtime().map_err(gone)?;
+    let mut master_answers = false;
+    let dialogue = async {
+        let mut connection = Connection::connect(control).await?;
+        master_answers = true;
+        ask(&mut connection).await
+    };
+    let done = runtime.block_on(async { timeout(bound, dialogue).await });
+    match done {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Error::RequestFailure(reason) | Error::PermissionDenied(reason))) => {
+            Err(OpenError::Refused { reason: reason.into() })
+        }
+        Ok(Err(Error::IOError(source))) => Err(gone(source)),
+        Ok(Err(error)) => Err(gone(io::Error::new(io::ErrorKind::InvalidData, error))),
+        Err(_) => Err(OpenError::TimedOut { bound, master_answers }),
     }
 }
 

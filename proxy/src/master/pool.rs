@@ -4,8 +4,14 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    io::{self, Write},
+    os::{
+        fd::BorrowedFd,
+        unix::{
+            fs::{MetadataExt, OpenOptionsExt},
+            net::UnixStream,
+        },
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -19,9 +25,10 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::{
-    Channel, OpenError, Session, channel, connect,
-    diagnosis::StartError,
+    Channel, Forward, OpenError, Session, channel, connect,
+    diagnosis::{SAID_BY_PROXY, StartError},
     directory::{self, DirectoryError},
+    forward,
     mux::{self, Health},
     name::{self, Endpoint},
     process,
@@ -37,6 +44,11 @@ const STOP_BOUND: Duration = Duration::from_secs(5);
 const SHARE_GRACE: Duration = Duration::from_secs(1);
 /// How long retiring waits for the lock: who holds it is about to replace the master anyway.
 const RETIRE_BOUND: Duration = Duration::from_millis(500);
+
+/// The port of ssh where none is given.
+const SSH_PORT: u16 = 22;
+/// How many masters may be started for each other's sake.
+const LONGEST_CHAIN: usize = 8;
 
 /// The masters of this user, in one runtime directory.
 #[derive(Debug, Clone)]
@@ -86,8 +98,11 @@ pub struct MasterInfo {
     pub started_at: SystemTime,
     /// It answers.
     pub alive: bool,
+    /// How many clients have connections to it: streams, sessions, forwards. None where the kernel does not tell.
+    pub channels: Option<usize>,
     name: String,
     born: Option<String>,
+    port: Option<u16>,
 }
 
 /// A master that was alive when this value was made.
@@ -176,6 +191,7 @@ impl Pool {
             return Err(setback.explain(endpoint, &files, bound));
         }
         remove(&files.socket).map_err(|source| StartError::Io { path: files.socket.clone(), source })?;
+        forward::remove_all(&files.socket);
 
         let began = Instant::now();
         let left = deadline.saturating_duration_since(began);
@@ -211,17 +227,61 @@ impl Pool {
     pub fn list(&self) -> Result<Vec<MasterInfo>, PoolError> {
         let io_error = |source| PoolError::Io { path: self.directory.clone(), source };
         let mut masters = Vec::new();
+        // Before we ask, for that makes a connection too.
+        let sockets = fs::read_to_string("/proc/net/unix").ok();
         for entry in fs::read_dir(&self.directory).map_err(io_error)? {
             let name = entry.map_err(io_error)?.file_name();
             let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
             let files = Files::new(&self.directory, name);
             if let Some(mut info) = read_record(&files) {
                 info.alive = matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. });
+                info.channels = sockets.as_deref().and_then(|text| clients(text, &files.socket));
                 masters.push(info);
             }
         }
         masters.sort_by(|a, b| (&a.destination, &a.name).cmp(&(&b.destination, &b.name)));
         Ok(masters)
+    }
+
+    /// The master to a host, if a living one was started with that very name (and port, 22 if it had none).
+    /// Aliases of ssh_config are not looked through. Starts nothing and does not wait.
+    pub fn live_to(&self, host: &str, port: u16) -> Option<Master> {
+        for entry in fs::read_dir(&self.directory).ok()?.flatten() {
+            let name = entry.file_name();
+            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            let files = Files::new(&self.directory, name);
+            let Some(info) = read_record(&files) else { continue };
+            let its_host = info.destination.rsplit_once('@').map_or(&*info.destination, |(_, host)| host);
+            if its_host == host
+                && info.port.unwrap_or(SSH_PORT) == port
+                && connect(&files.socket, Instant::now()).is_ok()
+            {
+                return Some(Master::of(files, info.destination));
+            }
+        }
+        None
+    }
+
+    /// Whether this process works for the start of a master: it is the ProxyCommand of an ssh that a pool
+    /// started. Then it must not wait for that master, nor use one to the same host.
+    pub fn serves_a_start(&self) -> bool {
+        !start::starting().is_empty()
+    }
+
+    /// Whether this process works for the start of that very master, so that waiting for it would be a circle.
+    /// A chain of starts that is too long for any sensible configuration counts as one too.
+    pub fn is_starting(&self, endpoint: &Endpoint) -> bool {
+        let starting = start::starting();
+        starting.len() >= LONGEST_CHAIN || starting.contains(&endpoint.name())
+    }
+
+    /// Leaves a line for whoever waits for the start that this process works for: such an ssh throws its
+    /// ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
+    pub fn tell_starter(&self, line: &str) {
+        let Some(name) = start::starting().pop() else { return };
+        // Its own log must be there; a new file would be nobody's.
+        let log = OpenOptions::new().append(true).open(Files::new(&self.directory, &name).log);
+        let _ = log.and_then(|mut log| writeln!(log, "{SAID_BY_PROXY}{line}"));
     }
 
     /// Ends a master at once, with all its streams, and removes its files except the log.
@@ -245,13 +305,16 @@ impl Pool {
                     process::end(pid, &born, STOP_BOUND);
                 }
             }
-            Health::Hung => kill_recorded(&files),
+            Health::Hung => {
+                kill_recorded(&files);
+            }
             Health::Absent => {}
         }
         if !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Absent) {
             return Err(PoolError::Stubborn { destination: master.destination.clone() });
         }
         tracing::info!(destination = master.destination, pid = master.pid, "SSH master stopped");
+        forward::remove_all(&files.socket);
         // The lock last, and while it is held: see `lock`.
         for path in [&files.socket, &files.record, &files.output, &files.hosts, &files.failure, &files.lock] {
             remove(path).map_err(io_error(path))?;
@@ -266,8 +329,12 @@ impl Pool {
 
 impl Master {
     fn new(files: Files, endpoint: &Endpoint) -> Self {
+        Master::of(files, endpoint.destination.clone())
+    }
+
+    fn of(files: Files, destination: String) -> Self {
         let socket_identity = socket_identity(&files.socket);
-        Master { files, destination: endpoint.destination.clone(), socket_identity }
+        Master { files, destination, socket_identity }
     }
 
     /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
@@ -287,6 +354,32 @@ impl Master {
         channel::open(&self.files.socket, path, bound)
     }
 
+    /// Has the far side connect to a host (`ssh -W`), and the master carry `input` there and what comes back
+    /// to `output`: nothing passes through this process, which only keeps the value as long as the stream is to
+    /// last. Does not count against sshd's MaxSessions.
+    ///
+    /// # Errors
+    /// `Refused` when the far side cannot connect there, or sshd does not allow it; see [`OpenError`].
+    pub fn carry(
+        &self,
+        host: &str,
+        port: u16,
+        input: BorrowedFd<'_>,
+        output: BorrowedFd<'_>,
+        bound: Duration,
+    ) -> Result<Forward, OpenError> {
+        Forward::open(&self.files.socket, host, port, [input, output], bound)
+    }
+
+    /// Has the far side connect to a host whose server speaks first, as sshd does, and returns a socket that
+    /// is connected to it and needs no process of ours any more.
+    ///
+    /// # Errors
+    /// As [`Master::carry`]; the reason of a refusal is not known.
+    pub fn connect_to(&self, host: &str, port: u16, bound: Duration) -> Result<UnixStream, OpenError> {
+        forward::socket(&self.files.socket, host, port, bound)
+    }
+
     /// Runs a command in the far user's shell.
     ///
     /// # Errors
@@ -298,16 +391,23 @@ impl Master {
 
     /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
     /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
-    /// a master that has replaced it meanwhile.
-    pub fn retire(&self) {
-        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else { return };
-        let now = socket_identity(&self.files.socket);
-        if now.is_none() || now != self.socket_identity {
-            return;
+    /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it
+    /// was asked to do.
+    pub fn retire(&self) -> bool {
+        let is_there = || {
+            let now = socket_identity(&self.files.socket);
+            now.is_some() && now == self.socket_identity
+        };
+        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else {
+            return !is_there();
+        };
+        if !is_there() {
+            return true;
         }
         tracing::info!(destination = self.destination, "SSH master retired");
-        kill_recorded(&self.files);
+        let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
+        gone
     }
 
     /// The destination as it was given.
@@ -324,6 +424,34 @@ impl Master {
     pub fn log_path(&self) -> &Path {
         &self.files.log
     }
+}
+
+/// How many connections the listener at `socket` has accepted, and those at the sockets where it listened for a
+/// moment, from `/proc/net/unix`. ssh bound its socket under a longer name (`muxserver_listen` in mux.c).
+fn clients(table: &str, socket: &Path) -> Option<usize> {
+    /// Where the flags stand, and the state `SS_CONNECTED`; see net/unix/af_unix.c.
+    const FLAGS: usize = 3;
+    const STATE: usize = 5;
+    const LISTENS: &str = "00010000";
+    const CONNECTED: &str = "03";
+    let bound_as = format!("{}.", socket.display());
+    let mut listens = false;
+    let mut count = 0;
+    for line in table.lines().skip(1) {
+        let mut rest = line.split_whitespace();
+        let (Some(flags), Some(state)) = (rest.nth(FLAGS), rest.nth(STATE - FLAGS - 1)) else { continue };
+        // The path may have blanks.
+        let Some(at) = line.find('/') else { continue };
+        let path = &line[at..];
+        if path.starts_with(&bound_as) && flags == LISTENS {
+            listens = true;
+        } else if state == CONNECTED
+            && (path.starts_with(&bound_as) || forward::belongs(Path::new(path), socket))
+        {
+            count += 1;
+        }
+    }
+    listens.then_some(count)
 }
 
 /// Tells one control socket from its successor of the same name: inode numbers are used again at once.
@@ -356,18 +484,19 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Ends the process of the record, if it still is that process.
-fn kill_recorded(files: &Files) {
-    if let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) {
-        // It had its chance to answer.
-        process::end(pid, &born, Duration::from_millis(200));
-    }
+/// Ends the process of the record, if it still is that process. True when it is gone.
+fn kill_recorded(files: &Files) -> bool {
+    let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) else { return false };
+    // It had its chance to answer.
+    process::end(pid, &born, Duration::from_millis(200));
+    process::birth(pid) != Some(born)
 }
 
 fn record(endpoint: &Endpoint, pid: u32) -> String {
     let started_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
     json!({
         "destination": endpoint.destination,
+        "port": endpoint.port,
         "pid": pid,
         "born": process::birth(pid),
         "started-at": started_at,
@@ -385,6 +514,8 @@ fn read_record(files: &Files) -> Option<MasterInfo> {
         log_path: files.log.clone(),
         started_at: UNIX_EPOCH.checked_add(started_at)?,
         alive: false,
+        channels: None,
+        port: record["port"].as_u64().and_then(|port| port.try_into().ok()),
         name: files.name.clone(),
         born: record["born"].as_str().map(str::to_owned),
     })

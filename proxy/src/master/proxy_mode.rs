@@ -7,15 +7,15 @@
 
 use thiserror::Error;
 
-const MUX_MSG_HELLO: u32 = 0x0000_0001;
+pub(super) const MUX_MSG_HELLO: u32 = 0x0000_0001;
 const MUX_C_PROXY: u32 = 0x1000_000f;
-const MUX_S_PERMISSION_DENIED: u32 = 0x8000_0002;
-const MUX_S_FAILURE: u32 = 0x8000_0003;
+pub(super) const MUX_S_PERMISSION_DENIED: u32 = 0x8000_0002;
+pub(super) const MUX_S_FAILURE: u32 = 0x8000_0003;
 const MUX_S_PROXY: u32 = 0x8000_000f;
 /// The only version of the mux protocol there has been since OpenSSH 5.
-const MUX_VERSION: u32 = 4;
+pub(super) const MUX_VERSION: u32 = 4;
 /// One request per connection, so its number is of no interest.
-const REQUEST_ID: u32 = 1;
+pub(super) const REQUEST_ID: u32 = 1;
 
 const GLOBAL_REQUEST: u8 = 80;
 const REQUEST_FAILURE: u8 = 82;
@@ -273,7 +273,7 @@ fn with_two(number: u8, channel: u32, value: u32, following: u32) -> [u8; DATA_H
     packet
 }
 
-fn framed(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn framed(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
     let start = bytes.len();
     put_u32(bytes, 0);
     body(bytes);
@@ -281,17 +281,17 @@ fn framed(bytes: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
     bytes[start..start + 4].copy_from_slice(&len.to_be_bytes());
 }
 
-fn put_u32(bytes: &mut Vec<u8>, value: u32) {
+pub(super) fn put_u32(bytes: &mut Vec<u8>, value: u32) {
     bytes.extend_from_slice(&value.to_be_bytes());
 }
 
-fn put_string(bytes: &mut Vec<u8>, string: &[u8]) {
+pub(super) fn put_string(bytes: &mut Vec<u8>, string: &[u8]) {
     put_u32(bytes, string.len() as u32);
     bytes.extend_from_slice(string);
 }
 
 /// The fields of one complete message, taken from its front.
-struct Fields<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
 impl<'a> Fields<'a> {
     fn byte(&mut self, field: &'static str) -> Result<u8, ProtocolError> {
@@ -300,7 +300,7 @@ impl<'a> Fields<'a> {
         Ok(*first)
     }
 
-    fn u32(&mut self, field: &'static str) -> Result<u32, ProtocolError> {
+    pub(super) fn u32(&mut self, field: &'static str) -> Result<u32, ProtocolError> {
         let (first, rest) = self.0.split_first_chunk::<4>().ok_or(ProtocolError::Truncated { field })?;
         self.0 = rest;
         Ok(u32::from_be_bytes(*first))
@@ -314,7 +314,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The peer's words, without what could upset a terminal or a log.
-    fn text(&mut self, field: &'static str) -> Result<String, ProtocolError> {
+    pub(super) fn text(&mut self, field: &'static str) -> Result<String, ProtocolError> {
         let bytes = self.string(field)?;
         let kept = &bytes[..bytes.len().min(MAX_REASON)];
         Ok(String::from_utf8_lossy(kept).chars().filter(|c| !c.is_control()).collect())

@@ -18,10 +18,14 @@ use nix::{
 
 use super::{
     diagnosis::{Context, StartError, diagnose},
+    directory::DIRECTORY_VARIABLE,
     mux::{self, Health},
     name::Endpoint,
 };
 
+/// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
+/// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
+const STARTING_VARIABLE: &str = "NIX_OFFLOAD_STARTING";
 /// Seconds that a master lives on without a client.
 const PERSIST: &str = "600";
 /// How long a master may take to answer on its own socket before it counts as hung.
@@ -128,6 +132,9 @@ pub(super) fn attempt(
     let mut command = Command::new("ssh");
     command
         .args(arguments(endpoint, files, bound, first_command))
+        .env(STARTING_VARIABLE, chain(&starting(), &files.name))
+        // A ProxyCommand of ours is to find the same masters.
+        .env(DIRECTORY_VARIABLE, files.socket.parent().unwrap_or(Path::new("/")))
         .env_remove("DISPLAY")
         .env_remove("SSH_ASKPASS")
         .env_remove("SSH_ASKPASS_REQUIRE")
@@ -170,6 +177,21 @@ pub(super) fn attempt(
     let _ = fs::remove_file(&files.socket);
     let _ = fs::remove_file(&files.output);
     Ok(Attempt::Failed(Setback { timed_out, stderr: read_end(&files.log, STDERR_READ) }))
+}
+
+/// The names of the masters for whose start this process works, from the outermost on.
+pub(super) fn starting() -> Vec<String> {
+    names(&std::env::var(STARTING_VARIABLE).unwrap_or_default())
+}
+
+/// Only what can be a name counts.
+fn names(value: &str) -> Vec<String> {
+    let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    value.split_whitespace().filter(is_name).map(str::to_owned).collect()
+}
+
+fn chain(before: &[String], name: &str) -> String {
+    before.iter().map(String::as_str).chain([name]).collect::<Vec<_>>().join(" ")
 }
 
 fn end_group(leader: u32, signal: Signal) {
@@ -282,6 +304,13 @@ pub(super) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_chain_of_starts_is_read_as_it_is_written() {
+        assert_eq!(chain(&[], "a1"), "a1");
+        assert_eq!(names(&chain(&["a1".into(), "b2".into()], "c3")), ["a1", "b2", "c3"]);
+        assert_eq!(names(" ../x a1 "), ["a1"]);
+    }
 
     #[test]
     fn what_must_hold_comes_before_the_users_words_and_the_defaults_after() {

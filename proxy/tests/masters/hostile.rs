@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -208,4 +211,69 @@ fn requests_are_answered_and_the_windows_are_kept() {
     writer.shutdown().unwrap();
     drop((reader, writer));
     server.join().unwrap();
+}
+
+#[test]
+fn a_bad_answer_to_a_forward_is_an_error_of_its_kind() {
+    // Hello, the request for host `h`, and a byte with each descriptor.
+    const REQUEST: usize = 12 + 4 + 8 + 4 + 5 + 4 + 2;
+    const OPENED: [u8; 16] = [0, 0, 0, 12, 0x80, 0, 0, 6, 0, 0, 0, 1, 0, 0, 0, 9];
+    let fake = Fake::new();
+    let bound = Duration::from_millis(500);
+    let carry = |bytes: &[u8], stays: bool| {
+        let (listener, bytes) = (fake.listener.try_clone().unwrap(), bytes.to_vec());
+        let server = thread::spawn(move || {
+            let mut client = listener.accept().unwrap().0;
+            client.read_exact(&mut [0; REQUEST]).unwrap();
+            client.write_all(&bytes).unwrap();
+            if stays {
+                // Until the client gives up.
+                let _ = client.read(&mut [0]);
+            }
+        });
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let result = fake.master.carry("h", 22, theirs.as_fd(), theirs.as_fd(), bound);
+        (result, server)
+    };
+    let failed = |bytes: &[u8], stays: bool| {
+        let (result, server) = carry(bytes, stays);
+        let error = result.unwrap_err();
+        server.join().unwrap();
+        error
+    };
+    let refusal = [&HELLO[..], b"\0\0\0\x0e\x80\0\0\x03\0\0\0\x01\0\0\0\x02no"].concat();
+    assert!(matches!(failed(&refusal, false), OpenError::Refused { reason } if reason == "no"));
+    for (bytes, answers) in [(&[][..], false), (&HELLO[..7], false), (&HELLO, true)] {
+        let error = failed(bytes, true);
+        let OpenError::TimedOut { master_answers, .. } = error else { panic!("{error:?}") };
+        assert_eq!(master_answers, answers);
+        assert!(matches!(failed(bytes, false), OpenError::Gone { .. }));
+    }
+    assert!(matches!(failed(&[0xff; 8], true), OpenError::Gone { .. }));
+    assert!(matches!(failed(&[0, 0, 0, 0], true), OpenError::Protocol(ProtocolError::Truncated { .. })));
+    assert!(matches!(failed(&PROXY, true), OpenError::Protocol(ProtocolError::Unexpected { .. })));
+
+    // Opened, and then something that does not belong there.
+    let (forward, server) = carry(&[&HELLO[..], &OPENED, b"x"].concat(), false);
+    let error = forward.unwrap().wait().unwrap_err();
+    assert!(matches!(error, OpenError::Protocol(ProtocolError::Unexpected { .. })), "{error:?}");
+    server.join().unwrap();
+    // The end of the stream is one only if the master lives on: it is asked.
+    for lives in [true, false] {
+        let (forward, server) = carry(&[&HELLO[..], &OPENED].concat(), false);
+        let listener = fake.listener.try_clone().unwrap();
+        let answer = thread::spawn(move || {
+            let mut client = listener.accept().unwrap().0;
+            if lives {
+                let mut question = [0; 24];
+                client.write_all(&HELLO).unwrap();
+                client.read_exact(&mut question).unwrap();
+                let id = &question[20..];
+                client.write_all(&[&[0, 0, 0, 12, 0x80, 0, 0, 5], id, &[0, 0, 0, 9]].concat()).unwrap();
+            }
+        });
+        server.join().unwrap();
+        assert_eq!(forward.unwrap().wait().is_ok(), lives);
+        answer.join().unwrap();
+    }
 }

@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, Read, Write},
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     path::Path,
     sync::mpsc,
     thread,
@@ -345,4 +348,52 @@ fn more_sessions_than_sshd_allows_are_refused_while_channels_go_on() {
     open(&master, &path).split().0.read_exact(&mut one).unwrap();
     server.join().unwrap();
     drop(sessions);
+}
+
+#[test]
+fn giving_up_while_a_forward_opens_does_not_end_the_master() {
+    let world = World::new();
+    let master = world.start();
+    let sessions = world.sshd_sessions();
+    let bound = Duration::from_millis(100);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    for stopped in [true, false] {
+        let number = if stopped { Signal::SIGSTOP } else { Signal::SIGCONT };
+        sessions.iter().for_each(|pid| kill(*pid, number).unwrap());
+        if !stopped {
+            break;
+        }
+        let error = master.carry("127.0.0.1", world.port, theirs.as_fd(), theirs.as_fd(), bound).unwrap_err();
+        assert!(matches!(error, OpenError::TimedOut { master_answers: true, .. }), "{error:?}");
+        let error = master.connect_to("127.0.0.1", world.port, bound).unwrap_err();
+        assert!(matches!(error, OpenError::TimedOut { master_answers: true, .. }), "{error:?}");
+    }
+    // The late confirmations come before these sessions.
+    for _ in 0..2 {
+        let (mut reader, _writer, _status) = master.open_session("echo on", BOUND).unwrap().split();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "on\n");
+    }
+    assert_eq!(world.logins(), 1);
+    drop(ours);
+}
+
+#[test]
+fn a_forward_to_where_nobody_listens_is_refused_and_costs_nothing() {
+    let world = World::new();
+    let master = world.start();
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let closed = crate::world::free_port();
+    let carried = master.carry("127.0.0.1", closed, theirs.as_fd(), theirs.as_fd(), BOUND).unwrap_err();
+    assert!(matches!(carried, OpenError::Refused { .. }), "{carried:?}");
+    let connected = master.connect_to("127.0.0.1", closed, BOUND).unwrap_err();
+    assert!(matches!(connected, OpenError::Refused { .. }), "{connected:?}");
+    for host in ["", "a\0b", &"x".repeat(2000)] {
+        let error = master.carry(host, 22, theirs.as_fd(), theirs.as_fd(), BOUND).unwrap_err();
+        assert!(matches!(error, OpenError::Argument { .. }), "{error:?}");
+    }
+    assert!(master.connect_to("127.0.0.1", world.port, BOUND).is_ok());
+    assert_eq!(world.logins(), 1);
+    assert!(!crate::world::extensions(world.pool.directory()).contains(&"fwd".to_owned()));
 }

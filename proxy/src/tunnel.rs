@@ -1,0 +1,565 @@
+//! Being a ProxyCommand: from a host and a port to a byte stream on stdin and stdout, or to a connected
+//! descriptor for the ssh that asked.
+//!
+//! The ways, in this order: the master of a jump host, if one is named; else a living master to the host itself;
+//! else TCP. A way that failed lately is not tried again before its time.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    net::{Shutdown, TcpStream},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt, sockopt},
+    unistd::{dup2_stdin, dup2_stdout},
+};
+use thiserror::Error;
+
+use crate::{
+    dial::{DialError, dial},
+    down::{Down, Memory, clock, dice},
+    exit,
+    master::{Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead},
+    passing::send_descriptor,
+};
+
+/// How long a master that nobody asked for may take to connect.
+const UNASKED_BOUND: Duration = Duration::from_secs(3);
+/// How long a waiting process leaves a host alone between two attempts; chance makes it up to half longer.
+const WAIT_INTERVAL: Duration = Duration::from_secs(1);
+/// What is copied at once, in bytes.
+const CHUNK: usize = 128 * 1024;
+
+/// What a ProxyCommand is asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The host.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// The jump host.
+    pub via: Option<Endpoint>,
+    /// Hand over a descriptor (`ProxyUseFdpass yes`).
+    pub fdpass: bool,
+    /// How long one attempt may take.
+    pub bound: Duration,
+    /// Wait that long for a host that is down.
+    pub wait: Option<Duration>,
+}
+
+/// Why there is no stream, or why it broke.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TunnelError {
+    /// No TCP connection.
+    #[error("cannot connect to {host} port {port}")]
+    Direct {
+        /// The host.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// Why.
+        #[source]
+        source: DialError,
+    },
+    /// The jump host cannot connect.
+    #[error("cannot connect to {host} port {port} through {via}")]
+    Via {
+        /// The host.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// The jump host.
+        via: String,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// The jump host cannot be reached.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// It failed a short while ago.
+    #[error(
+        "{} is not tried again before {} (in {} s), because it failed: {}",
+        way, clock(down.next), seconds_until(down.next), down.reason
+    )]
+    KnownDown {
+        /// The way that failed.
+        way: String,
+        /// What is known of it.
+        down: Down,
+    },
+    /// ssh did not ask for a descriptor.
+    #[error("stdout is not a unix socket, so no descriptor can be handed over")]
+    NoSocket,
+    /// The descriptor did not get there.
+    #[error("cannot hand over the connection")]
+    HandOver(#[source] io::Error),
+    /// The host has a master and runs no command.
+    #[error("{destination} does not run a command")]
+    Unanswered {
+        /// The destination as it was given.
+        destination: String,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// It worked and then broke.
+    #[error("the connection to {host} broke")]
+    Broken {
+        /// The host.
+        host: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The master went away in the middle.
+    #[error("the connection to {host} broke, because the SSH master to {via} ended")]
+    MasterLost {
+        /// The host.
+        host: String,
+        /// The jump host.
+        via: String,
+        /// What was seen of it.
+        #[source]
+        source: OpenError,
+    },
+}
+
+impl TunnelError {
+    /// What to do about it, if that can be said.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            TunnelError::Direct { host, port, source } => Some(match source {
+                DialError::Resolve(_) => {
+                    format!("check the spelling of {host}, DNS, and HostName in ssh_config")
+                }
+                DialError::TimedOut { .. } => {
+                    format!("check that {host} is up and that the network lets port {port} through")
+                }
+                DialError::Failed(_) => {
+                    format!("check that {host} is up and that sshd listens on port {port}")
+                }
+            }),
+            TunnelError::Via { host, port, via, source: OpenError::Refused { .. } } => Some(format!(
+                "check on {via} that {host} can be reached at port {port}, and that its sshd allows TCP forwarding"
+            )),
+            TunnelError::Via { host, via, source: OpenError::TimedOut { .. }, .. } => {
+                Some(format!("check that {host} is up and that {via} can reach it"))
+            }
+            TunnelError::Start(error) => error.cure(),
+            TunnelError::KnownDown { .. } => Some("--wait waits for it instead".into()),
+            TunnelError::NoSocket => {
+                Some("leave --fdpass out, or say `ProxyUseFdpass yes` in ssh_config".into())
+            }
+            _ => None,
+        }
+    }
+
+    /// The exit code a command ends with, from [`crate::exit`].
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            TunnelError::Direct { .. } | TunnelError::MasterLost { .. } => exit::UNAVAILABLE,
+            TunnelError::Via { source: OpenError::Argument { .. }, .. } | TunnelError::NoSocket => {
+                exit::USAGE
+            }
+            TunnelError::Via { .. } | TunnelError::Unanswered { .. } => exit::UNAVAILABLE,
+            TunnelError::Start(error) => error.exit_code(),
+            TunnelError::KnownDown { .. } => exit::TEMPORARY,
+            TunnelError::HandOver(_) | TunnelError::Broken { .. } => exit::FAILURE,
+        }
+    }
+
+    /// It may work later without anybody doing anything.
+    fn is_worth_waiting(&self) -> bool {
+        match self {
+            TunnelError::Direct { .. } | TunnelError::KnownDown { .. } => true,
+            TunnelError::Via { source, .. } => !matches!(source, OpenError::Argument { .. }),
+            TunnelError::Start(error) => error.is_temporary(),
+            _ => false,
+        }
+    }
+}
+
+/// What was found.
+enum Link {
+    /// The master carries stdin and stdout.
+    Carried {
+        forward: Forward,
+        via: String,
+    },
+    /// A socket to the host, or to the master that carries it there.
+    Socket(UnixStream),
+    Tcp(TcpStream),
+}
+
+/// Finds a way and serves it to its end, which with `fdpass` is at once.
+///
+/// # Errors
+/// [`TunnelError`]
+pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
+    if request.fdpass && !is_unix_socket(io::stdout().as_fd()) {
+        return Err(TunnelError::NoSocket);
+    }
+    let deadline = request.wait.and_then(|wait| Instant::now().checked_add(wait));
+    let link = loop {
+        let error = match find(pool, request, deadline) {
+            Ok(link) => break link,
+            Err(error) => error,
+        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match left {
+            Some(left) if !left.is_zero() && error.is_worth_waiting() && !keeps(request, &error) => {
+                thread::sleep(WAIT_INTERVAL.mul_f64(1.0 + dice() / 2.0).min(left));
+            }
+            _ => return Err(error),
+        }
+    };
+    tracing::debug!(host = request.host, port = request.port, way = link.name(), "connected");
+    match link {
+        Link::Carried { forward, via } => {
+            release_stdio().map_err(|source| TunnelError::Broken { host: request.host.clone(), source })?;
+            forward.wait().map_err(|source| TunnelError::MasterLost {
+                host: request.host.clone(),
+                via,
+                source,
+            })
+        }
+        Link::Socket(socket) => hand_over(socket),
+        Link::Tcp(stream) if request.fdpass => hand_over(stream),
+        Link::Tcp(stream) => {
+            copy(&stream).map_err(|source| TunnelError::Broken { host: request.host.clone(), source })
+        }
+    }
+}
+
+/// How a host that answers was reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checked {
+    /// Over a master that was there.
+    Found,
+    /// Over a new one.
+    Started,
+}
+
+/// Runs a command on the far side, and replaces the master if its link turns out to be dead.
+///
+/// # Errors
+/// [`TunnelError`]
+pub fn check(pool: &Pool, endpoint: &Endpoint, bound: Duration) -> Result<Checked, TunnelError> {
+    let of_host = Memory::of(pool.directory(), format!("master {}", endpoint.name()));
+    let found = pool.live(endpoint);
+    if let Some(master) = found {
+        match run_true(&master, bound) {
+            Err(error) if error.is_master_lost() => {
+                master.retire();
+            }
+            Err(source) => return Err(unanswered(endpoint, source)),
+            Ok(()) => {
+                of_host.clear();
+                return Ok(Checked::Found);
+            }
+        }
+    }
+    let master = pool.start(endpoint, bound, "true")?;
+    run_true(&master, bound).map_err(|source| unanswered(endpoint, source))?;
+    of_host.clear();
+    Ok(Checked::Started)
+}
+
+fn unanswered(endpoint: &Endpoint, source: OpenError) -> TunnelError {
+    TunnelError::Unanswered { destination: endpoint.destination.clone(), source }
+}
+
+/// The output ends when the command does.
+fn run_true(master: &Master, bound: Duration) -> Result<(), OpenError> {
+    let begin = Instant::now();
+    let (mut reader, _writer, _status) = master.open_session("true", bound)?.split();
+    let late = |_| OpenError::TimedOut { bound, master_answers: true };
+    reader
+        .set_timeout(Some(bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1))))
+        .map_err(late)?;
+    // A login shell may say something first; what counts is that it comes to an end.
+    io::copy(&mut reader, &mut io::sink()).map(drop).map_err(late)
+}
+
+impl Link {
+    fn name(&self) -> &'static str {
+        match self {
+            Link::Carried { .. } | Link::Socket(_) => "master",
+            Link::Tcp(_) => "tcp",
+        }
+    }
+}
+
+fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
+    // The master to the jump host may itself be started through us: its way there is a direct one.
+    if let Some(via) = request.via.as_ref().filter(|via| !pool.is_starting(via)) {
+        return through(pool, via, request, deadline);
+    }
+    // What serves the start of a master must not hang on another one to the same host.
+    if !pool.serves_a_start()
+        && let Some(master) = pool.live_to(&request.host, request.port)
+    {
+        match open_on(&master, request, request.bound.min(UNASKED_BOUND)) {
+            Ok(link) => return Ok(link),
+            // It need not be able to; it was only asked because it is there.
+            Err(source) => {
+                tracing::debug!(host = request.host, error = %source, "the master to the host itself is of no use");
+                let (host, port) = (request.host.clone(), request.port);
+                if keeps_descriptors(request, &source)
+                    && !(is_lost(&master, &source, request.bound) && master.retire())
+                {
+                    return Err(TunnelError::Via { via: host.clone(), host, port, source });
+                }
+            }
+        }
+    }
+    direct(pool, request)
+}
+
+fn direct(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
+    let (host, port) = (&request.host, request.port);
+    let memory = Memory::of(pool.directory(), format!("{host} {port}"));
+    not_down(&memory, request, || format!("{host} port {port}"))?;
+    match dial(host, port, request.bound) {
+        Ok(stream) => {
+            memory.clear();
+            Ok(Link::Tcp(stream))
+        }
+        Err(source) => {
+            let error = TunnelError::Direct { host: host.clone(), port, source };
+            memory.failed(&reason(&error), SystemTime::now());
+            Err(error)
+        }
+    }
+}
+
+fn through(
+    pool: &Pool,
+    via: &Endpoint,
+    request: &Request,
+    deadline: Option<Instant>,
+) -> Result<Link, TunnelError> {
+    let (host, port, jump) = (&request.host, request.port, &via.destination);
+    let of_jump = Memory::of(pool.directory(), format!("master {}", via.name()));
+    let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
+    not_down(&of_jump, request, || jump.clone())?;
+    not_down(&of_host, request, || format!("{host} port {port} through {jump}"))?;
+    let start = || {
+        let started = pool.start(via, request.bound, "true");
+        match &started {
+            Ok(_) => of_jump.clear(),
+            Err(error) if error.is_host_down() => of_jump.failed(&reason(error), SystemTime::now()),
+            Err(_) => {}
+        }
+        started
+    };
+    let master = start()?;
+    let mut opened = open_on(&master, request, patience(request, deadline, Instant::now()));
+    if let Err(error) = &opened
+        && error.is_master_lost()
+        && is_lost(&master, error, request.bound)
+        && (master.retire() || !keeps_descriptors(request, error))
+    {
+        opened = open_on(&start()?, request, patience(request, deadline, Instant::now()));
+    }
+    match opened {
+        Ok(link) => {
+            of_host.clear();
+            Ok(link)
+        }
+        Err(source) => {
+            let error = TunnelError::Via { host: host.clone(), port, via: jump.clone(), source };
+            of_host.failed(&reason(&error), SystemTime::now());
+            Err(error)
+        }
+    }
+}
+
+fn open_on(master: &Master, request: &Request, bound: Duration) -> Result<Link, OpenError> {
+    let Request { host, port, .. } = request;
+    if request.fdpass {
+        return Ok(Link::Socket(master.connect_to(host, *port, bound)?));
+    }
+    let forward = master.carry(host, *port, io::stdin().as_fd(), io::stdout().as_fd(), bound)?;
+    Ok(Link::Carried { forward, via: master.destination().to_owned() })
+}
+
+/// How long a master may take to open a stream. Who waits for the host waits for the jump host's own answer, for one
+/// that was given up may still come to life and read what is meant for the next attempt.
+fn patience(request: &Request, deadline: Option<Instant>, now: Instant) -> Duration {
+    match deadline {
+        Some(deadline) if !request.fdpass => deadline.saturating_duration_since(now).max(request.bound),
+        _ => request.bound,
+    }
+}
+
+/// Whether the master may still carry our stdin and stdout somewhere: it has them and has not answered. Then nobody
+/// else can have them before it is gone.
+fn keeps_descriptors(request: &Request, error: &OpenError) -> bool {
+    !request.fdpass && matches!(error, OpenError::TimedOut { .. } | OpenError::Protocol(_))
+}
+
+fn keeps(request: &Request, error: &TunnelError) -> bool {
+    matches!(error, TunnelError::Via { source, .. } if keeps_descriptors(request, source))
+}
+
+/// Silence may be that of the host behind a link that works: then a command on the jump host ends in time. It has
+/// all the time there is, for a master that is only slow carries the streams of others.
+fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
+    if !matches!(error, OpenError::TimedOut { master_answers: true, .. }) {
+        return true;
+    }
+    run_true(master, bound).is_err_and(|error| error.is_master_lost())
+}
+
+fn not_down(memory: &Memory, request: &Request, way: impl Fn() -> String) -> Result<(), TunnelError> {
+    match memory.pause(SystemTime::now()) {
+        // Who waits tries at a pace of its own.
+        Some(down) if request.wait.is_none() => Err(TunnelError::KnownDown { way: way(), down }),
+        _ => Ok(()),
+    }
+}
+
+/// An error with its causes, to be quoted later.
+fn reason(error: &dyn std::error::Error) -> String {
+    let text = exit::report(error, None);
+    text.strip_prefix("error: ").unwrap_or(&text).to_owned()
+}
+
+fn seconds_until(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::now()).unwrap_or_default().as_millis().div_ceil(1000) as u64
+}
+
+fn is_unix_socket(fd: impl AsFd) -> bool {
+    let address = getsockname::<SockaddrStorage>(fd.as_fd().as_raw_fd());
+    address.is_ok_and(|address| address.family() == Some(AddressFamily::Unix))
+}
+
+/// As ssh expects it (`ssh_proxy_fdpass_connect` in sshconnect.c): one byte with the descriptor, then our end.
+fn hand_over(connection: impl AsFd) -> Result<(), TunnelError> {
+    send_descriptor(io::stdout(), connection.as_fd()).map_err(TunnelError::HandOver)
+}
+
+/// The master has stdin and stdout now. Were they open here too, their ends would not be seen.
+fn release_stdio() -> io::Result<()> {
+    let null = null()?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    Ok(())
+}
+
+/// Copies both ways until both have ended. The end of each is passed on at once.
+fn copy(stream: &TcpStream) -> io::Result<()> {
+    // ssh cannot do this for a pipe.
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    // Not those of the standard library, which keep data back.
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let up = stream.try_clone()?;
+    let upwards = thread::spawn(move || {
+        let result = pump(&mut input, &mut &up);
+        // What was written before is still sent.
+        let _ = up.shutdown(Shutdown::Write);
+        result
+    });
+    // When this fails the other direction is not waited for: the process ends, and with it the connection.
+    if downwards(stream, &output)? == Ending::NobodyReads {
+        return Ok(());
+    }
+    drop(output);
+    dup2_stdout(null()?)?;
+    match upwards.join() {
+        // After its own end the host is free to take no more.
+        Ok(Err(error))
+            if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) =>
+        {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Ending {
+    EndOfStream,
+    NobodyReads,
+}
+
+/// From the host to stdout. That nobody reads there any more is seen while nothing comes, too.
+fn downwards(mut stream: &TcpStream, mut output: &File) -> io::Result<Ending> {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let mut fds =
+            [PollFd::new(stream.as_fd(), PollFlags::POLLIN), PollFd::new(output.as_fd(), PollFlags::empty())];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
+        if fds[1].revents().is_some_and(|events| events.intersects(gone)) {
+            return Ok(Ending::NobodyReads);
+        }
+        let written = match stream.read(&mut chunk) {
+            Ok(0) => return Ok(Ending::EndOfStream),
+            Ok(len) => output.write_all(&chunk[..len]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        match written {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Ending::NobodyReads),
+            other => other?,
+        }
+    }
+}
+
+/// Not `io::copy`: between a socket and a pipe it would splice, and the kernel keeps the pipe locked while it
+/// waits for the socket, so that what is in the pipe already cannot be read.
+fn pump(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match from.read(&mut chunk) {
+            Ok(0) => return Ok(()),
+            Ok(len) => to.write_all(&chunk[..len])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn null() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/null")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_with_a_stream_lets_the_jump_host_answer() {
+        let bound = Duration::from_secs(10);
+        let mut request = Request { host: "h".into(), port: 22, via: None, fdpass: false, bound, wait: None };
+        let now = Instant::now();
+        let later = |seconds| Some(now + Duration::from_secs(seconds));
+        assert_eq!(patience(&request, None, now), bound);
+        assert_eq!(patience(&request, later(60), now), Duration::from_secs(60));
+        assert_eq!(patience(&request, later(1), now), bound);
+        let late = OpenError::TimedOut { bound, master_answers: true };
+        assert!(keeps_descriptors(&request, &late));
+        assert!(!keeps_descriptors(&request, &OpenError::Refused { reason: String::new() }));
+        request.fdpass = true;
+        assert_eq!(patience(&request, later(60), now), bound);
+        assert!(!keeps_descriptors(&request, &late));
+    }
+}

@@ -1,0 +1,139 @@
+//! The commands around the ProxyCommand: what they say, and their documents.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader},
+    process::{Command, Stdio},
+};
+
+use serde_json::Value;
+
+use crate::world::{World, wait_until};
+
+fn help(words: &[&str]) -> String {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_nix-offload-proxy")).args(words).arg("--help").output().unwrap();
+    assert!(output.status.success(), "{words:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_list_counts_what_runs_over_a_connection() {
+    let world = World::new();
+    let listed = || -> Value {
+        let said = world.proxy_says(&["list", "--json"]);
+        assert_eq!((said.code, &*said.err), (Some(0), ""));
+        serde_json::from_str(&said.out).unwrap()
+    };
+    assert_eq!(world.ssh("host2", "true").code, Some(0));
+    assert_eq!(listed()[0]["destination"], "bastion");
+    wait_until("all streams are gone", || listed()[0]["channels"] == 0);
+    let mut sessions: Vec<_> = ["host2", "fd2", "host3"]
+        .map(|host| {
+            let mut ssh = world.client("ssh");
+            ssh.args([host, "echo ready; cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap()
+        })
+        .into();
+    for session in &mut sessions {
+        let mut line = String::new();
+        BufReader::new(session.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "ready\n");
+    }
+    // A list is a client too, for a moment.
+    wait_until("three streams are there", || listed()[0]["channels"] == 3);
+    wait_until("the list says so", || {
+        let text = world.proxy_says(&["list"]).out;
+        text.starts_with("bastion\talive\tpid ") && text.contains("\t3 channels\t")
+    });
+    for mut session in sessions {
+        drop(session.stdin.take());
+        assert!(session.wait().unwrap().success());
+    }
+    wait_until("all streams are gone", || listed()[0]["channels"] == 0);
+}
+
+#[test]
+fn check_says_whether_a_host_answers() {
+    let world = World::new();
+    let config = world.path("ssh_config").display().to_string();
+    let said = world.proxy_says(&["check", "-F", &config, "host2"]);
+    assert!(
+        said.code == Some(0) && said.out.starts_with("host2 answers, over a new connection ("),
+        "{said:?}"
+    );
+    let said = world.proxy_says(&["check", "--json", "-F", &config, "host2"]);
+    let result: Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((&result["answers"], &result["master"]), (&Value::from(true), &Value::from("found")));
+    assert_eq!(world.bastion_logins(), 1);
+    // A file named from here, though the master starts elsewhere.
+    let mut here = world.proxy();
+    here.current_dir(world.path("")).args(["check", "-F", "ssh_config", "-i", "user", "host2"]);
+    assert_eq!(here.output().unwrap().status.code(), Some(0));
+
+    let said = world.proxy_says(&["check", "--json", "-F", "none", "-p", "1", "127.0.0.1"]);
+    let result: Value = serde_json::from_str(&said.out).unwrap();
+    assert_eq!((said.code, &result["answers"]), (Some(69), &Value::from(false)));
+    assert!(result["error"].as_str().unwrap().contains("connection refused"), "{result}");
+    assert!(
+        said.err.starts_with("error: cannot connect to 127.0.0.1") && said.err.contains("hint: "),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn wrong_words_are_said_to_be_so() {
+    let world = World::new();
+    for words in
+        [&["host"][..], &["host", "0"], &["host", "ssh"], &["--wait=x", "host", "22"], &["list", "22"]]
+    {
+        let said = world.proxy_says(words);
+        assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
+        assert!(said.err.contains("Usage") || said.err.contains("--help"), "{said:?}");
+    }
+    let said = world.proxy_says(&["--fdpass", "127.0.0.1", "22"]);
+    assert!(said.code == Some(2) && said.err.contains("hint: leave --fdpass out, or say"), "{said:?}");
+    let said = world.proxy_says(&["--via", "-oProxyCommand=x", "127.0.0.1", "22"]);
+    assert_eq!(said.code, Some(2), "{said:?}");
+    let said = world.proxy_says(&["-i", "key", "127.0.0.1", "22"]);
+    assert!(said.code == Some(2) && said.err.contains("hint: name it with --via"), "{said:?}");
+    // A host called like a command.
+    let said = world.proxy_says(&["--", "list", "22"]);
+    assert!(said.code == Some(69) && said.err.contains("cannot connect to list port 22"), "{said:?}");
+}
+
+#[test]
+fn the_manual_has_every_command_and_every_flag() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/man/nix-offload-proxy.1");
+    // Without roff's escapes of hyphens.
+    let manual = fs::read_to_string(path).unwrap().replace("\\-", "-");
+    let top = help(&[]);
+    let commands: Vec<&str> = top
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .map_while(|line| line.strip_prefix("  ")?.split_whitespace().next())
+        .filter(|word| *word != "help")
+        .collect();
+    assert_eq!(commands, ["list", "start", "stop", "check"]);
+    let mut flags = 0;
+    for words in [vec![]].into_iter().chain(commands.iter().map(|command| vec![*command])) {
+        let text = help(&words);
+        for line in text.lines().filter(|line| line.trim_start().starts_with('-')) {
+            for flag in line.split([' ', ',', '=', '[', ')']).filter(|word| word.starts_with('-')) {
+                flags += 1;
+                let named = [format!("{flag} "), format!("{flag}\n"), format!("{flag},"), format!("{flag}=")];
+                assert!(
+                    named.iter().any(|named| manual.contains(named)),
+                    "the manual lacks {words:?} {flag}"
+                );
+            }
+        }
+        for command in &words {
+            assert!(manual.contains(&format!(".SS {command}")), "the manual lacks {command}");
+        }
+    }
+    assert!(flags > 30, "{flags} flags found");
+    for code in ["69", "75", "77", "78"] {
+        assert!(manual.contains(&format!(".B {code}\n")), "the manual lacks exit code {code}");
+    }
+}
