@@ -88,7 +88,7 @@ fn a_bastion_that_is_down_fails_fast_for_every_host_behind_it() {
     for _ in 0..2 {
         let config = world.path("ssh_config").display().to_string();
         let said = world.proxy_says(&["-F", &config, "--via", "other", "127.0.0.2", "22"]);
-        assert!(said.code == Some(69) && said.err.contains("Bad configuration option"), "{said:?}");
+        assert!(said.code == Some(78) && said.err.contains("Bad configuration option"), "{said:?}");
     }
     world.write_client_config("Host bastion\n HostName 127.0.0.1\n Port 1\n");
     for host in ["host3", "fd4"] {
