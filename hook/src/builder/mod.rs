@@ -2,6 +2,7 @@
 //!
 //! Owns what is said when. Must never know how the stream was made, nor what the answers are used for.
 
+mod error;
 mod input;
 mod send;
 
@@ -9,6 +10,8 @@ use crate::path_info::PathInfo;
 use crate::wire::WireError;
 use crate::wire::hook::{Field, activity, result};
 use crate::wire::worker::{self, BuildResult, Message, Options, Peer, Version};
+pub use error::BuilderError;
+
 use input::{Counted, Input};
 use nix_derivation::{Derivation, StoreDir, StorePath};
 use nix_offload_proxy::master::{CloseWrite, Stream};
@@ -17,94 +20,12 @@ use std::collections::BTreeSet;
 use std::io::{self, BufReader, Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 /// Operations sent together before their answers are read: their answers must fit the receive window.
 const BATCH: usize = 1000;
 
 /// Activities of a builder that are followed at a time.
 pub(crate) const MAX_ACTIVITIES: usize = 10_000;
-
-/// What can go wrong with a builder's store.
-#[derive(Debug, Error)]
-pub enum BuilderError {
-    /// The connection ended or broke. Another try may succeed.
-    #[error("the connection was lost while {doing}")]
-    Lost {
-        /// What was being done.
-        doing: &'static str,
-        /// How it broke.
-        #[source]
-        source: WireError,
-    },
-    /// Something that is no Nix daemon answered.
-    #[error("no Nix daemon answered{}", quoted(.seen))]
-    NoDaemon {
-        /// What was sent instead of a greeting.
-        seen: String,
-        /// How reading ended.
-        #[source]
-        source: WireError,
-    },
-    /// The daemon did not answer in time.
-    #[error("no answer within {} s while {doing}", .bound.as_secs_f32())]
-    NoAnswer {
-        /// What was being done.
-        doing: &'static str,
-        /// The time given.
-        bound: Duration,
-    },
-    /// The daemon sent something that the protocol does not allow there.
-    #[error("the daemon broke the worker protocol while {doing}")]
-    Protocol {
-        /// What was being done.
-        doing: &'static str,
-        /// What was wrong.
-        #[source]
-        source: WireError,
-    },
-    /// The daemon refused what it was asked for.
-    #[error("{message}")]
-    Refused {
-        /// What was being done.
-        doing: &'static str,
-        /// The daemon's words.
-        message: String,
-    },
-    /// The build wrote nothing for too long (`max-silent-time`).
-    #[error("timed out after {0} seconds of silence")]
-    Silent(u64),
-    /// The build took too long (`timeout`).
-    #[error("timed out after {0} seconds")]
-    TimedOut(u64),
-    /// A path of the local store could not be read for sending.
-    #[error("cannot send {path}")]
-    Dump {
-        /// The path.
-        path: String,
-        /// Why it could not be read.
-        #[source]
-        source: io::Error,
-    },
-    /// The receiver of an output failed.
-    #[error("{0}")]
-    Receive(#[source] Box<dyn std::error::Error + Send + Sync>),
-}
-
-impl BuilderError {
-    /// Whether the transport is to blame, so that another connection may do better.
-    pub fn is_transport(&self) -> bool {
-        matches!(self, Self::Lost { .. } | Self::NoAnswer { .. } | Self::NoDaemon { .. })
-    }
-
-    fn wire(doing: &'static str, source: WireError) -> Self {
-        if source.is_disconnect() { Self::Lost { doing, source } } else { Self::Protocol { doing, source } }
-    }
-}
-
-fn quoted(seen: &str) -> String {
-    if seen.is_empty() { String::new() } else { format!("; instead came '{}'", seen.escape_debug()) }
-}
 
 /// What a builder's daemon tells while it works, sorted by what it is for.
 #[derive(Debug)]
