@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use crate::{
     exit,
     log::{self, Fallback},
-    master::{DirectoryError, Endpoint, MasterInfo, Pool, PoolError, StartError},
+    master::{Endpoint, MasterInfo, Pool, PoolError, SetupError, StartError},
     tunnel::{self, Checked},
 };
 
@@ -319,7 +319,7 @@ fn list(json: bool) -> Result<String, Failure> {
 
 fn start(args: StartArgs) -> Result<String, Failure> {
     let (endpoint, bound) = args.ssh.endpoint(args.destination)?;
-    let master = Pool::from_env()?.start(&endpoint, bound, &args.command)?;
+    let master = Pool::from_env()?.start_waking(&endpoint, bound, &args.command)?;
     if args.json {
         let result = json!({
             "destination": endpoint.destination,
@@ -385,8 +385,8 @@ fn print(text: &str) -> Result<(), Failure> {
     }
 }
 
-impl From<DirectoryError> for Failure {
-    fn from(error: DirectoryError) -> Self {
+impl From<SetupError> for Failure {
+    fn from(error: SetupError) -> Self {
         Failure { report: exit::report(&error, error.cure().as_deref()), code: exit::CONFIG }
     }
 }

@@ -37,6 +37,12 @@ pub fn report(error: &dyn Error, cure: Option<&str>) -> String {
     text
 }
 
+/// An error with its causes in one line, to be quoted.
+pub fn reason(error: &dyn Error) -> String {
+    let text = report(error, None);
+    text.strip_prefix("error: ").unwrap_or(&text).to_owned()
+}
+
 fn one_line(text: &str) -> String {
     text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }

@@ -9,4 +9,6 @@ pub mod exit;
 pub mod log;
 pub mod master;
 mod passing;
+pub mod settings;
 pub mod tunnel;
+pub mod wake;

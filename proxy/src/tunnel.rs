@@ -4,6 +4,8 @@
 //! The ways, in this order: the master of a jump host, if one is named; else a living master to the host itself;
 //! else TCP. A way that failed lately is not tried again before its time.
 
+mod error;
+
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
@@ -16,26 +18,29 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use crate::{
+    dial::dial,
+    down::{Memory, dice},
+    exit,
+    master::{Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead, pace::Pace},
+    passing::send_descriptor,
+    wake::Waker,
+};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt, sockopt},
     unistd::{dup2_stdin, dup2_stdout},
 };
-use thiserror::Error;
 
-use crate::{
-    dial::{DialError, dial},
-    down::{Down, Memory, clock, dice},
-    exit,
-    master::{Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead},
-    passing::send_descriptor,
-};
+pub use error::TunnelError;
 
 /// How long a master that nobody asked for may take to connect.
 const UNASKED_BOUND: Duration = Duration::from_secs(3);
 /// How long a waiting process leaves a host alone between two attempts; chance makes it up to half longer.
 const WAIT_INTERVAL: Duration = Duration::from_secs(1);
+/// How long to wait for a turn at least: two hundred connections at eight in a second.
+const TURN_BOUND: Duration = Duration::from_secs(30);
 /// What is copied at once, in bytes.
 const CHUNK: usize = 128 * 1024;
 
@@ -54,140 +59,6 @@ pub struct Request {
     pub bound: Duration,
     /// Wait that long for a host that is down.
     pub wait: Option<Duration>,
-}
-
-/// Why there is no stream, or why it broke.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum TunnelError {
-    /// No TCP connection.
-    #[error("cannot connect to {host} port {port}")]
-    Direct {
-        /// The host.
-        host: String,
-        /// Its port.
-        port: u16,
-        /// Why.
-        #[source]
-        source: DialError,
-    },
-    /// The jump host cannot connect.
-    #[error("cannot connect to {host} port {port} through {via}")]
-    Via {
-        /// The host.
-        host: String,
-        /// Its port.
-        port: u16,
-        /// The jump host.
-        via: String,
-        /// Why.
-        #[source]
-        source: OpenError,
-    },
-    /// The jump host cannot be reached.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// It failed a short while ago.
-    #[error(
-        "{} is not tried again before {} (in {} s), because it failed: {}",
-        way, clock(down.next), seconds_until(down.next), down.reason
-    )]
-    KnownDown {
-        /// The way that failed.
-        way: String,
-        /// What is known of it.
-        down: Down,
-    },
-    /// ssh did not ask for a descriptor.
-    #[error("stdout is not a unix socket, so no descriptor can be handed over")]
-    NoSocket,
-    /// The descriptor did not get there.
-    #[error("cannot hand over the connection")]
-    HandOver(#[source] io::Error),
-    /// The host has a master and runs no command.
-    #[error("{destination} does not run a command")]
-    Unanswered {
-        /// The destination as it was given.
-        destination: String,
-        /// Why.
-        #[source]
-        source: OpenError,
-    },
-    /// It worked and then broke.
-    #[error("the connection to {host} broke")]
-    Broken {
-        /// The host.
-        host: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The master went away in the middle.
-    #[error("the connection to {host} broke, because the SSH master to {via} ended")]
-    MasterLost {
-        /// The host.
-        host: String,
-        /// The jump host.
-        via: String,
-        /// What was seen of it.
-        #[source]
-        source: OpenError,
-    },
-}
-
-impl TunnelError {
-    /// What to do about it, if that can be said.
-    pub fn cure(&self) -> Option<String> {
-        match self {
-            TunnelError::Direct { host, port, source } => Some(match source {
-                DialError::Resolve(_) => {
-                    format!("check the spelling of {host}, DNS, and HostName in ssh_config")
-                }
-                DialError::TimedOut { .. } => {
-                    format!("check that {host} is up and that the network lets port {port} through")
-                }
-                DialError::Failed(_) => {
-                    format!("check that {host} is up and that sshd listens on port {port}")
-                }
-            }),
-            TunnelError::Via { host, port, via, source: OpenError::Refused { .. } } => Some(format!(
-                "check on {via} that {host} can be reached at port {port}, and that its sshd allows TCP forwarding"
-            )),
-            TunnelError::Via { host, via, source: OpenError::TimedOut { .. }, .. } => {
-                Some(format!("check that {host} is up and that {via} can reach it"))
-            }
-            TunnelError::Start(error) => error.cure(),
-            TunnelError::KnownDown { .. } => Some("--wait waits for it instead".into()),
-            TunnelError::NoSocket => {
-                Some("leave --fdpass out, or say `ProxyUseFdpass yes` in ssh_config".into())
-            }
-            _ => None,
-        }
-    }
-
-    /// The exit code a command ends with, from [`crate::exit`].
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            TunnelError::Direct { .. } | TunnelError::MasterLost { .. } => exit::UNAVAILABLE,
-            TunnelError::Via { source: OpenError::Argument { .. }, .. } | TunnelError::NoSocket => {
-                exit::USAGE
-            }
-            TunnelError::Via { .. } | TunnelError::Unanswered { .. } => exit::UNAVAILABLE,
-            TunnelError::Start(error) => error.exit_code(),
-            TunnelError::KnownDown { .. } => exit::TEMPORARY,
-            TunnelError::HandOver(_) | TunnelError::Broken { .. } => exit::FAILURE,
-        }
-    }
-
-    /// It may work later without anybody doing anything.
-    fn is_worth_waiting(&self) -> bool {
-        match self {
-            TunnelError::Direct { .. } | TunnelError::KnownDown { .. } => true,
-            TunnelError::Via { source, .. } => !matches!(source, OpenError::Argument { .. }),
-            TunnelError::Start(error) => error.is_temporary(),
-            _ => false,
-        }
-    }
 }
 
 /// What was found.
@@ -211,11 +82,18 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
         return Err(TunnelError::NoSocket);
     }
     let deadline = request.wait.and_then(|wait| Instant::now().checked_add(wait));
+    let mut deadline = deadline;
     let link = loop {
         let error = match find(pool, request, deadline) {
             Ok(link) => break link,
             Err(error) => error,
         };
+        // Who was told to wake up is waited for, all by itself.
+        if let TunnelError::Waking { waking, .. } | TunnelError::Start(StartError::Waking { waking, .. }) =
+            &error
+        {
+            deadline = deadline.max(Instant::now().checked_add(waking.left));
+        }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         match left {
             Some(left) if !left.is_zero() && error.is_worth_waiting() && !keeps(request, &error) => {
@@ -251,29 +129,31 @@ pub enum Checked {
     Started,
 }
 
-/// Runs a command on the far side, and replaces the master if its link turns out to be dead.
+/// Runs a command on the far side, on another master if the one that is there cannot, on a new one if its link turns out
+/// to be dead. `bound` is for each.
 ///
 /// # Errors
 /// [`TunnelError`]
 pub fn check(pool: &Pool, endpoint: &Endpoint, bound: Duration) -> Result<Checked, TunnelError> {
-    let of_host = Memory::of(pool.directory(), format!("master {}", endpoint.name()));
     let found = pool.live(endpoint);
-    if let Some(master) = found {
-        match run_true(&master, bound) {
-            Err(error) if error.is_master_lost() => {
-                master.retire();
-            }
-            Err(source) => return Err(unanswered(endpoint, source)),
-            Ok(()) => {
-                of_host.clear();
-                return Ok(Checked::Found);
-            }
-        }
+    if found.is_none() {
+        pool.start_waking(endpoint, bound, "true")?;
     }
-    let master = pool.start(endpoint, bound, "true")?;
-    run_true(&master, bound).map_err(|source| unanswered(endpoint, source))?;
-    of_host.clear();
-    Ok(Checked::Started)
+    let socket = found.map(|master| master.control_path().to_owned());
+    let ran_on = pool.with_master(
+        endpoint,
+        Instant::now() + bound.saturating_mul(2),
+        "true",
+        |master| match run_true(master, bound) {
+            Ok(()) => Ok(master.control_path().to_owned()),
+            Err(source) => Err(unanswered(endpoint, source)),
+        },
+        |error| match error {
+            TunnelError::Unanswered { source, .. } => Some(source),
+            _ => None,
+        },
+    )?;
+    Ok(if socket == Some(ran_on) { Checked::Found } else { Checked::Started })
 }
 
 fn unanswered(endpoint: &Endpoint, source: OpenError) -> TunnelError {
@@ -330,17 +210,51 @@ fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Lin
 fn direct(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
     let (host, port) = (&request.host, request.port);
     let memory = Memory::of(pool.directory(), format!("{host} {port}"));
-    not_down(&memory, request, || format!("{host} port {port}"))?;
+    not_down(&memory, pool, request, host, || format!("{host} port {port}"))?;
+    take_turn(pool, request)?;
     match dial(host, port, request.bound) {
         Ok(stream) => {
-            memory.clear();
+            reached(&memory, pool, host);
             Ok(Link::Tcp(stream))
         }
         Err(source) => {
             let error = TunnelError::Direct { host: host.clone(), port, source };
-            memory.failed(&reason(&error), SystemTime::now());
-            Err(error)
+            Err(failed(&memory, pool, host, error))
         }
+    }
+}
+
+/// Not all at once: see [`Pace`]. A start of a master has had its turn already.
+fn take_turn(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
+    let (host, port, bound) = (&request.host, request.port, request.bound);
+    if pool.serves_a_start() {
+        return Ok(());
+    }
+    let per_second = pool.settings().of_host(host).connections_per_second;
+    // Others before us are no fault of the host's, so this is not part of its time.
+    let turns = TURN_BOUND.max(bound);
+    if !Pace::of(pool.directory(), host, port, per_second).take_turn(Instant::now() + turns) {
+        return Err(TunnelError::Crowded { host: host.clone(), port, bound: turns });
+    }
+    Ok(())
+}
+
+fn reached(memory: &Memory, pool: &Pool, host: &str) {
+    memory.clear();
+    if let Some(wake) = pool.settings().of_host(host).wake {
+        Waker::of(pool.directory(), host, &wake).awake();
+    }
+}
+
+/// The host is down: that is remembered, and it is woken if it is set how.
+fn failed(memory: &Memory, pool: &Pool, host: &str, error: TunnelError) -> TunnelError {
+    memory.failed(&exit::reason(&error), SystemTime::now());
+    let Some(wake) = pool.settings().of_host(host).wake else { return error };
+    let (host, source) = (host.to_owned(), Box::new(error));
+    match Waker::of(pool.directory(), &host, &wake).wake(SystemTime::now()) {
+        Ok(waking) if waking.left.is_zero() => *source,
+        Ok(waking) => TunnelError::Waking { host, waking, source },
+        Err(source) => TunnelError::Wake { host, source },
     }
 }
 
@@ -351,20 +265,12 @@ fn through(
     deadline: Option<Instant>,
 ) -> Result<Link, TunnelError> {
     let (host, port, jump) = (&request.host, request.port, &via.destination);
-    let of_jump = Memory::of(pool.directory(), format!("master {}", via.name()));
     let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
-    not_down(&of_jump, request, || jump.clone())?;
-    not_down(&of_host, request, || format!("{host} port {port} through {jump}"))?;
-    let start = || {
-        let started = pool.start(via, request.bound, "true");
-        match &started {
-            Ok(_) => of_jump.clear(),
-            Err(error) if error.is_host_down() => of_jump.failed(&reason(error), SystemTime::now()),
-            Err(_) => {}
-        }
-        started
-    };
+    not_down(&pool.memory(via), pool, request, via.host(), || jump.clone())?;
+    not_down(&of_host, pool, request, host, || format!("{host} port {port} through {jump}"))?;
+    let start = || pool.start(via, request.bound, "true");
     let master = start()?;
+    take_turn(pool, request)?;
     let mut opened = open_on(&master, request, patience(request, deadline, Instant::now()));
     if let Err(error) = &opened
         && error.is_master_lost()
@@ -375,13 +281,12 @@ fn through(
     }
     match opened {
         Ok(link) => {
-            of_host.clear();
+            reached(&of_host, pool, host);
             Ok(link)
         }
         Err(source) => {
             let error = TunnelError::Via { host: host.clone(), port, via: jump.clone(), source };
-            of_host.failed(&reason(&error), SystemTime::now());
-            Err(error)
+            Err(failed(&of_host, pool, host, error))
         }
     }
 }
@@ -423,22 +328,25 @@ fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
     run_true(master, bound).is_err_and(|error| error.is_master_lost())
 }
 
-fn not_down(memory: &Memory, request: &Request, way: impl Fn() -> String) -> Result<(), TunnelError> {
-    match memory.pause(SystemTime::now()) {
-        // Who waits tries at a pace of its own.
-        Some(down) if request.wait.is_none() => Err(TunnelError::KnownDown { way: way(), down }),
-        _ => Ok(()),
+fn not_down(
+    memory: &Memory,
+    pool: &Pool,
+    request: &Request,
+    host: &str,
+    way: impl Fn() -> String,
+) -> Result<(), TunnelError> {
+    // Who waits tries at a pace of its own, and so do all while a host is being woken.
+    if request.wait.is_some() {
+        return Ok(());
     }
-}
-
-/// An error with its causes, to be quoted later.
-fn reason(error: &dyn std::error::Error) -> String {
-    let text = exit::report(error, None);
-    text.strip_prefix("error: ").unwrap_or(&text).to_owned()
-}
-
-fn seconds_until(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::now()).unwrap_or_default().as_millis().div_ceil(1000) as u64
+    let Some(down) = memory.pause(SystemTime::now()) else { return Ok(()) };
+    if let Some(wake) = pool.settings().of_host(host).wake {
+        let look = Waker::of(pool.directory(), host, &wake).look(SystemTime::now());
+        if look.map_err(|source| TunnelError::Wake { host: host.to_owned(), source })?.is_some() {
+            return Ok(());
+        }
+    }
+    Err(TunnelError::KnownDown { way: way(), down })
 }
 
 fn is_unix_socket(fd: impl AsFd) -> bool {

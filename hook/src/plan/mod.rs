@@ -64,6 +64,8 @@ pub enum State {
     /// It could not be reached a short while ago, as the text says. It is left alone while another one will do, but
     /// never ruled out by memory alone.
     Ailing(Load, String),
+    /// It sleeps and has been told to wake up. It gets nothing yet, but is worth waiting for.
+    Waking,
     /// It failed earlier; the text says how.
     Failed(String),
     /// Its store URI is of a kind that cannot be reached; the text says why.
@@ -84,6 +86,8 @@ pub enum Refusal {
         /// Slots it has.
         slots: u64,
     },
+    /// It is being woken.
+    Waking,
     /// It failed when it was last tried; the text says how.
     Failed(String),
     /// Its store URI is of a kind that cannot be reached; the text says why.
@@ -103,6 +107,7 @@ impl fmt::Display for Refusal {
             }
             Self::Full { slots: 0 } => write!(f, "has no slots (its maximum of jobs is 0)"),
             Self::Full { slots } => write!(f, "full: {slots} of {slots} slots taken"),
+            Self::Waking => write!(f, "is being woken"),
             Self::Failed(why) => write!(f, "failed: {why}"),
             Self::Unreachable(why) => write!(f, "cannot be used: {why}"),
             Self::Outranked => write!(f, "another machine is less loaded or faster"),
@@ -116,10 +121,10 @@ impl fmt::Display for Refusal {
 pub enum Verdict {
     /// Build it on the machine of this index.
     Accept(usize),
-    /// Suitable machines (these) are busy, and it cannot be built locally at any time: accept it and wait for a slot,
+    /// Suitable machines (these) are busy or about to wake up, and it cannot be built locally at any time: accept it and wait for a slot,
     /// unless [`MAX_WAITING`] do so already.
     Wait(Vec<usize>),
-    /// Ask again later: suitable machines (these) are busy, but Nix may have a local slot for it sooner.
+    /// Ask again later: suitable machines (these) are busy or about to wake up, but Nix may have a local slot for it sooner.
     Postpone(Vec<usize>),
     /// Not to be built by any machine now.
     Decline,
@@ -174,6 +179,7 @@ pub fn decide(
     let mut refusals = Vec::new();
     let mut ready = Vec::new();
     let mut ailing = Vec::new();
+    let mut waking = Vec::new();
     for (index, machine) in machines.iter().enumerate() {
         if let Err(refusal) = suits(machine, request) {
             refusals.push((index, refusal));
@@ -182,11 +188,13 @@ pub fn decide(
         match state(index) {
             State::Ready(load) => ready.push((index, load)),
             State::Ailing(load, why) => ailing.push((index, load, why)),
+            State::Waking => waking.push(index),
             State::Failed(why) => refusals.push((index, Refusal::Failed(why))),
             State::Unreachable(why) => refusals.push((index, Refusal::Unreachable(why))),
         }
     }
-    if ready.is_empty() {
+    refusals.extend(waking.iter().map(|index| (*index, Refusal::Waking)));
+    if ready.is_empty() && waking.is_empty() {
         ready = ailing.into_iter().map(|(index, load, _)| (index, load)).collect();
     } else {
         refusals.extend(ailing.into_iter().map(|(index, _, why)| (index, Refusal::Failed(why))));
@@ -196,8 +204,9 @@ pub fn decide(
     refusals
         .extend(full.iter().map(|(index, _)| (*index, Refusal::Full { slots: machines[*index].max_jobs })));
     // A machine without slots will never have a free one, so nobody is to wait for it.
-    let full: Vec<usize> =
-        full.iter().map(|(index, _)| *index).filter(|index| machines[*index].max_jobs > 0).collect();
+    let mut full: Vec<usize> = full.iter().map(|(index, _)| *index).chain(waking).collect();
+    full.retain(|index| machines[*index].max_jobs > 0);
+    full.sort_unstable();
     let best = free.iter().copied().reduce(|best, next| {
         let outranks = outranks((&machines[next.0], next.1), (&machines[best.0], best.1));
         if outranks { next } else { best }
@@ -362,6 +371,23 @@ mod tests {
         assert_eq!(free.verdict, Verdict::Accept(1));
         assert_eq!(free.refusals, [(0, Refusal::Failed("no route".into()))]);
         assert_eq!(ask(1).verdict, Verdict::Wait(vec![1]));
+    }
+
+    #[test]
+    fn a_machine_that_wakes_up_is_waited_for_unless_another_is_free() {
+        let machines = [machine("a", 4, 1.0), machine("b", 1, 1.0)];
+        let nowhere = Local::default();
+        let here = Local { max_jobs: 1, systems: set(&["x86_64-linux"]), ..Local::default() };
+        let states = |other: State| move |index| if index == 0 { State::Waking } else { other.clone() };
+        let decision = decide(&machines, &nowhere, &request(), states(State::Ready(Load::default())));
+        assert_eq!(decision.verdict, Verdict::Accept(1));
+        assert_eq!(decision.refusals, [(0, Refusal::Waking)]);
+        let full = State::Ready(Load { taken: 1 });
+        let decision = decide(&machines, &nowhere, &request(), states(full));
+        assert_eq!(decision.verdict, Verdict::Wait(vec![0, 1]));
+        let ill = State::Ailing(Load::default(), "no route".into());
+        let decision = decide(&machines, &here, &request(), states(ill));
+        assert_eq!(decision.verdict, Verdict::Postpone(vec![0]));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use crate::builder::BuilderError;
 use crate::slots::SlotError;
 use nix_offload_proxy::exit;
-use nix_offload_proxy::master::{DirectoryError, EndpointError, OpenError, StartError};
+use nix_offload_proxy::master::{EndpointError, OpenError, SetupError, StartError};
 use thiserror::Error;
 
 /// Why a machine cannot be reached.
@@ -116,6 +116,16 @@ impl ReachError {
         refusal.contains("not privileged to build")
     }
 
+    /// Whether the machine is down and has been told to wake up.
+    pub fn is_waking(&self) -> bool {
+        matches!(self, Self::Start(StartError::Waking { .. }))
+    }
+
+    /// Whether that was this very moment, so that it is worth telling.
+    pub fn has_just_begun_to_wake(&self) -> bool {
+        matches!(self, Self::Start(StartError::Waking { waking, .. }) if waking.since.is_zero())
+    }
+
     /// Cause and cure as one text for Nix's user.
     pub fn describe(&self) -> String {
         let text = exit::report(self, self.cure().as_deref());
@@ -126,9 +136,9 @@ impl ReachError {
 /// Why no machine can be reached from here.
 #[derive(Debug, Error)]
 pub enum ReachSetupError {
-    /// The directory of the masters.
+    /// The directory of the masters, or what is set for them.
     #[error(transparent)]
-    Runtime(#[from] DirectoryError),
+    Masters(#[from] SetupError),
     /// The locks in it.
     #[error(transparent)]
     Locks(#[from] SlotError),
@@ -141,7 +151,7 @@ impl ReachSetupError {
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {
-            Self::Runtime(error) => error.cure(),
+            Self::Masters(error) => error.cure(),
             Self::Locks(_) => None,
             Self::SshOptions(_) => Some("close the quote, or put a backslash before it".into()),
         }

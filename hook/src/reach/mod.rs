@@ -45,15 +45,8 @@ const REFUSED_PAUSES: [Duration; 3] =
 /// A machine that could not be reached is left alone for so long while another one will do.
 const COOL_DOWN: Duration = Duration::from_secs(60);
 
-/// Masters to one machine that may be opened because sshd has no more sessions to give on the others (its
-/// MaxSessions, 10 by default).
-const MASTERS: u32 = 8;
-
 /// A live master, or the link behind it, has this long to open a stream before another one is tried.
 const OPEN_BOUND: Duration = Duration::from_secs(3);
-
-/// With less time left than this no further connection is begun.
-const LEAST_TIME: Duration = Duration::from_secs(1);
 
 /// The first command on a new master: tells the builder's version of Nix, and ends the delay of small packets
 /// that OpenSSH up to 10.0 has until a session was opened.
@@ -129,9 +122,26 @@ impl Reach {
         recent && endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some())
     }
 
-    /// Why the machine could not be reached, if that was a short while ago.
+    /// Why the machine could not be reached, if that was a short while ago: seen by a hook, or by anything else that
+    /// uses the same masters.
     pub fn ailing(&self, machine: &Machine) -> Option<String> {
-        noted_lately(&self.stamp(machine).with_extension("failed"), COOL_DOWN)
+        noted_lately(&self.stamp(machine).with_extension("failed"), COOL_DOWN).or_else(|| {
+            let endpoint = endpoint(machine, &self.ssh_options).ok()?;
+            self.pool.down(&endpoint).map(|down| down.reason)
+        })
+    }
+
+    /// How much longer the machine may take to wake up, if it was down and has been told to.
+    pub fn waking(&self, machine: &Machine) -> Option<Duration> {
+        let endpoint = endpoint(machine, &self.ssh_options).ok()?;
+        self.pool.waking(&endpoint).ok()?.map(|waking| waking.left)
+    }
+
+    /// Whether the machine is being woken and did not answer just now.
+    pub fn is_asleep(&self, machine: &Machine) -> bool {
+        let down =
+            endpoint(machine, &self.ssh_options).is_ok_and(|endpoint| self.pool.down(&endpoint).is_some());
+        down && self.waking(machine).is_some()
     }
 
     /// Forgets that the machine answered.
@@ -161,6 +171,7 @@ impl Reach {
                     let _ = fs::remove_file(failure);
                 }
             }
+            Err(error) if error.is_waking() => self.forget(machine),
             Err(error) => {
                 self.forget(machine);
                 note(&failure, &error.describe());
@@ -175,46 +186,18 @@ impl Reach {
         store_dir: &StoreDir,
         bound: Duration,
     ) -> Result<Reached, ReachError> {
-        let mut endpoint = endpoint(machine, &self.ssh_options)?;
+        let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
-        loop {
-            let reached = self.on_endpoint(&endpoint, machine, store_dir, deadline);
-            endpoint.instance += 1;
-            let more = endpoint.instance < MASTERS && left(deadline) >= LEAST_TIME;
-            match reached {
-                // Its other streams may be well, or at least not known to be lost: it is left alone. Should its link be
-                // dead, ssh's own keep-alive ends it.
-                Err(ReachError::Open(
-                    reason @ (OpenError::Refused { .. } | OpenError::TimedOut { master_answers: true, .. }),
-                )) if more => {
-                    tracing::info!(builder = machine.name, %reason, "trying another SSH master");
-                }
-                other => return other,
-            }
-        }
-    }
-
-    fn on_endpoint(
-        &self,
-        endpoint: &Endpoint,
-        machine: &Machine,
-        store_dir: &StoreDir,
-        deadline: Instant,
-    ) -> Result<Reached, ReachError> {
-        if let Some(master) = self.pool.live(endpoint) {
-            match self.on_master(&master, machine, store_dir, deadline) {
-                Err(ReachError::Open(error)) if is_dead(&error) => {
-                    tracing::info!(builder = machine.name, reason = %error, "replacing an SSH master");
-                    master.retire();
-                }
-                other => return other,
-            }
-        }
-        let begin = Instant::now();
-        let master = self.pool.start(endpoint, left(deadline), FIRST_COMMAND)?;
-        let duration_ms = begin.elapsed().as_millis() as u64;
-        tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
-        self.on_master(&master, machine, store_dir, deadline)
+        self.pool.with_master(
+            &endpoint,
+            deadline,
+            FIRST_COMMAND,
+            |master| self.on_master(master, machine, store_dir, deadline),
+            |error| match error {
+                ReachError::Open(error) => Some(error),
+                _ => None,
+            },
+        )
     }
 
     fn on_master(
@@ -334,11 +317,6 @@ fn note(path: &Path, text: &str) {
 fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
     let noted = fs::metadata(note).and_then(|m| m.modified()).ok()?;
     if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
-}
-
-/// Whether the master itself is gone or hung, so that nothing is lost with it.
-fn is_dead(error: &OpenError) -> bool {
-    error.is_master_lost() && !matches!(error, OpenError::TimedOut { master_answers: true, .. })
 }
 
 fn left(deadline: Instant) -> Duration {

@@ -25,6 +25,8 @@ enum Attempt {
     Final(u8, String),
     /// The machine could not be used; another may do it.
     Elsewhere(String),
+    /// The machine is down and has been told to wake up.
+    Asleep,
 }
 
 impl Hook<'_> {
@@ -56,6 +58,14 @@ impl Hook<'_> {
                     tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
+                }
+                Attempt::Asleep => {
+                    next = match self.choose(candidate, &mut failed, false) {
+                        (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
+                            self.wait_for_slot(candidate, &mut failed, &machines)
+                        }
+                        (_, chosen) => chosen,
+                    };
                 }
                 Attempt::Elsewhere(text) => {
                     tracing::warn!(
@@ -145,6 +155,7 @@ impl Hook<'_> {
                 reached.take().map_or_else(|| self.connect(machine, &candidate.drv, PATIENT_BOUND), Ok);
             let mut connection = match connection {
                 Ok(connection) => connection,
+                Err(error) if error.is_waking() => return Attempt::Asleep,
                 Err(error) => return Attempt::Elsewhere(error.describe()),
             };
             if slot.is_none() {

@@ -19,7 +19,7 @@ use crate::wire::hook::{self, Reply, Verbosity};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,6 +29,9 @@ use tracing::level_filters::LevelFilter;
 
 /// How long reaching a machine may take before the reply, for which Nix waits with all that it does.
 const CONNECT_BOUND: Duration = Duration::from_secs(6);
+
+/// The same for a machine that was down a moment ago and is being woken.
+const WAKING_BOUND: Duration = Duration::from_millis(1500);
 
 /// How long it may take for a build that is accepted already, and lost if this machine is given up too soon.
 const PATIENT_BOUND: Duration = Duration::from_secs(20);
@@ -272,6 +275,7 @@ impl<'a> Hook<'a> {
     fn choose(&self, candidate: &Candidate, failed: &mut Failed, ask: bool) -> (Verdict, Option<Chosen>) {
         // What speaks against a machine for this derivation only.
         let mut unfit = Failed::new();
+        let mut woken = HashSet::new();
         loop {
             let (decision, slot) = match self.decide(&candidate.request, failed, &unfit) {
                 Ok(decided) => decided,
@@ -293,9 +297,23 @@ impl<'a> Hook<'a> {
             if !ask || self.reach.is_warm(machine) {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
             }
-            match self.connect(machine, &candidate.drv, CONNECT_BOUND) {
+            // One that is about to wake up has no claim on Nix's patience.
+            let bound = if self.reach.waking(machine).is_some() { WAKING_BOUND } else { CONNECT_BOUND };
+            match self.connect(machine, &candidate.drv, bound) {
                 Ok(reached) => {
                     return (decision.verdict, Some(Chosen { index, slot, reached: Some(reached) }));
+                }
+                // The next choice will find it so, and wait for it.
+                Err(error) if error.is_waking() => {
+                    let reason = error.describe();
+                    tracing::info!(builder = machine.name, reason, "waiting for this machine to wake up");
+                    if error.has_just_begun_to_wake() {
+                        let text = format!("waking '{}', which is down", machine.name);
+                        self.nix.message(Verbosity::Warn, &text);
+                    }
+                    if !woken.insert(index) {
+                        return (Verdict::Postpone(vec![index]), None);
+                    }
                 }
                 Err(error) => {
                     let text = error.describe();
@@ -346,6 +364,9 @@ impl<'a> Hook<'a> {
             match self.slots.count(&machine.name, machine.max_jobs) {
                 Ok((load, slot)) => {
                     free.extend(slot.map(|slot| (index, slot)));
+                    if self.reach.is_asleep(machine) {
+                        return State::Waking;
+                    }
                     match self.reach.ailing(machine) {
                         Some(reason) => State::Ailing(load, reason),
                         None => State::Ready(load),
@@ -382,10 +403,12 @@ impl<'a> Hook<'a> {
                 tracing::info!(derivation, builder = self.machines[*index].name, "chosen");
             }
             Verdict::Wait(_) => {
-                tracing::debug!(derivation, reason = "all suitable machines are full", "waiting");
+                let reason = "all suitable machines are full or about to wake up";
+                tracing::debug!(derivation, reason, "waiting");
             }
             Verdict::Postpone(_) => {
-                tracing::info!(derivation, reason = "all suitable machines are full", "postponed")
+                let reason = "all suitable machines are full or about to wake up";
+                tracing::info!(derivation, reason, "postponed");
             }
             Verdict::Decline => {
                 let reasons: Vec<String> = decision

@@ -3,11 +3,9 @@
 //! Pure. The texts are those of OpenSSH (`sshconnect.c`, `sshconnect2.c`, `misc.c`), the same since 7.x.
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use std::{fmt, io, path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf};
 
-use thiserror::Error;
-
-use super::name::{Endpoint, EndpointError};
+use super::name::Endpoint;
 
 /// Stands before what a ProxyCommand of ours wrote to ssh's log.
 pub(super) const SAID_BY_PROXY: &str = "nix-offload-proxy: ";
@@ -15,69 +13,6 @@ pub(super) const SAID_BY_PROXY: &str = "nix-offload-proxy: ";
 const QUOTED_LINES: usize = 3;
 /// The longest quotation, in characters.
 const QUOTED_CHARS: usize = 400;
-
-/// Why no master could be started.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum StartError {
-    /// ssh gave up.
-    #[error("cannot connect to {destination}: {fault}")]
-    Failed {
-        /// The destination as it was given.
-        destination: String,
-        /// What went wrong.
-        fault: Fault,
-        /// What its cure depends on.
-        context: Box<Context>,
-    },
-    /// It took too long.
-    #[error("cannot connect to {destination}: no connection within {} s{}", bound.as_secs_f32(), said(stderr))]
-    TimedOut {
-        /// The destination as it was given.
-        destination: String,
-        /// The bound that was given.
-        bound: Duration,
-        /// What ssh said until then.
-        stderr: String,
-    },
-    /// Another process is starting the same master and has not finished.
-    #[error("cannot connect to {destination}: another process has been connecting for {} s", bound.as_secs_f32())]
-    Busy {
-        /// The destination as it was given.
-        destination: String,
-        /// The bound that was given.
-        bound: Duration,
-    },
-    /// There is no `ssh`.
-    #[error("cannot connect to {destination}: no program `ssh` in PATH")]
-    NoSsh {
-        /// The destination as it was given.
-        destination: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The runtime directory's name is too long for sockets in it.
-    #[error("the control socket's path {} is {excess} bytes too long for ssh", control.display())]
-    PathTooLong {
-        /// The path.
-        control: PathBuf,
-        /// By how much.
-        excess: usize,
-    },
-    /// The endpoint cannot be given to ssh.
-    #[error("bad SSH endpoint")]
-    Endpoint(#[from] EndpointError),
-    /// A file of the runtime directory cannot be used.
-    #[error("cannot use {}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// What ssh stumbled over.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,16 +34,30 @@ pub enum Fault {
         said: String,
     },
     /// The host's key is not known yet.
-    HostKeyUnknown,
+    HostKeyUnknown {
+        /// Its type and fingerprint.
+        fingerprint: Option<String>,
+    },
     /// The host's key is another one than before.
     HostKeyChanged {
         /// Where the old one is, as ssh names it (`FILE:LINE`).
         known_hosts: Option<String>,
         /// The host's name there, which may be another than that of the destination.
         name: Option<String>,
+        /// Type and fingerprint of the key it has now.
+        fingerprint: Option<String>,
     },
     /// The host's key is not the pinned one.
-    PinnedKeyMismatch,
+    PinnedKeyMismatch {
+        /// Type and fingerprint of the key it has.
+        fingerprint: Option<String>,
+    },
+    /// sshd closed the connection before it said a word: too many at a time (MaxStartups), or it keeps us out for
+    /// a while (PerSourcePenalties).
+    TurnedAway {
+        /// ssh's line.
+        said: String,
+    },
     /// The host is the right one and does not let us in.
     PermissionDenied {
         /// What it would have accepted (`publickey,password`).
@@ -154,12 +103,18 @@ impl fmt::Display for Fault {
             Fault::NameNotResolved { said } => write!(f, "the host name cannot be resolved ({said})"),
             Fault::Refused { said } => write!(f, "connection refused ({said})"),
             Fault::Unreachable { said } => write!(f, "the host does not answer ({said})"),
-            Fault::HostKeyUnknown => write!(f, "the host's key is not known (Host key verification failed)"),
-            Fault::HostKeyChanged { known_hosts, .. } => {
-                write!(f, "the host's key has changed")?;
-                known_hosts.iter().try_for_each(|place| write!(f, " since {place} was written"))
+            Fault::HostKeyUnknown { fingerprint } => {
+                write!(f, "the host's key{} is not known (Host key verification failed)", shown(fingerprint))
             }
-            Fault::PinnedKeyMismatch => write!(f, "the host's key is not the one that is pinned for it"),
+            Fault::HostKeyChanged { known_hosts, fingerprint, .. } => {
+                write!(f, "the host's key has changed")?;
+                known_hosts.iter().try_for_each(|place| write!(f, " since {place} was written"))?;
+                fingerprint.iter().try_for_each(|key| write!(f, ", it is now {key}"))
+            }
+            Fault::PinnedKeyMismatch { fingerprint } => {
+                write!(f, "the host's key{} is not the one that is pinned for it", shown(fingerprint))
+            }
+            Fault::TurnedAway { said } => write!(f, "sshd turned the connection away ({said})"),
             Fault::PermissionDenied { methods } => write!(f, "permission denied ({methods})"),
             Fault::IdentityUnreadable { said } => write!(f, "the identity file cannot be used ({said})"),
             Fault::IdentityPermissions { said } => {
@@ -171,8 +126,19 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Finds the culprit in what ssh wrote to stderr. `pinned`: host keys were given.
-pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
+fn shown(fingerprint: &Option<String>) -> String {
+    fingerprint.as_ref().map_or_else(String::new, |key| format!(" {key}"))
+}
+
+/// Whether the host's key is what ssh stumbled over, so that its fingerprint is wanted.
+pub(super) fn is_about_host_key(stderr: &str) -> bool {
+    let fault = diagnose(stderr, false, None);
+    matches!(fault, Fault::HostKeyUnknown { .. } | Fault::HostKeyChanged { fingerprint: None, .. })
+}
+
+/// Finds the culprit in what ssh wrote to stderr. `pinned`: host keys were given. `fingerprint`: what is known of the
+/// host's key from elsewhere.
+pub(super) fn diagnose(stderr: &str, pinned: bool, fingerprint: Option<String>) -> Fault {
     let find = |needles: &[&str]| {
         lines(stderr).find(|line| needles.iter().any(|needle| line.contains(needle))).map(|line| quote(&line))
     };
@@ -188,14 +154,19 @@ pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
         return Fault::NameNotResolved { said };
     }
     if find(&["REMOTE HOST IDENTIFICATION HAS CHANGED"]).is_some() {
+        let fingerprint = sent_key(stderr).or(fingerprint);
         return if pinned {
-            Fault::PinnedKeyMismatch
+            Fault::PinnedKeyMismatch { fingerprint }
         } else {
-            Fault::HostKeyChanged { known_hosts: offending(stderr), name: changed(stderr) }
+            Fault::HostKeyChanged { known_hosts: offending(stderr), name: changed(stderr), fingerprint }
         };
     }
     if find(&["Host key verification failed", "host key is known for"]).is_some() {
-        return if pinned { Fault::PinnedKeyMismatch } else { Fault::HostKeyUnknown };
+        return if pinned {
+            Fault::PinnedKeyMismatch { fingerprint }
+        } else {
+            Fault::HostKeyUnknown { fingerprint }
+        };
     }
     if let Some(denied) = find(&["Permission denied ("]) {
         if let Some(said) = find(&["are too open", "bad permissions"]) {
@@ -212,6 +183,17 @@ pub(super) fn diagnose(stderr: &str, pinned: bool) -> Fault {
     if let Some(said) = find(&["Connection refused"]) {
         return Fault::Refused { said };
     }
+    // Without a word from the host; behind it there are other errors. A proxy that ends looks the same, but has said
+    // why.
+    let silent = [
+        "kex_exchange_identification: Connection closed by remote host",
+        "kex_exchange_identification: read: Connection reset by peer",
+        "ssh_exchange_identification: Connection closed by remote host",
+        "ssh_exchange_identification: read: Connection reset by peer",
+    ];
+    if let Some(said) = find(&silent).filter(|_| !stderr.contains("UNKNOWN port 65535")) {
+        return Fault::TurnedAway { said };
+    }
     let unreachable =
         ["timed out", "No route to host", "Network is unreachable", "Host is down", "Host is unreachable"];
     if let Some(said) = find(&unreachable) {
@@ -227,6 +209,14 @@ fn offending(stderr: &str) -> Option<String> {
     lines(stderr)
         .filter(|line| line.contains("Offending"))
         .find_map(|line| line.split_once(" key in ").map(|(_, place)| quote(place)))
+}
+
+/// `The fingerprint for the ED25519 key sent by the remote host is`, and on the next line the fingerprint.
+fn sent_key(stderr: &str) -> Option<String> {
+    let mut lines = lines(stderr).skip_while(|line| !line.contains("key sent by the remote host is"));
+    let kind = lines.next()?.split_once("fingerprint for the ")?.1.split(' ').next()?.to_owned();
+    let fingerprint = lines.next()?;
+    Some(quote(&format!("{kind} {}", fingerprint.trim_end_matches('.'))))
 }
 
 /// `Host key for NAME has changed and you have requested strict checking.` (`check_host_key` in sshconnect.c).
@@ -253,74 +243,10 @@ fn quote(text: &str) -> String {
     text.chars().take(QUOTED_CHARS).collect()
 }
 
-fn said(stderr: &str) -> String {
+/// ssh's last line, in parentheses.
+pub(super) fn said(stderr: &str) -> String {
     let last = lines(stderr).last();
     last.map_or_else(String::new, |line| format!(" (ssh said: {})", quote(&line)))
-}
-
-impl StartError {
-    /// What to do about it, if that can be said.
-    pub fn cure(&self) -> Option<String> {
-        match self {
-            StartError::Failed { destination, fault, context } => Some(context.cure(destination, fault)),
-            StartError::TimedOut { destination, .. } => {
-                Some(format!("check that the host is up and that the network lets SSH through to {destination}"))
-            }
-            StartError::Busy { .. } => Some("try again".into()),
-            StartError::NoSsh { .. } => {
-                Some("install OpenSSH's client, or put it on the PATH of this process (the Nix daemon's, for a build hook)".into())
-            }
-            StartError::PathTooLong { .. } => {
-                Some(format!("set {} to a shorter directory", super::directory::DIRECTORY_VARIABLE))
-            }
-            StartError::Endpoint(_) | StartError::Io { .. } => None,
-        }
-    }
-
-    /// It may work when tried again without anybody doing anything: the far side or the network failed,
-    /// not what is set up here.
-    pub fn is_temporary(&self) -> bool {
-        match self {
-            StartError::TimedOut { .. } | StartError::Busy { .. } => true,
-            StartError::Failed { fault, .. } => matches!(
-                fault,
-                Fault::NameNotResolved { .. }
-                    | Fault::Refused { .. }
-                    | Fault::Unreachable { .. }
-                    | Fault::Other { .. }
-            ),
-            _ => false,
-        }
-    }
-
-    /// The host or the way to it is down: nothing but time will help, so others need not try at once. What
-    /// somebody may be mending, such as a configuration, is not this.
-    pub fn is_host_down(&self) -> bool {
-        match self {
-            StartError::TimedOut { .. } => true,
-            StartError::Failed { fault, .. } => matches!(
-                fault,
-                Fault::NameNotResolved { .. } | Fault::Refused { .. } | Fault::Unreachable { .. }
-            ),
-            _ => false,
-        }
-    }
-
-    /// The exit code a command ends with, from [`crate::exit`].
-    pub fn exit_code(&self) -> u8 {
-        use crate::exit;
-        match self {
-            StartError::TimedOut { .. } => exit::UNAVAILABLE,
-            StartError::Busy { .. } => exit::TEMPORARY,
-            StartError::Failed { fault: Fault::PermissionDenied { .. }, .. } => exit::NO_PERMISSION,
-            StartError::Failed { .. } if self.is_temporary() => exit::UNAVAILABLE,
-            StartError::Failed { .. } | StartError::NoSsh { .. } | StartError::PathTooLong { .. } => {
-                exit::CONFIG
-            }
-            StartError::Endpoint(_) => exit::USAGE,
-            StartError::Io { .. } => exit::FAILURE,
-        }
-    }
 }
 
 impl Context {
@@ -354,7 +280,8 @@ impl Context {
         }
     }
 
-    fn cure(&self, destination: &str, fault: &Fault) -> String {
+    /// What to do about it.
+    pub(super) fn cure(&self, destination: &str, fault: &Fault) -> String {
         let Context { user, known_hosts, log, .. } = self;
         let command = self.command(destination);
         match fault {
@@ -369,12 +296,17 @@ impl Context {
             Fault::Unreachable { .. } => {
                 format!("check that {} is up and that the network lets SSH through to it", self.host)
             }
-            Fault::HostKeyUnknown => format!(
+            Fault::TurnedAway { .. } => format!(
+                "see sshd's log on {}: it lets in only so many at a time who are not yet logged in (MaxStartups), and \
+                 keeps out for a while who failed to (PerSourcePenalties)",
+                self.host
+            ),
+            Fault::HostKeyUnknown { .. } => format!(
                 "as user {user} run `{command} true` once and compare the fingerprint before saying yes; \
                  that adds the key to {}",
                 known_hosts.display()
             ),
-            Fault::HostKeyChanged { known_hosts: place, name } => {
+            Fault::HostKeyChanged { known_hosts: place, name, .. } => {
                 let file = place
                     .as_deref()
                     .and_then(|place| place.rsplit_once(':'))
@@ -387,7 +319,7 @@ impl Context {
                     shell_word(&name.clone().unwrap_or_else(|| self.known_name()))
                 )
             }
-            Fault::PinnedKeyMismatch => format!(
+            Fault::PinnedKeyMismatch { .. } => format!(
                 "compare the pinned public host key with `ssh-keyscan{} {}`; if the host really has a new key, pin that one",
                 self.port.map_or_else(String::new, |port| format!(" -p {port}")),
                 shell_word(&self.host)
@@ -438,6 +370,10 @@ fn shell_word(word: &str) -> String {
 mod tests {
     use super::*;
 
+    fn diagnose(stderr: &str, pinned: bool) -> Fault {
+        super::diagnose(stderr, pinned, None)
+    }
+
     #[test]
     fn sshs_words_lead_to_the_culprit() {
         let said = |text: &str| text.to_owned();
@@ -453,14 +389,34 @@ mod tests {
                        Host key verification failed.\n";
         let known_hosts = Some(said("/root/.ssh/known_hosts:3"));
         let name = Some(said("[10.0.0.1]:2222"));
-        assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts, name });
+        assert_eq!(diagnose(changed, false), Fault::HostKeyChanged { known_hosts, name, fingerprint: None });
         assert_eq!(port_in("ssh: connect to host h port 2222: Connection refused"), Some(2222));
-        assert_eq!(diagnose(changed, true), Fault::PinnedKeyMismatch);
+        assert_eq!(diagnose(changed, true), Fault::PinnedKeyMismatch { fingerprint: None });
         let bad = "command-line: line 0: Bad configuration option: badopt";
         assert_eq!(diagnose(bad, false), Fault::Configuration { said: said(bad) });
         let unknown = "No RSA host key is known for h and you have requested strict checking.\r\n";
-        assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown);
-        assert_eq!(diagnose(unknown, true), Fault::PinnedKeyMismatch);
+        assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown { fingerprint: None });
+        assert_eq!(diagnose(unknown, true), Fault::PinnedKeyMismatch { fingerprint: None });
+    }
+
+    #[test]
+    fn the_key_that_a_host_shows_is_found_in_the_warning() {
+        let warning = "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n\
+                       The fingerprint for the ED25519 key sent by the remote host is\nSHA256:abc+/.\n\
+                       Please contact your system administrator.\n";
+        let Fault::HostKeyChanged { fingerprint, .. } = diagnose(warning, false) else { panic!() };
+        assert_eq!(fingerprint.as_deref(), Some("ED25519 SHA256:abc+/"));
+        assert!(!is_about_host_key(warning) && is_about_host_key("Host key verification failed."));
+    }
+
+    #[test]
+    fn a_host_that_says_nothing_has_turned_us_away() {
+        let line = "kex_exchange_identification: Connection closed by remote host";
+        let text = format!("{line}\r\nConnection closed by 127.0.0.1 port 22\r\n");
+        assert_eq!(diagnose(&text, false), Fault::TurnedAway { said: line.into() });
+        // So it looks when a ProxyCommand ends.
+        let text = format!("{line}\r\nConnection closed by UNKNOWN port 65535\r\n");
+        assert!(matches!(diagnose(&text, false), Fault::Other { .. }));
     }
 
     #[test]

@@ -11,15 +11,23 @@
 //! ```
 
 mod channel;
+mod clients;
 mod diagnosis;
 mod directory;
+mod effective;
+mod error;
 mod forward;
+mod handle;
 mod holder;
+mod lock;
 mod mux;
 mod name;
+pub(crate) mod pace;
 mod pool;
 mod process;
 mod proxy_mode;
+mod record;
+mod roster;
 mod session;
 mod start;
 mod stdio_forward;
@@ -38,12 +46,15 @@ use nix::{
 use thiserror::Error;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter};
-pub use diagnosis::{Fault, StartError};
+pub use diagnosis::Fault;
 pub use directory::DirectoryError;
+pub use error::StartError;
 pub use forward::Forward;
+pub use handle::Master;
 pub use name::{Endpoint, EndpointError};
-pub use pool::{Master, MasterInfo, Pool, PoolError};
+pub use pool::{Pool, SetupError};
 pub use proxy_mode::ProtocolError;
+pub use roster::{MasterInfo, PoolError};
 pub use session::{Session, SessionEnd, SessionReader, SessionStatus, SessionWriter};
 
 /// How long to sleep between two looks at something that gives no notice.

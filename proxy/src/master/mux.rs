@@ -53,6 +53,11 @@ pub(super) fn health(control: &Path, bound: Duration) -> Health {
     }
 }
 
+/// Has the master take no more clients. It ends when the last one it has is gone.
+pub(super) fn stop_listening(control: &Path, bound: Duration) -> Result<(), OpenError> {
+    request(control, bound, async |connection| connection.request_stop_listening().await)
+}
+
 /// A session that runs on the far side, with what is needed to learn its end. It ends when this is dropped.
 pub(super) struct OpenSession {
     runtime: Runtime,

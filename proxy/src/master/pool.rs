@@ -1,52 +1,55 @@
-//! The masters of one user: find a living one, start one once, check it, retire it.
+//! The masters of one user: find a living one, start one once, check it, end it.
 //!
 //! A line here must not parse the mux protocol, nor know what the streams are for.
 
 use std::{
-    fs::{self, File, OpenOptions},
-    io::{self, Write},
-    os::{
-        fd::BorrowedFd,
-        unix::{
-            fs::{MetadataExt, OpenOptionsExt},
-            net::UnixStream,
-        },
-    },
+    fs::{self, OpenOptions},
+    io::Write,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-};
-use serde_json::{Value, json};
 use thiserror::Error;
 
 use super::{
-    Channel, Forward, OpenError, Session, channel, connect,
-    diagnosis::{SAID_BY_PROXY, StartError},
+    OpenError, connect,
+    diagnosis::{Fault, SAID_BY_PROXY},
     directory::{self, DirectoryError},
+    effective,
+    error::StartError,
     forward,
+    handle::{Avoid, Master, is_avoided, kill_recorded, remove},
+    lock::lock,
     mux::{self, Health},
     name::{self, Endpoint},
-    process,
+    pace::Pace,
+    record::{self, Record},
     start::{self, ALIVE_BOUND, Attempt, Files, Setback},
 };
+use crate::{
+    down::{Down, Memory, dice},
+    exit,
+    settings::{Settings, SettingsError},
+    wake::{WakeError, Waker, Waking},
+};
 
-/// How often a lock that somebody else holds is tried again.
-const LOCK_INTERVAL: Duration = Duration::from_millis(5);
-/// How long stopping waits for the lock, and for ssh to go before it is killed.
-const STOP_BOUND: Duration = Duration::from_secs(5);
 /// How much longer than its own bound a start waits for that of another, so that two which began together
 /// end with the same error.
 const SHARE_GRACE: Duration = Duration::from_secs(1);
-/// How long retiring waits for the lock: who holds it is about to replace the master anyway.
-const RETIRE_BOUND: Duration = Duration::from_millis(500);
+/// Masters to one far end: more are opened when sshd has no more sessions to give on one (its MaxSessions, 10 by
+/// default).
+const MOST_MASTERS: u32 = 8;
+/// With less time left than this no further connection is begun.
+const LEAST_TIME: Duration = Duration::from_secs(1);
+/// A far side that refuses on so many masters which were made for it has nothing to give at all.
+const MOST_REFUSALS: u32 = 2;
+/// How long nobody connects after sshd turned a connection away; doubled each time.
+const REBUFF: Duration = Duration::from_millis(300);
 
-/// The port of ssh where none is given.
-const SSH_PORT: u16 = 22;
+/// How often a host that is being woken is tried.
+const WAKE_INTERVAL: Duration = Duration::from_secs(1);
+
 /// How many masters may be started for each other's sake.
 const LONGEST_CHAIN: usize = 8;
 
@@ -54,83 +57,58 @@ const LONGEST_CHAIN: usize = 8;
 #[derive(Debug, Clone)]
 pub struct Pool {
     directory: PathBuf,
+    settings: Arc<Settings>,
 }
 
-/// Why the masters could not be listed, or one not be stopped.
+/// Why there is no pool.
 #[derive(Debug, Error)]
 #[non_exhaustive]
-pub enum PoolError {
-    /// A file of the runtime directory cannot be used.
-    #[error("cannot use {}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Another process is starting or stopping it.
-    #[error("another process is starting or stopping the master to {destination}")]
-    Busy {
-        /// Its destination.
-        destination: String,
-    },
-    /// It does not go.
-    #[error("the master to {destination} does not end")]
-    Stubborn {
-        /// Its destination.
-        destination: String,
-    },
+pub enum SetupError {
+    /// Its directory cannot be used.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// What is set cannot be read.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
 }
 
-/// What is known of a master.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MasterInfo {
-    /// The destination as it was given.
-    pub destination: String,
-    /// Its process.
-    pub pid: u32,
-    /// Its control socket.
-    pub control_path: PathBuf,
-    /// Its log.
-    pub log_path: PathBuf,
-    /// When it was started.
-    pub started_at: SystemTime,
-    /// It answers.
-    pub alive: bool,
-    /// How many clients have connections to it: streams, sessions, forwards. None where the kernel does not tell.
-    pub channels: Option<usize>,
-    name: String,
-    born: Option<String>,
-    port: Option<u16>,
-}
-
-/// A master that was alive when this value was made.
-#[derive(Debug, Clone)]
-pub struct Master {
-    files: Files,
-    destination: String,
-    socket_identity: Option<(u64, i64, i64)>,
+impl SetupError {
+    /// What to do about it, if that can be said.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            SetupError::Directory(error) => error.cure(),
+            SetupError::Settings(error) => error.cure(),
+        }
+    }
 }
 
 impl Pool {
-    /// The masters of a runtime directory, which is made (0700) if need be; its parent must exist.
+    /// The masters of a runtime directory, which is made (0700) if need be; its parent must exist. Nothing is set
+    /// beyond what everybody gets.
     ///
     /// # Errors
     /// When the directory cannot be made or others could meddle with it.
     pub fn open(directory: impl Into<PathBuf>) -> Result<Self, DirectoryError> {
         let directory = directory.into();
         directory::ensure(&directory)?;
-        Ok(Pool { directory })
+        Ok(Pool { directory, settings: Arc::default() })
     }
 
-    /// The masters of the usual directory: `NIX_OFFLOAD_RUNTIME_DIR`, else `/run/nix-offload` for root,
-    /// `$XDG_RUNTIME_DIR/nix-offload` for others, else `/tmp/nix-offload-UID`.
+    /// The same with other settings.
+    #[must_use]
+    pub fn with_settings(self, settings: Settings) -> Self {
+        Pool { settings: Arc::new(settings), ..self }
+    }
+
+    /// The masters of the usual directory (`NIX_OFFLOAD_RUNTIME_DIR`, else `/run/nix-offload` for root,
+    /// `$XDG_RUNTIME_DIR/nix-offload` for others, else `/tmp/nix-offload-UID`), with what is set in the usual file.
     ///
     /// # Errors
-    /// As [`Pool::open`].
-    pub fn from_env() -> Result<Self, DirectoryError> {
-        Pool::open(directory::by_environment(|name| std::env::var_os(name)))
+    /// As [`Pool::open`], and when the file of settings has a fault.
+    pub fn from_env() -> Result<Self, SetupError> {
+        let env = |name: &str| std::env::var_os(name);
+        let settings = Settings::from_env(env)?;
+        Ok(Pool::open(directory::by_environment(env))?.with_settings(settings))
     }
 
     /// The runtime directory.
@@ -138,17 +116,35 @@ impl Pool {
         &self.directory
     }
 
-    /// The master if there is one that takes connections. Starts nothing and does not wait: microseconds.
+    /// What is set.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The master if there is one that takes connections and was started from the configuration that there is now.
+    /// Starts nothing and does not wait: microseconds.
     pub fn live(&self, endpoint: &Endpoint) -> Option<Master> {
+        if let Some(files) = self.foreign(endpoint)
+            && !is_avoided(&files)
+            && connect(&files.socket, Instant::now()).is_ok()
+        {
+            return Some(Master::foreign(files, endpoint.destination.clone()));
+        }
         let files = self.files(endpoint);
         connect(&files.socket, Instant::now()).ok()?;
-        Some(Master::new(files, endpoint))
+        if Record::read(&files).is_some_and(|record| !record.is_current()) {
+            return None;
+        }
+        Some(Master::of(files, endpoint.destination.clone()))
     }
 
     /// The master, started if there is none that answers within a second. Concurrent calls, of whatever
     /// process, start one and share its success or its failure. `first_command` runs on a new master once;
     /// what it prints is [`Master::first_output`]. Returns after `bound`, or up to
     /// two seconds later if a hung master or another process's start is in the way.
+    ///
+    /// One that was started from another configuration than there is now takes no more streams, and ends with the
+    /// last it has. A host that is down is told to wake up, if it is set how.
     ///
     /// # Errors
     /// What was in the way, with its cure: [`StartError::cure`].
@@ -158,23 +154,104 @@ impl Pool {
         bound: Duration,
         first_command: &str,
     ) -> Result<Master, StartError> {
+        let settings = self.settings.of_host(endpoint.host());
+        let waker = settings.wake.as_ref().map(|wake| Waker::of(&self.directory, endpoint.host(), wake));
+        let started = self.start_now(endpoint, bound, first_command);
+        match (started, waker) {
+            (Ok(master), Some(waker)) => {
+                waker.awake();
+                Ok(master)
+            }
+            (Err(error), Some(waker)) if error.is_host_down() => {
+                let destination = endpoint.destination.clone();
+                Err(match waker.wake(SystemTime::now()) {
+                    Ok(waking) if waking.left.is_zero() => error,
+                    Ok(waking) => {
+                        // It is tried often now, so the pauses must not grow.
+                        let memory = self.memory(endpoint);
+                        memory.clear();
+                        memory.failed(&exit::reason(&error), SystemTime::now());
+                        StartError::Waking { destination, waking, source: Box::new(error) }
+                    }
+                    Err(source) => StartError::Wake { destination, source },
+                })
+            }
+            (started, _) => started,
+        }
+    }
+
+    /// The same, and waits for a host that is being woken.
+    ///
+    /// # Errors
+    /// As [`Pool::start`].
+    pub fn start_waking(
+        &self,
+        endpoint: &Endpoint,
+        bound: Duration,
+        first_command: &str,
+    ) -> Result<Master, StartError> {
+        loop {
+            match self.start(endpoint, bound, first_command) {
+                Err(StartError::Waking { waking, .. }) => std::thread::sleep(WAKE_INTERVAL.min(waking.left)),
+                other => return other,
+            }
+        }
+    }
+
+    fn start_now(
+        &self,
+        endpoint: &Endpoint,
+        bound: Duration,
+        first_command: &str,
+    ) -> Result<Master, StartError> {
         let deadline = Instant::now() + bound;
         endpoint.check()?;
+        if let Some(files) = self.foreign(endpoint)
+            && !is_avoided(&files)
+            && matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. })
+        {
+            return Ok(Master::foreign(files, endpoint.destination.clone()));
+        }
         let files = self.files(endpoint);
+        let found = || Ok(Master::of(files.clone(), endpoint.destination.clone()));
         if let Some(excess) = name::excess_length(&files.socket) {
             return Err(StartError::PathTooLong { control: files.socket, excess });
         }
-        if let Health::Alive { .. } = mux::health(&files.socket, ALIVE_BOUND) {
-            return Ok(Master::new(files, endpoint));
+        let is_current = || Record::read(&files).is_none_or(|record| record.is_current());
+        if matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. }) && is_current() {
+            return found();
         }
         let failed_before = fs::read(&files.failure).ok();
-        let io_error = |source| StartError::Io { path: files.lock.clone(), source };
-        let Some(_lock) = lock(&files.lock, deadline + SHARE_GRACE).map_err(io_error)? else {
+        let at = |path: &Path| {
+            let path = path.to_owned();
+            move |source| StartError::Io { path, source }
+        };
+        let Some(_lock) = lock(&files.lock, deadline + SHARE_GRACE).map_err(at(&files.lock))? else {
             return Err(StartError::Busy { destination: endpoint.destination.clone(), bound });
         };
         // Whoever had the lock before us has tried for us too.
-        match mux::health(&files.socket, ALIVE_BOUND) {
-            Health::Alive { .. } => return Ok(Master::new(files, endpoint)),
+        let health = mux::health(&files.socket, ALIVE_BOUND);
+        if matches!(health, Health::Alive { .. }) && is_current() {
+            return found();
+        }
+        start::write_hosts(endpoint, &files).map_err(at(&files.hosts))?;
+        let effective = effective::ask(endpoint, &files, deadline.saturating_duration_since(Instant::now()));
+        match health {
+            Health::Alive { .. } => {
+                let record = Record::read(&files);
+                if let Some(mut record) = record.filter(|record| effective.is_as(&record.configuration)) {
+                    record.stamps = effective.stamps;
+                    start::write_whole(&files.record, &record.to_text()).map_err(at(&files.record))?;
+                    return found();
+                }
+                tracing::info!(
+                    destination = endpoint.destination,
+                    "SSH master was started from another configuration, replacing it"
+                );
+                if mux::stop_listening(&files.socket, ALIVE_BOUND).is_err() {
+                    kill_recorded(&files);
+                }
+            }
             Health::Hung => {
                 tracing::warn!(
                     destination = endpoint.destination,
@@ -185,81 +262,175 @@ impl Pool {
             Health::Absent => {}
         }
         let failed_now = fs::read(&files.failure).ok();
-        if let Some(setback) =
-            failed_now.filter(|now| Some(now) != failed_before.as_ref()).as_deref().and_then(read_failure)
+        if let Some(setback) = failed_now
+            .filter(|now| Some(now) != failed_before.as_ref())
+            .as_deref()
+            .and_then(record::read_failure)
         {
-            return Err(setback.explain(endpoint, &files, bound));
+            return Err(setback.explain(endpoint, &files, bound, effective.known_hosts));
         }
-        remove(&files.socket).map_err(|source| StartError::Io { path: files.socket.clone(), source })?;
+        for path in [&files.socket, &files.avoid] {
+            remove(path).map_err(at(path))?;
+        }
         forward::remove_all(&files.socket);
 
-        let began = Instant::now();
-        let left = deadline.saturating_duration_since(began);
-        match start::attempt(endpoint, &files, left, first_command)? {
+        let settings = self.settings.of_host(endpoint.host());
+        let pace =
+            Pace::of(&self.directory, &effective.host, effective.port, settings.connections_per_second);
+        let record = Record::new(endpoint, &effective);
+        // Before it starts: should we be killed then, it is known all the same.
+        start::write_whole(&files.record, &record.to_text()).map_err(at(&files.record))?;
+        let memory = self.memory(endpoint);
+        let error = match self.attempt(endpoint, &files, &pace, deadline, first_command)? {
             Attempt::Started { pid } => {
-                let took = began.elapsed().as_millis() as u64;
-                tracing::info!(
-                    destination = endpoint.destination,
-                    pid,
-                    milliseconds = took,
-                    "SSH master started"
-                );
-                if let Err(error) = start::write_whole(&files.record, &record(endpoint, pid)) {
+                if let Err(error) = start::write_whole(&files.record, &record.of_process(pid).to_text()) {
                     tracing::warn!(path = %files.record.display(), %error, "cannot record the SSH master");
                 }
                 let _ = remove(&files.failure);
-                Ok(Master::new(files, endpoint))
+                memory.clear();
+                return found();
             }
             Attempt::Failed(setback) => {
                 // If it cannot be shared, the others try for themselves.
-                let _ = start::write_whole(&files.failure, &failure(&setback));
-                let error = setback.explain(endpoint, &files, bound);
-                tracing::warn!(destination = endpoint.destination, %error, "SSH master not started");
-                Err(error)
+                let _ = start::write_whole(&files.failure, &record::failure(&setback));
+                let _ = remove(&files.record);
+                setback.explain(endpoint, &files, bound, effective.known_hosts)
+            }
+        };
+        tracing::warn!(destination = endpoint.destination, %error, "SSH master not started");
+        if error.is_host_down() {
+            memory.failed(&exit::reason(&error), SystemTime::now());
+        }
+        Err(error)
+    }
+
+    /// Runs ssh, again and again while sshd turns it away and there is time.
+    fn attempt(
+        &self,
+        endpoint: &Endpoint,
+        files: &Files,
+        pace: &Pace,
+        deadline: Instant,
+        first_command: &str,
+    ) -> Result<Attempt, StartError> {
+        let bound = deadline.saturating_duration_since(Instant::now());
+        let mut rebuff: Option<(Duration, Setback)> = None;
+        loop {
+            if !pace.take_turn(deadline) {
+                return match rebuff {
+                    Some((_, setback)) => Ok(Attempt::Failed(setback)),
+                    None => Err(StartError::Crowded { destination: endpoint.destination.clone(), bound }),
+                };
+            }
+            let began = Instant::now();
+            let left = deadline.saturating_duration_since(began);
+            match start::attempt(endpoint, files, left, first_command, self.settings.ssh.idle)? {
+                Attempt::Started { pid } => {
+                    let milliseconds = began.elapsed().as_millis() as u64;
+                    tracing::info!(
+                        destination = endpoint.destination,
+                        pid,
+                        milliseconds,
+                        "SSH master started"
+                    );
+                    return Ok(Attempt::Started { pid });
+                }
+                Attempt::Failed(setback) if matches!(setback.fault(endpoint), Fault::TurnedAway { .. }) => {
+                    let pause = rebuff.map_or(REBUFF, |(pause, _)| pause * 2);
+                    tracing::info!(destination = endpoint.destination, "sshd turned a connection away");
+                    pace.hold_off(pause.mul_f64(1.0 + dice() / 2.0));
+                    rebuff = Some((pause, setback));
+                }
+                failed => return Ok(failed),
             }
         }
     }
 
-    /// All masters that were started and not stopped, by destination. Each is asked whether it lives.
+    /// Does something on a master that has the means for it: a living one, another one if its sessions are used up
+    /// or its far side does not answer in time, a new one if need be. A dead or hung one is replaced.
+    ///
+    /// `open` may be called several times, until it succeeds or fails in a way that another master would not change:
+    /// `why` gives the reason within an error, unless it is of that kind.
     ///
     /// # Errors
-    /// When the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<MasterInfo>, PoolError> {
-        let io_error = |source| PoolError::Io { path: self.directory.clone(), source };
-        let mut masters = Vec::new();
-        // Before we ask, for that makes a connection too.
-        let sockets = fs::read_to_string("/proc/net/unix").ok();
-        for entry in fs::read_dir(&self.directory).map_err(io_error)? {
-            let name = entry.map_err(io_error)?.file_name();
-            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
-            let files = Files::new(&self.directory, name);
-            if let Some(mut info) = read_record(&files) {
-                info.alive = matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. });
-                info.channels = sockets.as_deref().and_then(|text| clients(text, &files.socket));
-                masters.push(info);
+    /// The last error of `open`, or why no master could be started.
+    pub fn with_master<T, E: From<StartError>>(
+        &self,
+        endpoint: &Endpoint,
+        deadline: Instant,
+        first_command: &str,
+        mut open: impl FnMut(&Master) -> Result<T, E>,
+        why: impl Fn(&E) -> Option<&OpenError>,
+    ) -> Result<T, E> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let mut last = None;
+        let mut refusals = 0;
+        let instance = |instance| Endpoint { instance, ..endpoint.clone() };
+        let (avoided, good): (Vec<_>, Vec<_>) = (endpoint.instance
+            ..endpoint.instance.saturating_add(MOST_MASTERS))
+            .map(instance)
+            .partition(|endpoint| is_avoided(&self.files(endpoint)) && self.live(endpoint).is_some());
+        for endpoint in good.iter().chain(&avoided) {
+            if last.is_some() && left() < LEAST_TIME {
+                break;
+            }
+            let (mut master, mut is_new) = match self.live(endpoint) {
+                Some(master) => (master, false),
+                None => (self.start(endpoint, left(), first_command)?, true),
+            };
+            loop {
+                let error = match open(&master) {
+                    Ok(done) => return Ok(done),
+                    Err(error) => error,
+                };
+                match why(&error) {
+                    Some(OpenError::Refused { .. }) => {
+                        master.avoid(Avoid::Full);
+                        refusals += u32::from(is_new);
+                    }
+                    // Its other streams may be well: it is left alone. Should its link be dead, ssh notices.
+                    Some(OpenError::TimedOut { master_answers: true, .. }) => master.avoid(Avoid::Silent),
+                    Some(reason) if reason.is_master_lost() && !is_new && left() >= LEAST_TIME => {
+                        tracing::info!(destination = endpoint.destination, %reason, "replacing an SSH master");
+                        master.retire();
+                        (master, is_new) = (self.start(endpoint, left(), first_command)?, true);
+                        continue;
+                    }
+                    _ => return Err(error),
+                }
+                tracing::info!(destination = endpoint.destination, "trying another SSH master");
+                last = Some(error);
+                break;
+            }
+            if refusals >= MOST_REFUSALS {
+                break;
             }
         }
-        masters.sort_by(|a, b| (&a.destination, &a.name).cmp(&(&b.destination, &b.name)));
-        Ok(masters)
+        match last {
+            Some(error) => Err(error),
+            None => Err(StartError::Busy { destination: endpoint.destination.clone(), bound: left() }.into()),
+        }
     }
 
-    /// The master to a host, if a living one was started with that very name (and port, 22 if it had none).
-    /// Aliases of ssh_config are not looked through. Starts nothing and does not wait.
-    pub fn live_to(&self, host: &str, port: u16) -> Option<Master> {
-        for entry in fs::read_dir(&self.directory).ok()?.flatten() {
-            let name = entry.file_name();
-            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
-            let files = Files::new(&self.directory, name);
-            let Some(info) = read_record(&files) else { continue };
-            let its_host = info.destination.rsplit_once('@').map_or(&*info.destination, |(_, host)| host);
-            if its_host == host
-                && info.port.unwrap_or(SSH_PORT) == port
-                && connect(&files.socket, Instant::now()).is_ok()
-            {
-                return Some(Master::of(files, info.destination));
-            }
+    /// Whether and why no master could be started lately, if it is not yet time to try again.
+    pub fn down(&self, endpoint: &Endpoint) -> Option<Down> {
+        self.memory(endpoint).pause(SystemTime::now())
+    }
+
+    /// What is remembered of failed starts of a master.
+    pub fn memory(&self, endpoint: &Endpoint) -> Memory {
+        Memory::of(&self.directory, format!("master {}", endpoint.name()))
+    }
+
+    /// Whether its host is being woken.
+    ///
+    /// # Errors
+    /// If its command failed.
+    pub fn waking(&self, endpoint: &Endpoint) -> Result<Option<Waking>, WakeError> {
+        match self.settings.of_host(endpoint.host()).wake {
+            Some(wake) => Waker::of(&self.directory, endpoint.host(), &wake).look(SystemTime::now()),
+            None => Ok(None),
         }
-        None
     }
 
     /// Whether this process works for the start of a master: it is the ProxyCommand of an ssh that a pool
@@ -284,254 +455,24 @@ impl Pool {
         let _ = log.and_then(|mut log| writeln!(log, "{SAID_BY_PROXY}{line}"));
     }
 
-    /// Ends a master at once, with all its streams, and removes its files except the log.
-    ///
-    /// # Errors
-    /// When another process is busy with it, or when it does not go.
-    pub fn stop(&self, master: &MasterInfo) -> Result<(), PoolError> {
-        let files = Files::new(&self.directory, &master.name);
-        let io_error = |path: &Path| {
-            let path = path.to_owned();
-            move |source| PoolError::Io { path, source }
-        };
-        let Some(_lock) = lock(&files.lock, Instant::now() + STOP_BOUND).map_err(io_error(&files.lock))?
-        else {
-            return Err(PoolError::Busy { destination: master.destination.clone() });
-        };
-        match mux::health(&files.socket, ALIVE_BOUND) {
-            // The socket is ours alone, so what answers there is the master.
-            Health::Alive { pid } => {
-                if let Some(born) = process::birth(pid) {
-                    process::end(pid, &born, STOP_BOUND);
-                }
-            }
-            Health::Hung => {
-                kill_recorded(&files);
-            }
-            Health::Absent => {}
+    /// The files of the master that somebody opens by hand for an endpoint, if it is set that it may be used.
+    fn foreign(&self, endpoint: &Endpoint) -> Option<Files> {
+        let socket = self.settings.of_host(endpoint.host()).control_path?;
+        if endpoint.instance > 0 {
+            return None;
         }
-        if !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Absent) {
-            return Err(PoolError::Stubborn { destination: master.destination.clone() });
+        if endpoint.host_keys.is_some() {
+            // What key it was opened with nobody knows.
+            tracing::debug!(
+                destination = endpoint.destination,
+                "not used for a pinned host key: control-path"
+            );
+            return None;
         }
-        tracing::info!(destination = master.destination, pid = master.pid, "SSH master stopped");
-        forward::remove_all(&files.socket);
-        // The lock last, and while it is held: see `lock`.
-        for path in [&files.socket, &files.record, &files.output, &files.hosts, &files.failure, &files.lock] {
-            remove(path).map_err(io_error(path))?;
-        }
-        Ok(())
+        Some(Files { socket, ..Files::new(&self.directory, &format!("own{}", endpoint.name())) })
     }
 
     fn files(&self, endpoint: &Endpoint) -> Files {
         Files::new(&self.directory, &endpoint.name())
     }
-}
-
-impl Master {
-    fn new(files: Files, endpoint: &Endpoint) -> Self {
-        Master::of(files, endpoint.destination.clone())
-    }
-
-    fn of(files: Files, destination: String) -> Self {
-        let socket_identity = socket_identity(&files.socket);
-        Master { files, destination, socket_identity }
-    }
-
-    /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
-    pub fn first_output(&self) -> Option<String> {
-        start::first_output(&self.files)
-    }
-
-    /// Opens a stream to a unix socket on the far side: no shell, no process, and it is closed there as soon
-    /// as it is dropped here. Does not count against sshd's MaxSessions.
-    ///
-    /// A refusal costs: OpenSSH bears it only while the connection is held, so a small process holds it (and
-    /// the master never gets idle) until the master ends. Whoever is refused should not ask again soon.
-    ///
-    /// # Errors
-    /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
-    pub fn open_unix_socket(&self, path: &str, bound: Duration) -> Result<Channel, OpenError> {
-        channel::open(&self.files.socket, path, bound)
-    }
-
-    /// Has the far side connect to a host (`ssh -W`), and the master carry `input` there and what comes back
-    /// to `output`: nothing passes through this process, which only keeps the value as long as the stream is to
-    /// last. Does not count against sshd's MaxSessions.
-    ///
-    /// # Errors
-    /// `Refused` when the far side cannot connect there, or sshd does not allow it; see [`OpenError`].
-    pub fn carry(
-        &self,
-        host: &str,
-        port: u16,
-        input: BorrowedFd<'_>,
-        output: BorrowedFd<'_>,
-        bound: Duration,
-    ) -> Result<Forward, OpenError> {
-        Forward::open(&self.files.socket, host, port, [input, output], bound)
-    }
-
-    /// Has the far side connect to a host whose server speaks first, as sshd does, and returns a socket that
-    /// is connected to it and needs no process of ours any more.
-    ///
-    /// # Errors
-    /// As [`Master::carry`]; the reason of a refusal is not known.
-    pub fn connect_to(&self, host: &str, port: u16, bound: Duration) -> Result<UnixStream, OpenError> {
-        forward::socket(&self.files.socket, host, port, bound)
-    }
-
-    /// Runs a command in the far user's shell.
-    ///
-    /// # Errors
-    /// `Refused` when sshd has no session to give; see [`OpenError`]. A command that does not exist is no
-    /// error here: the shell on the far side says so, and exits with 127.
-    pub fn open_session(&self, command: &str, bound: Duration) -> Result<Session, OpenError> {
-        Session::open(&self.files.socket, command, bound)
-    }
-
-    /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
-    /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
-    /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it
-    /// was asked to do.
-    pub fn retire(&self) -> bool {
-        let is_there = || {
-            let now = socket_identity(&self.files.socket);
-            now.is_some() && now == self.socket_identity
-        };
-        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else {
-            return !is_there();
-        };
-        if !is_there() {
-            return true;
-        }
-        tracing::info!(destination = self.destination, "SSH master retired");
-        let gone = kill_recorded(&self.files);
-        let _ = remove(&self.files.socket);
-        gone
-    }
-
-    /// The destination as it was given.
-    pub fn destination(&self) -> &str {
-        &self.destination
-    }
-
-    /// The control socket.
-    pub fn control_path(&self) -> &Path {
-        &self.files.socket
-    }
-
-    /// What ssh has to say: its stderr while it connects, its log afterwards.
-    pub fn log_path(&self) -> &Path {
-        &self.files.log
-    }
-}
-
-/// How many connections the listener at `socket` has accepted, and those at the sockets where it listened for a
-/// moment, from `/proc/net/unix`. ssh bound its socket under a longer name (`muxserver_listen` in mux.c).
-fn clients(table: &str, socket: &Path) -> Option<usize> {
-    /// Where the flags stand, and the state `SS_CONNECTED`; see net/unix/af_unix.c.
-    const FLAGS: usize = 3;
-    const STATE: usize = 5;
-    const LISTENS: &str = "00010000";
-    const CONNECTED: &str = "03";
-    let bound_as = format!("{}.", socket.display());
-    let mut listens = false;
-    let mut count = 0;
-    for line in table.lines().skip(1) {
-        let mut rest = line.split_whitespace();
-        let (Some(flags), Some(state)) = (rest.nth(FLAGS), rest.nth(STATE - FLAGS - 1)) else { continue };
-        // The path may have blanks.
-        let Some(at) = line.find('/') else { continue };
-        let path = &line[at..];
-        if path.starts_with(&bound_as) && flags == LISTENS {
-            listens = true;
-        } else if state == CONNECTED
-            && (path.starts_with(&bound_as) || forward::belongs(Path::new(path), socket))
-        {
-            count += 1;
-        }
-    }
-    listens.then_some(count)
-}
-
-/// Tells one control socket from its successor of the same name: inode numbers are used again at once.
-fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
-    let metadata = fs::symlink_metadata(socket).ok()?;
-    Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
-}
-
-/// Takes a lock file, or gives up at the deadline. The file may be removed by whoever holds the lock, so
-/// one that has no name any more does not count.
-fn lock(path: &Path, deadline: Instant) -> io::Result<Option<Flock<File>>> {
-    loop {
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) if lock.metadata()?.nlink() > 0 => return Ok(Some(lock)),
-            Ok(_) => continue,
-            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {
-                std::thread::sleep(LOCK_INTERVAL);
-            }
-            Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => return Ok(None),
-            Err((_, errno)) => return Err(errno.into()),
-        }
-    }
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Ends the process of the record, if it still is that process. True when it is gone.
-fn kill_recorded(files: &Files) -> bool {
-    let Some(MasterInfo { pid, born: Some(born), .. }) = read_record(files) else { return false };
-    // It had its chance to answer.
-    process::end(pid, &born, Duration::from_millis(200));
-    process::birth(pid) != Some(born)
-}
-
-fn record(endpoint: &Endpoint, pid: u32) -> String {
-    let started_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-    json!({
-        "destination": endpoint.destination,
-        "port": endpoint.port,
-        "pid": pid,
-        "born": process::birth(pid),
-        "started-at": started_at,
-    })
-    .to_string()
-}
-
-fn read_record(files: &Files) -> Option<MasterInfo> {
-    let record: Value = serde_json::from_slice(&fs::read(&files.record).ok()?).ok()?;
-    let started_at = Duration::try_from_secs_f64(record["started-at"].as_f64()?).ok()?;
-    Some(MasterInfo {
-        destination: record["destination"].as_str()?.to_owned(),
-        pid: record["pid"].as_u64()?.try_into().ok()?,
-        control_path: files.socket.clone(),
-        log_path: files.log.clone(),
-        started_at: UNIX_EPOCH.checked_add(started_at)?,
-        alive: false,
-        channels: None,
-        port: record["port"].as_u64().and_then(|port| port.try_into().ok()),
-        name: files.name.clone(),
-        born: record["born"].as_str().map(str::to_owned),
-    })
-}
-
-/// A failure as text, different each time.
-fn failure(setback: &Setback) -> String {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    let stamp = format!("{}-{count}-{now}", std::process::id());
-    json!({ "stamp": stamp, "timed-out": setback.timed_out, "stderr": setback.stderr }).to_string()
-}
-
-fn read_failure(text: &[u8]) -> Option<Setback> {
-    let failure: Value = serde_json::from_slice(text).ok()?;
-    let timed_out = failure["timed-out"].as_bool()?;
-    Some(Setback { timed_out, stderr: failure["stderr"].as_str()?.to_owned() })
 }

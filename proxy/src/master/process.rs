@@ -1,12 +1,18 @@
-//! Processes that are not our children: whether a number still is the process it was, and ending it.
+//! Processes that are not our children: whether a number still is the process it was, and ending it. And children
+//! that have only so much time to say something.
 
 use std::{
     fs,
+    io::{self, Read},
+    os::unix::process::CommandExt,
+    process::{Command, Stdio},
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 
@@ -35,9 +41,49 @@ pub(super) fn end(pid: u32, born: &str, patience: Duration) {
         let _ = kill(Pid::from_raw(number), signal);
         let deadline = Instant::now() + patience;
         while birth(pid).as_deref() == Some(born) && Instant::now() < deadline {
-            std::thread::sleep(POLL_INTERVAL);
+            thread::sleep(POLL_INTERVAL);
         }
     }
+}
+
+/// What a command says on stdout and stderr, each up to 256 KiB. It has its own process group, which is killed when it
+/// takes longer than `bound`.
+pub(super) fn output(command: &mut Command, bound: Duration) -> io::Result<(String, String)> {
+    const MOST: u64 = 256 * 1024;
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).spawn()?;
+    let (done, results) = mpsc::channel();
+    let pipes: [(usize, Option<Box<dyn Read + Send>>); 2] = [
+        (0, child.stdout.take().map(|p| Box::new(p) as _)),
+        (1, child.stderr.take().map(|p| Box::new(p) as _)),
+    ];
+    for (index, pipe) in pipes {
+        let (done, Some(pipe)) = (done.clone(), pipe) else { continue };
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let read = pipe.take(MOST).read_to_end(&mut bytes);
+            // Nobody listens any more when it took too long.
+            let _ = done.send((index, read.map(|_| String::from_utf8_lossy(&bytes).into_owned())));
+        });
+    }
+    let deadline = Instant::now() + bound;
+    let mut texts = [String::new(), String::new()];
+    let mut result = Ok(());
+    for _ in 0..2 {
+        match results.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok((index, Ok(text))) => texts[index] = text,
+            Ok((_, Err(error))) => result = Err(error),
+            Err(_) => result = Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+    if result.is_err()
+        && let Ok(leader) = i32::try_from(child.id())
+    {
+        // It may be gone in between, which is what we want.
+        let _ = killpg(Pid::from_raw(leader), Signal::SIGKILL);
+    }
+    child.wait()?;
+    let [stdout, stderr] = texts;
+    result.map(|()| (stdout, stderr))
 }
 
 #[cfg(test)]
@@ -45,8 +91,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_command_has_only_so_much_time() {
+        let shell = |script: &str, bound| {
+            output(Command::new("sh").args(["-c", script]), Duration::from_millis(bound))
+        };
+        assert_eq!(shell("echo a; echo b >&2", 10_000).unwrap(), ("a\n".into(), "b\n".into()));
+        let begin = Instant::now();
+        let error = shell("sleep 60 & sleep 60", 200).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
     fn a_process_is_told_from_another_of_the_same_number() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = child.id();
         let born = birth(pid).unwrap();
         end(pid, "1", Duration::from_secs(1));

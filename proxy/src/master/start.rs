@@ -17,19 +17,25 @@ use nix::{
 };
 
 use super::{
-    diagnosis::{Context, StartError, diagnose},
+    diagnosis::{Context, Fault, diagnose, is_about_host_key},
     directory::DIRECTORY_VARIABLE,
+    error::StartError,
     mux::{self, Health},
     name::Endpoint,
+    process,
 };
 
 /// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
 /// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
 const STARTING_VARIABLE: &str = "NIX_OFFLOAD_STARTING";
-/// Seconds that a master lives on without a client.
-const PERSIST: &str = "600";
 /// How long a master may take to answer on its own socket before it counts as hung.
 pub(super) const ALIVE_BOUND: Duration = Duration::from_secs(1);
+/// How often a silent link is asked whether it lives, and how many times in vain before the master gives it up: what
+/// is cut off is noticed within 40 seconds.
+const LINK_INTERVAL: Duration = Duration::from_secs(10);
+const LINK_TRIES: u32 = 3;
+/// How long the second connection, for the sake of the host's key, may take.
+const FINGERPRINT_BOUND: Duration = Duration::from_secs(5);
 /// How long ssh may take to go when asked to.
 const LEAVE_BOUND: Duration = Duration::from_millis(300);
 /// How much of ssh's stderr is looked at, in bytes: its end.
@@ -55,6 +61,8 @@ pub(super) struct Files {
     pub(super) hosts: PathBuf,
     /// The last failed start, for those who waited for it.
     pub(super) failure: PathBuf,
+    /// Why it is to be left alone for a moment.
+    pub(super) avoid: PathBuf,
 }
 
 impl Files {
@@ -69,6 +77,7 @@ impl Files {
             log: file("log"),
             hosts: file("hosts"),
             failure: file("failed"),
+            avoid: file("avoid"),
         }
     }
 }
@@ -78,11 +87,24 @@ impl Files {
 pub(super) struct Setback {
     pub(super) timed_out: bool,
     pub(super) stderr: String,
+    /// The host's key (`ssh-ed25519 SHA256:...`), if it is the key that is the matter.
+    pub(super) fingerprint: Option<String>,
 }
 
 impl Setback {
+    /// What ssh stumbled over.
+    pub(super) fn fault(&self, endpoint: &Endpoint) -> Fault {
+        diagnose(&self.stderr, endpoint.host_keys.is_some(), self.fingerprint.clone())
+    }
+
     /// The error to give to the caller, with all that its cure needs.
-    pub(super) fn explain(self, endpoint: &Endpoint, files: &Files, bound: Duration) -> StartError {
+    pub(super) fn explain(
+        self,
+        endpoint: &Endpoint,
+        files: &Files,
+        bound: Duration,
+        known_hosts: Option<PathBuf>,
+    ) -> StartError {
         let destination = endpoint.destination.clone();
         if self.timed_out {
             return StartError::TimedOut { destination, bound, stderr: self.stderr };
@@ -93,9 +115,11 @@ impl Setback {
             || (geteuid().to_string(), PathBuf::from("~")),
             |account| (account.name, account.dir),
         );
+        let known_hosts = known_hosts.unwrap_or_else(|| "~/.ssh/known_hosts".into());
+        let known_hosts = known_hosts.strip_prefix("~").map_or(known_hosts.clone(), |rest| home.join(rest));
         StartError::Failed {
-            fault: diagnose(&self.stderr, endpoint.host_keys.is_some()),
-            context: Box::new(Context::of(endpoint, user, home.join(".ssh/known_hosts"), files.log.clone())),
+            fault: self.fault(endpoint),
+            context: Box::new(Context::of(endpoint, user, known_hosts, files.log.clone())),
             destination,
         }
     }
@@ -109,35 +133,29 @@ pub(super) enum Attempt {
     Failed(Setback),
 }
 
-/// Runs ssh once. The caller holds the lock, and no socket is in the way.
+/// Runs ssh once. The caller holds the lock, and no socket is in the way. `idle` is how long the master is to live on
+/// without a client.
 pub(super) fn attempt(
     endpoint: &Endpoint,
     files: &Files,
     bound: Duration,
     first_command: &str,
+    idle: Duration,
 ) -> Result<Attempt, StartError> {
     let deadline = Instant::now() + bound;
     let at = |path: &Path| {
         let path = path.to_owned();
         move |source| StartError::Io { path, source }
     };
-    if endpoint.host_keys.is_some() {
-        write_hosts(endpoint, files).map_err(at(&files.hosts))?;
-    }
     let output = private_file(&files.output).map_err(at(&files.output))?;
     let log = private_file(&files.log).map_err(at(&files.log))?;
 
     // Descriptors that we inherited without close-on-exec (a build hook's 4 and 5) do not stay open in the
     // master: ssh begins with closefrom(3) (main in ssh.c). In the background it has its own session.
     let mut command = Command::new("ssh");
+    set_environment(&mut command, files);
     command
-        .args(arguments(endpoint, files, bound, first_command))
-        .env(STARTING_VARIABLE, chain(&starting(), &files.name))
-        // A ProxyCommand of ours is to find the same masters.
-        .env(DIRECTORY_VARIABLE, files.socket.parent().unwrap_or(Path::new("/")))
-        .env_remove("DISPLAY")
-        .env_remove("SSH_ASKPASS")
-        .env_remove("SSH_ASKPASS_REQUIRE")
+        .args(arguments(endpoint, files, bound, first_command, idle))
         .stdin(Stdio::null())
         .stdout(output)
         .stderr(log)
@@ -176,7 +194,33 @@ pub(super) fn attempt(
     }
     let _ = fs::remove_file(&files.socket);
     let _ = fs::remove_file(&files.output);
-    Ok(Attempt::Failed(Setback { timed_out, stderr: read_end(&files.log, STDERR_READ) }))
+    let stderr = read_end(&files.log, STDERR_READ);
+    let fingerprint = if is_about_host_key(&stderr) { fingerprint(endpoint, files) } else { None };
+    Ok(Attempt::Failed(Setback { timed_out, stderr, fingerprint }))
+}
+
+/// The key that the host shows. ssh tells it only to those who want to hear all, and then it would never be silent
+/// again; so it is asked once more. It goes no further than to the key.
+fn fingerprint(endpoint: &Endpoint, files: &Files) -> Option<String> {
+    const SAID: &str = "Server host key: ";
+    let mut command = Command::new("ssh");
+    set_environment(&mut command, files);
+    command.args(["-v", "-o", "ControlMaster=no", "-o", "PreferredAuthentications=none"]);
+    command.args(words(endpoint, files, FINGERPRINT_BOUND)).args(["-S", "none", "--"]);
+    command.args([endpoint.destination.as_str(), "true"]).stdin(Stdio::null()).current_dir("/");
+    let (_, stderr) = process::output(&mut command, FINGERPRINT_BOUND).ok()?;
+    stderr.lines().find_map(|line| line.split_once(SAID)).map(|(_, key)| key.trim().to_owned())
+}
+
+/// What every ssh of ours finds in its environment, beside what is there.
+pub(super) fn set_environment(command: &mut Command, files: &Files) {
+    command
+        .env(STARTING_VARIABLE, chain(&starting(), &files.name))
+        // A ProxyCommand of ours is to find the same masters.
+        .env(DIRECTORY_VARIABLE, files.socket.parent().unwrap_or(Path::new("/")))
+        .env_remove("DISPLAY")
+        .env_remove("SSH_ASKPASS")
+        .env_remove("SSH_ASKPASS_REQUIRE");
 }
 
 /// The names of the masters for whose start this process works, from the outermost on.
@@ -201,13 +245,29 @@ fn end_group(leader: u32, signal: Signal) {
     }
 }
 
-/// ssh's words. Where an option is given more than once the first one counts, except for `-S` and `-E`, where
-/// the last one does. So ours come first where they must hold, then the user's, then our defaults.
-fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command: &str) -> Vec<OsString> {
+/// ssh's words for a master. Where an option is given more than once the first one counts, except for `-S` and `-E`,
+/// where the last one does. So ours come first where they must hold, then the user's, then our defaults.
+fn arguments(
+    endpoint: &Endpoint,
+    files: &Files,
+    bound: Duration,
+    first_command: &str,
+    idle: Duration,
+) -> Vec<OsString> {
+    let mut arguments: Vec<OsString> = Vec::new();
+    option(&mut arguments, "ControlMaster=yes");
+    option(&mut arguments, &format!("ControlPersist={}", idle.as_secs().max(1)));
+    arguments.extend(words(endpoint, files, bound));
+    arguments.extend(["-S".into(), escape_percent(&files.socket)]);
+    // In the background ssh's stderr is /dev/null; a log file it keeps.
+    arguments.extend(["-E".into(), files.log.clone().into()]);
+    arguments.extend(["--".into(), endpoint.destination.clone().into(), first_command.into()]);
+    arguments
+}
+
+/// How an endpoint is connected to, without what makes a master of it.
+pub(super) fn words(endpoint: &Endpoint, files: &Files, bound: Duration) -> Vec<OsString> {
     let mut words: Vec<OsString> = Vec::new();
-    let option = |words: &mut Vec<OsString>, option: &str| words.extend(["-o".into(), option.into()]);
-    option(&mut words, "ControlMaster=yes");
-    option(&mut words, &format!("ControlPersist={PERSIST}"));
     if endpoint.host_keys.is_some() {
         option(&mut words, &format!("HostKeyAlias={}", alias(files)));
         option(&mut words, "GlobalKnownHostsFile=/dev/null");
@@ -224,8 +284,8 @@ fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command:
     option(&mut words, "BatchMode=yes");
     let seconds = bound.as_secs() + u64::from(bound.subsec_nanos() > 0);
     option(&mut words, &format!("ConnectTimeout={}", seconds.max(1)));
-    option(&mut words, "ServerAliveInterval=15");
-    option(&mut words, "ServerAliveCountMax=3");
+    option(&mut words, &format!("ServerAliveInterval={}", LINK_INTERVAL.as_secs()));
+    option(&mut words, &format!("ServerAliveCountMax={LINK_TRIES}"));
     option(&mut words, "RemoteCommand=none");
     option(&mut words, "PermitLocalCommand=no");
     option(&mut words, "ClearAllForwardings=yes");
@@ -238,11 +298,11 @@ fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command:
     if endpoint.compress {
         words.push("-C".into());
     }
-    words.extend(["-S".into(), escape_percent(&files.socket)]);
-    // In the background ssh's stderr is /dev/null; a log file it keeps.
-    words.extend(["-E".into(), files.log.clone().into()]);
-    words.extend(["--".into(), endpoint.destination.clone().into(), first_command.into()]);
     words
+}
+
+fn option(words: &mut Vec<OsString>, option: &str) {
+    words.extend(["-o".into(), option.into()]);
 }
 
 /// The name under which the pinned keys are filed, whatever ssh calls the host.
@@ -258,7 +318,11 @@ fn escape_percent(path: &Path) -> OsString {
     )
 }
 
-fn write_hosts(endpoint: &Endpoint, files: &Files) -> io::Result<()> {
+/// Writes the pinned host keys down for ssh, if there are any.
+pub(super) fn write_hosts(endpoint: &Endpoint, files: &Files) -> io::Result<()> {
+    if endpoint.host_keys.is_none() {
+        return Ok(());
+    }
     let alias = alias(files);
     let text: String = endpoint.pinned_keys().map(|key| format!("{alias} {key}\n")).collect();
     private_file(&files.hosts)?.write_all(text.as_bytes())
@@ -319,10 +383,11 @@ mod tests {
         endpoint.host_keys = Some("ssh-ed25519 AAAA".into());
         endpoint.port = Some(7);
         let files = Files::new(Path::new("/run/10%"), "n");
-        let words = arguments(&endpoint, &files, Duration::from_millis(1500), "true");
+        let words = arguments(&endpoint, &files, Duration::from_millis(1500), "true", Duration::from_secs(7));
         let words: Vec<_> = words.iter().map(|word| word.to_str().unwrap()).collect();
         let place = |word: &str| words.iter().position(|w| *w == word).unwrap_or_else(|| panic!("no {word}"));
         assert!(place("ControlMaster=yes") < place("ControlMaster=no"));
+        assert!(place("ControlPersist=7") < place("ControlMaster=no"));
         assert!(place("StrictHostKeyChecking=yes") < place("-4"));
         assert!(place("UserKnownHostsFile=\"/run/10%%/n.hosts\"") < place("-4"));
         assert!(place("-4") < place("ConnectTimeout=2"));

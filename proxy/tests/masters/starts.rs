@@ -184,7 +184,7 @@ fn stopping_leaves_nothing_but_logs() {
         world.pool.stop(master).unwrap();
         assert!(gone(master.pid));
     }
-    assert_eq!(extensions(world.pool.directory()), ["log", "log"]);
+    assert_eq!(extensions(world.pool.directory()), ["log", "log", "pace"]);
     assert_eq!(world.pool.list().unwrap(), []);
 }
 
@@ -199,7 +199,11 @@ fn a_pinned_host_key_is_accepted_and_any_other_refused() {
     world.pool.start(&endpoint, BOUND, "true").unwrap();
     endpoint.host_keys = Some(world.public_key("other"));
     let error = world.pool.start(&endpoint, BOUND, "true").unwrap_err();
-    let StartError::Failed { fault: Fault::PinnedKeyMismatch, .. } = &error else { panic!("{error:?}") };
+    let StartError::Failed { fault: Fault::PinnedKeyMismatch { fingerprint }, .. } = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(fingerprint.as_deref(), Some(&*format!("ED25519 {}", world.fingerprint("host"))));
+    assert!(error.to_string().contains(&world.fingerprint("host")), "{error}");
     assert!(error.cure().unwrap().contains("ssh-keyscan"), "{:?}", error.cure());
     assert!(!error.is_temporary());
 }
@@ -222,11 +226,15 @@ fn an_unknown_host_key_is_named_with_the_command_that_adds_it() {
     let world = World::new();
     let mut endpoint = world.endpoint();
     endpoint.ssh_options = world.ssh_options("missing");
-    let (fault, _, cure) = failure(&world, &endpoint);
-    assert_eq!(fault, Fault::HostKeyUnknown);
+    let (fault, line, cure) = failure(&world, &endpoint);
+    let unknown =
+        || Fault::HostKeyUnknown { fingerprint: Some(format!("ssh-ed25519 {}", world.fingerprint("host"))) };
+    assert_eq!(fault, unknown());
+    assert!(line.contains(&world.fingerprint("host")), "{line}");
+    assert!(cure.contains(&world.path("missing").display().to_string()), "{cure}");
     assert!(cure.contains(&format!("-p {} 127.0.0.1 true", world.port)), "{cure}");
     endpoint.ssh_options.extend(["-o".into(), "StrictHostKeyChecking=yes".into()]);
-    assert_eq!(failure(&world, &endpoint).0, Fault::HostKeyUnknown);
+    assert_eq!(failure(&world, &endpoint).0, unknown());
 }
 
 #[test]
@@ -238,8 +246,9 @@ fn a_changed_host_key_is_named_with_its_file() {
     let (fault, line, cure) = failure(&world, &endpoint);
     let file = world.path("old_hosts").display().to_string();
     let name = Some(format!("[127.0.0.1]:{}", world.port));
-    assert_eq!(fault, Fault::HostKeyChanged { known_hosts: Some(format!("{file}:1")), name });
-    assert!(line.contains(&file), "{line}");
+    let fingerprint = Some(format!("ED25519 {}", world.fingerprint("host")));
+    assert_eq!(fault, Fault::HostKeyChanged { known_hosts: Some(format!("{file}:1")), name, fingerprint });
+    assert!(line.contains(&file) && line.contains(&world.fingerprint("host")), "{line}");
     assert!(cure.contains(&format!("ssh-keygen -f {file} -R '[127.0.0.1]:{}'", world.port)), "{cure}");
 }
 

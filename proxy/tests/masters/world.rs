@@ -92,6 +92,13 @@ impl World {
         fs::read_to_string(self.path(&format!("{key}.pub"))).unwrap()
     }
 
+    /// `SHA256:...`
+    pub(crate) fn fingerprint(&self, key: &str) -> String {
+        let listed =
+            Command::new("ssh-keygen").arg("-lf").arg(self.path(&format!("{key}.pub"))).output().unwrap();
+        String::from_utf8(listed.stdout).unwrap().split(' ').nth(1).unwrap().to_owned()
+    }
+
     pub(crate) fn start(&self) -> Master {
         self.pool.start(&self.endpoint(), BOUND, "true").unwrap()
     }

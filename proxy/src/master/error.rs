@@ -1,0 +1,188 @@
+//! Why there is no master: the sentence, the cure, and what scripts may do about it.
+//!
+//! Pure.
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use std::{io, path::PathBuf, time::Duration};
+
+use thiserror::Error;
+
+use super::{
+    diagnosis::{Context, Fault, said},
+    directory::DIRECTORY_VARIABLE,
+    name::EndpointError,
+};
+use crate::{
+    exit,
+    wake::{WakeError, Waking},
+};
+
+/// Why no master could be started.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// ssh gave up.
+    #[error("cannot connect to {destination}: {fault}")]
+    Failed {
+        /// The destination as it was given.
+        destination: String,
+        /// What went wrong.
+        fault: Fault,
+        /// What its cure depends on.
+        context: Box<Context>,
+    },
+    /// It took too long.
+    #[error("cannot connect to {destination}: no connection within {} s{}", bound.as_secs_f32(), said(stderr))]
+    TimedOut {
+        /// The destination as it was given.
+        destination: String,
+        /// The bound that was given.
+        bound: Duration,
+        /// What ssh said until then.
+        stderr: String,
+    },
+    /// Another process is starting the same master and has not finished.
+    #[error("cannot connect to {destination}: another process has been connecting for {} s", bound.as_secs_f32())]
+    Busy {
+        /// The destination as it was given.
+        destination: String,
+        /// The bound that was given.
+        bound: Duration,
+    },
+    /// Too many connections are being made to the host already, and no turn came in time.
+    #[error("cannot connect to {destination}: too many new connections to it, no turn within {} s", bound.as_secs_f32())]
+    Crowded {
+        /// The destination as it was given.
+        destination: String,
+        /// The bound that was given.
+        bound: Duration,
+    },
+    /// It is down and being woken.
+    #[error("{destination} is being woken ({} s more)", waking.left.as_secs())]
+    Waking {
+        /// The destination as it was given.
+        destination: String,
+        /// Since when and how much longer.
+        waking: Waking,
+        /// How it is seen to be down.
+        #[source]
+        source: Box<StartError>,
+    },
+    /// It is down and cannot be woken.
+    #[error("cannot wake {destination}")]
+    Wake {
+        /// The destination as it was given.
+        destination: String,
+        /// Why.
+        #[source]
+        source: WakeError,
+    },
+    /// There is no `ssh`.
+    #[error("cannot connect to {destination}: no program `ssh` in PATH")]
+    NoSsh {
+        /// The destination as it was given.
+        destination: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The runtime directory's name is too long for sockets in it.
+    #[error("the control socket's path {} is {excess} bytes too long for ssh", control.display())]
+    PathTooLong {
+        /// The path.
+        control: PathBuf,
+        /// By how much.
+        excess: usize,
+    },
+    /// The endpoint cannot be given to ssh.
+    #[error("bad SSH endpoint")]
+    Endpoint(#[from] EndpointError),
+    /// A file of the runtime directory cannot be used.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    /// What to do about it, if that can be said.
+    pub fn cure(&self) -> Option<String> {
+        match self {
+            StartError::Failed { destination, fault, context } => Some(context.cure(destination, fault)),
+            StartError::TimedOut { destination, .. } => {
+                Some(format!("check that the host is up and that the network lets SSH through to {destination}"))
+            }
+            StartError::Busy { .. } => Some("try again".into()),
+            StartError::Crowded { .. } => {
+                Some("try again; `connections-per-second` in offload.toml says how many are allowed".into())
+            }
+            StartError::Waking { .. } => Some("try again in a while".into()),
+            StartError::Wake { source, .. } => Some(source.cure()),
+            StartError::NoSsh { .. } => {
+                Some("install OpenSSH's client, or put it on the PATH of this process (the Nix daemon's, for a build hook)".into())
+            }
+            StartError::PathTooLong { .. } => {
+                Some(format!("set {} to a shorter directory", DIRECTORY_VARIABLE))
+            }
+            StartError::Endpoint(_) | StartError::Io { .. } => None,
+        }
+    }
+
+    /// It may work when tried again without anybody doing anything: the far side or the network failed,
+    /// not what is set up here.
+    pub fn is_temporary(&self) -> bool {
+        match self {
+            StartError::TimedOut { .. }
+            | StartError::Busy { .. }
+            | StartError::Crowded { .. }
+            | StartError::Waking { .. } => true,
+            StartError::Failed { fault, .. } => matches!(
+                fault,
+                Fault::NameNotResolved { .. }
+                    | Fault::Refused { .. }
+                    | Fault::Unreachable { .. }
+                    | Fault::TurnedAway { .. }
+                    | Fault::Other { .. }
+            ),
+            _ => false,
+        }
+    }
+
+    /// The host or the way to it is down: nothing but time will help, so others need not try at once. What
+    /// somebody may be mending, such as a configuration, is not this.
+    pub fn is_host_down(&self) -> bool {
+        match self {
+            StartError::TimedOut { .. } | StartError::Waking { .. } => true,
+            StartError::Failed { fault, .. } => matches!(
+                fault,
+                Fault::NameNotResolved { .. }
+                    | Fault::Refused { .. }
+                    | Fault::Unreachable { .. }
+                    | Fault::TurnedAway { .. }
+            ),
+            _ => false,
+        }
+    }
+
+    /// The exit code a command ends with, from [`crate::exit`].
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            StartError::TimedOut { .. } => exit::UNAVAILABLE,
+            StartError::Busy { .. } | StartError::Crowded { .. } | StartError::Waking { .. } => {
+                exit::TEMPORARY
+            }
+            StartError::Wake { .. } => exit::CONFIG,
+            StartError::Failed { fault: Fault::PermissionDenied { .. }, .. } => exit::NO_PERMISSION,
+            StartError::Failed { .. } if self.is_temporary() => exit::UNAVAILABLE,
+            StartError::Failed { .. } | StartError::NoSsh { .. } | StartError::PathTooLong { .. } => {
+                exit::CONFIG
+            }
+            StartError::Endpoint(_) => exit::USAGE,
+            StartError::Io { .. } => exit::FAILURE,
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! One master: opening streams on it, leaving it alone for a while, giving it up.
+
+use std::{
+    fs, io,
+    os::{
+        fd::BorrowedFd,
+        unix::{fs::MetadataExt, net::UnixStream},
+    },
+    path::Path,
+    time::{Duration, Instant, SystemTime},
+};
+
+use super::{
+    Channel, Forward, OpenError, Session, channel, forward,
+    lock::lock,
+    process,
+    record::Record,
+    start::{self, Files},
+};
+
+/// How long retiring waits for the lock: who holds it is about to replace the master anyway.
+const RETIRE_BOUND: Duration = Duration::from_millis(500);
+/// A master whose sessions were used up is asked last for so long.
+const FULL_FOR: Duration = Duration::from_secs(5);
+/// One whose far side did not answer in time: ssh itself notices within so long that the link is cut.
+const SILENT_FOR: Duration = Duration::from_secs(40);
+/// How long a master that is given up may take to end when asked to.
+const END_BOUND: Duration = Duration::from_millis(200);
+
+/// A master that was alive when this value was made.
+#[derive(Debug, Clone)]
+pub struct Master {
+    files: Files,
+    destination: String,
+    socket_identity: Option<(u64, i64, i64)>,
+    /// Somebody opened it by hand; it is not ours to end.
+    foreign: bool,
+}
+
+/// Why a master is to be left alone for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Avoid {
+    /// sshd has no more sessions to give on it.
+    Full,
+    /// It did not answer in time, or not the far side of its link.
+    Silent,
+}
+
+impl Avoid {
+    fn word(self) -> &'static str {
+        match self {
+            Avoid::Full => "full",
+            Avoid::Silent => "silent",
+        }
+    }
+}
+
+impl Master {
+    pub(super) fn of(files: Files, destination: String) -> Self {
+        let socket_identity = socket_identity(&files.socket);
+        Master { files, destination, socket_identity, foreign: false }
+    }
+
+    /// One that somebody opened by hand.
+    pub(super) fn foreign(files: Files, destination: String) -> Self {
+        Master { foreign: true, ..Master::of(files, destination) }
+    }
+
+    /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
+    pub fn first_output(&self) -> Option<String> {
+        start::first_output(&self.files)
+    }
+
+    /// Opens a stream to a unix socket on the far side: no shell, no process, and it is closed there as soon
+    /// as it is dropped here. Does not count against sshd's MaxSessions.
+    ///
+    /// A refusal costs: OpenSSH bears it only while the connection is held, so a small process holds it (and
+    /// the master never gets idle) until the master ends. Whoever is refused should not ask again soon.
+    ///
+    /// # Errors
+    /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
+    pub fn open_unix_socket(&self, path: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open(&self.files.socket, path, bound)
+    }
+
+    /// Has the far side connect to a host (`ssh -W`), and the master carry `input` there and what comes back
+    /// to `output`: nothing passes through this process, which only keeps the value as long as the stream is to
+    /// last. Does not count against sshd's MaxSessions.
+    ///
+    /// # Errors
+    /// `Refused` when the far side cannot connect there, or sshd does not allow it; see [`OpenError`].
+    pub fn carry(
+        &self,
+        host: &str,
+        port: u16,
+        input: BorrowedFd<'_>,
+        output: BorrowedFd<'_>,
+        bound: Duration,
+    ) -> Result<Forward, OpenError> {
+        Forward::open(&self.files.socket, host, port, [input, output], bound)
+    }
+
+    /// Has the far side connect to a host whose server speaks first, as sshd does, and returns a socket that
+    /// is connected to it and needs no process of ours any more.
+    ///
+    /// # Errors
+    /// As [`Master::carry`]; the reason of a refusal is not known.
+    pub fn connect_to(&self, host: &str, port: u16, bound: Duration) -> Result<UnixStream, OpenError> {
+        forward::socket(&self.files.socket, host, port, bound)
+    }
+
+    /// Runs a command in the far user's shell.
+    ///
+    /// # Errors
+    /// `Refused` when sshd has no session to give; see [`OpenError`]. A command that does not exist is no
+    /// error here: the shell on the far side says so, and exits with 127.
+    pub fn open_session(&self, command: &str, bound: Duration) -> Result<Session, OpenError> {
+        Session::open(&self.files.socket, command, bound)
+    }
+
+    /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
+    /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
+    /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it
+    /// was asked to do. One that was opened by hand is only left alone for a while.
+    pub fn retire(&self) -> bool {
+        if self.foreign {
+            self.avoid(Avoid::Silent);
+            return false;
+        }
+        let is_there = || {
+            let now = socket_identity(&self.files.socket);
+            now.is_some() && now == self.socket_identity
+        };
+        let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else {
+            return !is_there();
+        };
+        if !is_there() {
+            return true;
+        }
+        tracing::info!(destination = self.destination, "SSH master retired");
+        let gone = kill_recorded(&self.files);
+        let _ = remove(&self.files.socket);
+        gone
+    }
+
+    /// Lets others ask it last for a while.
+    pub(super) fn avoid(&self, why: Avoid) {
+        tracing::debug!(
+            destination = self.destination,
+            reason = why.word(),
+            "SSH master left alone for a while"
+        );
+        // If it cannot be noted, the others find out for themselves.
+        let _ = start::write_whole(&self.files.avoid, why.word());
+    }
+
+    /// The destination as it was given.
+    pub fn destination(&self) -> &str {
+        &self.destination
+    }
+
+    /// The control socket.
+    pub fn control_path(&self) -> &Path {
+        &self.files.socket
+    }
+
+    /// What ssh has to say: its stderr while it connects, its log afterwards.
+    pub fn log_path(&self) -> &Path {
+        &self.files.log
+    }
+}
+
+/// Tells one control socket from its successor of the same name: inode numbers are used again at once.
+fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
+    let metadata = fs::symlink_metadata(socket).ok()?;
+    Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+}
+
+/// Whether a master is to be asked last.
+pub(super) fn is_avoided(files: &Files) -> bool {
+    let Ok(noted) = fs::metadata(&files.avoid).and_then(|metadata| metadata.modified()) else { return false };
+    let age = SystemTime::now().duration_since(noted).unwrap_or_default();
+    age < SILENT_FOR
+        && fs::read_to_string(&files.avoid).is_ok_and(|word| word != Avoid::Full.word() || age < FULL_FOR)
+}
+
+/// Ends the process of the record, if it still is that process. True when it is gone.
+pub(super) fn kill_recorded(files: &Files) -> bool {
+    let Some((pid, Some(born))) = Record::read(files).and_then(|record| record.process) else { return false };
+    // It had its chance to answer.
+    process::end(pid, &born, END_BOUND);
+    process::birth(pid) != Some(born)
+}
+
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
