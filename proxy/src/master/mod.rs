@@ -23,6 +23,7 @@ mod proxy_mode;
 mod session;
 mod start;
 mod stdio_forward;
+mod traffic;
 
 use std::{
     io::{self, Read, Write},
@@ -45,6 +46,7 @@ pub use name::{Endpoint, EndpointError};
 pub use pool::{Master, MasterInfo, Pool, PoolError};
 pub use proxy_mode::ProtocolError;
 pub use session::{Session, SessionEnd, SessionReader, SessionStatus, SessionWriter};
+pub use traffic::Traffic;
 
 /// How long to sleep between two looks at something that gives no notice.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);

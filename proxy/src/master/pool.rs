@@ -33,6 +33,7 @@ use super::{
     name::{self, Endpoint},
     process,
     start::{self, ALIVE_BOUND, Attempt, Files, Setback},
+    traffic::{self, Traffic},
 };
 
 /// How often a lock that somebody else holds is tried again.
@@ -100,6 +101,8 @@ pub struct MasterInfo {
     pub alive: bool,
     /// How many clients have connections to it: streams, sessions, forwards. None where the kernel does not tell.
     pub channels: Option<usize>,
+    /// What went over its link to the host. None where the kernel does not tell, as for a link that is a pipe.
+    pub traffic: Option<Traffic>,
     name: String,
     born: Option<String>,
     port: Option<u16>,
@@ -239,6 +242,9 @@ impl Pool {
                 masters.push(info);
             }
         }
+        let living = masters.iter().filter(|master| master.alive).map(|master| master.pid);
+        let mut traffic = traffic::of(living, sockets.as_deref().unwrap_or_default());
+        masters.iter_mut().for_each(|master| master.traffic = traffic.remove(&master.pid));
         masters.sort_by(|a, b| (&a.destination, &a.name).cmp(&(&b.destination, &b.name)));
         Ok(masters)
     }
@@ -515,6 +521,7 @@ fn read_record(files: &Files) -> Option<MasterInfo> {
         started_at: UNIX_EPOCH.checked_add(started_at)?,
         alive: false,
         channels: None,
+        traffic: None,
         port: record["port"].as_u64().and_then(|port| port.try_into().ok()),
         name: files.name.clone(),
         born: record["born"].as_str().map(str::to_owned),
