@@ -1,6 +1,6 @@
 //! How much went over a master's link: the kernel's counters of its TCP connection.
 //!
-//! A line here must not speak to a master, nor look at connections of other processes longer than to pass them by.
+//! A line here must not speak to a master, nor ask the kernel once for each of them.
 
 use std::{
     collections::{HashMap, HashSet},

@@ -2,13 +2,14 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
+    net::TcpStream,
     process::{Command, Stdio},
 };
 
 use serde_json::Value;
 
-use crate::world::{MIB, World, pattern_file, run, wait_until};
+use crate::world::{MIB, World, free_port, pattern_file, run, wait_until};
 
 fn help(words: &[&str]) -> String {
     let output =
@@ -96,6 +97,14 @@ fn the_list_tells_the_traffic_of_a_connection() {
         }
         assert!(master["age"].as_u64().unwrap() < 600, "{master}");
     }
+    // A forward that somebody asked for has TCP sockets too, which are no link.
+    let port = free_port();
+    let control = listed("host3")["control-path"].as_str().unwrap().to_owned();
+    let forward = format!("127.0.0.1:{port}:127.0.0.3:{}", world.port);
+    run(world.client("ssh").args(["-S", &control, "-O", "forward", "-L", &forward, "host3"]));
+    let mut forwarded = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    forwarded.read_exact(&mut [0; 4]).unwrap();
+    assert!(listed("host3")["sent"].is_null());
 
     let said = world.proxy_says(&["list"]);
     assert_eq!((said.code, &*said.err), (Some(0), ""));
