@@ -5,16 +5,16 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime},
 };
 
 use clap::{Args, Parser, Subcommand};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::{
-    exit,
+    exit, listing,
     log::{self, Fallback},
-    master::{Endpoint, MasterInfo, Pool, PoolError, SetupError, StartError},
+    master::{Endpoint, Pool, PoolError, SetupError, StartError},
     tunnel::{self, Checked},
 };
 
@@ -52,6 +52,20 @@ Environment:
   NIX_OFFLOAD_LOG          level of the messages in the journal (journalctl -t nix-offload-proxy):
                            off, error, warn, info (default), debug, trace";
 
+const LIST_HELP: &str = "\
+Columns:
+  HOST      the destination, as it was given when the connection was started
+  STATE     alive, or dead: it does not answer and is replaced when it is next needed
+  PID       its process, an ssh
+  AGE       how long ago it was started
+  CHANNELS  what runs over it now: streams, sessions and forwards
+  SENT      how much went to the host since it was started, as counted on the network
+  RECEIVED  how much came from there
+  LOG       the file with what its ssh had to say
+
+A ? stands for what is not known. SENT and RECEIVED are known where ssh itself has the TCP connection to the
+host, and not where it goes through a ProxyCommand's pipe or another shared connection.";
+
 /// Connects ssh with a host, and shares SSH connections between many processes.
 ///
 /// With HOST and PORT it is a ProxyCommand for ssh_config: what it reads goes to the host, what comes from there
@@ -75,9 +89,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Show the shared connections (masters) of this user: host, state, process, age, channels, socket
+    /// Show the shared connections (masters) of this user: host, state, process, age, channels, traffic, log
+    #[command(after_help = LIST_HELP)]
     List {
-        /// As a JSON array
+        /// As a JSON array: ages in seconds, traffic in bytes, null for what is not known; with the control sockets
         #[arg(long)]
         json: bool,
     },
@@ -300,21 +315,15 @@ fn check(args: CheckArgs) -> Result<String, Failure> {
 
 fn list(json: bool) -> Result<String, Failure> {
     let masters = Pool::from_env()?.list()?;
+    let now = SystemTime::now();
     if json {
-        return Ok(Value::from_iter(masters.iter().map(describe)).to_string());
+        return Ok(listing::json(&masters, now));
     }
-    let line = |master: &MasterInfo| {
-        let state = if master.alive { "alive" } else { "dead" };
-        let age = SystemTime::now().duration_since(master.started_at).unwrap_or_default().as_secs();
-        let channels = master.channels.map_or("?".to_owned(), |number| number.to_string());
-        format!(
-            "{}\t{state}\tpid {}\t{age} s\t{channels} channels\t{}",
-            master.destination,
-            master.pid,
-            master.control_path.display()
-        )
-    };
-    Ok(masters.iter().map(line).collect::<Vec<_>>().join("\n"))
+    if masters.is_empty() {
+        // Said to people alone: a script sees no lines.
+        let _ = writeln!(io::stderr(), "there are no shared connections (masters)");
+    }
+    Ok(listing::text(&masters, now))
 }
 
 fn start(args: StartArgs) -> Result<String, Failure> {
@@ -358,18 +367,6 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
         None if args.json => Ok(json!(stopped).to_string()),
         None => Ok(stopped.iter().map(|name| format!("stopped {name}")).collect::<Vec<_>>().join("\n")),
     }
-}
-
-fn describe(master: &MasterInfo) -> Value {
-    json!({
-        "destination": master.destination,
-        "pid": master.pid,
-        "control-path": master.control_path,
-        "log-path": master.log_path,
-        "started-at": master.started_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        "alive": master.alive,
-        "channels": master.channels,
-    })
 }
 
 fn print(text: &str) -> Result<(), Failure> {

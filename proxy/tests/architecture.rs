@@ -20,6 +20,8 @@ fn what_belongs_to_one_room_is_named_nowhere_else() {
     for (word, room) in [
         ("tokio", "master::mux"),
         ("openssh_mux_client", "master::mux"),
+        ("netlink_packet_core", "master::traffic"),
+        ("netlink_packet_sock_diag", "master::traffic"),
         ("tracing_journald", "log"),
         ("tracing_subscriber", "log"),
         ("clap", "cli"),

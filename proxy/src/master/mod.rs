@@ -31,6 +31,7 @@ mod roster;
 mod session;
 mod start;
 mod stdio_forward;
+mod traffic;
 
 use std::{
     io::{self, Read, Write},
@@ -56,6 +57,7 @@ pub use pool::{Pool, SetupError};
 pub use proxy_mode::ProtocolError;
 pub use roster::{MasterInfo, PoolError};
 pub use session::{Session, SessionEnd, SessionReader, SessionStatus, SessionWriter};
+pub use traffic::Traffic;
 
 /// How long to sleep between two looks at something that gives no notice.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);

@@ -17,6 +17,7 @@ use super::{
     process,
     record::Record,
     start::{ALIVE_BOUND, Files},
+    traffic::{self, Traffic},
 };
 
 /// How long stopping waits for the lock, and for ssh to go before it is killed.
@@ -68,6 +69,8 @@ pub struct MasterInfo {
     pub alive: bool,
     /// How many clients have connections to it: streams, sessions, forwards. None where the kernel does not tell.
     pub channels: Option<usize>,
+    /// What went over its link to the host. None where the kernel does not tell, as for a link that is a pipe.
+    pub traffic: Option<Traffic>,
     name: String,
     port: Option<u16>,
 }
@@ -101,10 +104,14 @@ impl Pool {
                 started_at: record.started_at,
                 alive: answers.is_some(),
                 channels: sockets.as_deref().and_then(|text| clients::count(text, &files.socket)),
+                traffic: None,
                 name: files.name.clone(),
                 port: record.port,
             });
         }
+        let living = masters.iter().filter(|master| master.alive).map(|master| master.pid);
+        let mut traffic = traffic::of(living, sockets.as_deref().unwrap_or_default());
+        masters.iter_mut().for_each(|master| master.traffic = traffic.remove(&master.pid));
         masters.sort_by(|a, b| (&a.destination, &a.name).cmp(&(&b.destination, &b.name)));
         Ok(masters)
     }

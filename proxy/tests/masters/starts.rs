@@ -341,7 +341,9 @@ fn the_commands_list_start_and_stop() {
     assert_eq!(listed()[0]["alive"], true);
     assert_eq!(listed()[0]["control-path"], started["control-path"]);
     let (code, out, _) = run(world.command().arg("list"));
-    assert!(code == Some(0) && out.starts_with("127.0.0.1\talive\tpid "), "{out}");
+    let lines: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!((code, lines.len(), lines[0][0]), (Some(0), 2, "HOST"), "{out}");
+    assert_eq!((lines[1][0], lines[1][1]), ("127.0.0.1", "alive"), "{out}");
     let (code, _, err) = run(world.command().args(["stop", "elsewhere"]));
     assert!(code == Some(1) && err.starts_with("error: there is no master to elsewhere\nhint: "), "{err}");
     let (code, out, err) = run(world.command().args(["stop", "127.0.0.1"]));

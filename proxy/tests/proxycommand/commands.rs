@@ -1,14 +1,15 @@
 //! The commands around the ProxyCommand: what they say, and their documents.
 
 use std::{
-    fs,
-    io::{BufRead, BufReader},
+    fs::{self, File},
+    io::{BufRead, BufReader, Read},
+    net::TcpStream,
     process::{Command, Stdio},
 };
 
 use serde_json::Value;
 
-use crate::world::{World, wait_until};
+use crate::world::{MIB, World, free_port, pattern_file, run, wait_until};
 
 fn help(words: &[&str]) -> String {
     let output =
@@ -43,13 +44,89 @@ fn the_list_counts_what_runs_over_a_connection() {
     wait_until("three streams are there", || listed()[0]["channels"] == 3);
     wait_until("the list says so", || {
         let text = world.proxy_says(&["list"]).out;
-        text.starts_with("bastion\talive\tpid ") && text.contains("\t3 channels\t")
+        let line = text.lines().nth(1).unwrap_or_default();
+        let cells: Vec<&str> = line.split_whitespace().collect();
+        matches!(cells[..], ["bastion", "alive", _, _, "3", ..])
     });
     for mut session in sessions {
         drop(session.stdin.take());
         assert!(session.wait().unwrap().success());
     }
     wait_until("all streams are gone", || listed()[0]["channels"] == 0);
+}
+
+#[test]
+fn the_list_tells_the_traffic_of_a_connection() {
+    const FILE: usize = 8 * MIB;
+    let world = World::new();
+    let listed = |host: &str| -> Value {
+        let said = world.proxy_says(&["list", "--json"]);
+        assert_eq!((said.code, &*said.err), (Some(0), ""));
+        let masters: Vec<Value> = serde_json::from_str(&said.out).unwrap();
+        masters.into_iter().find(|master| master["destination"] == host).unwrap()
+    };
+    let said = world.proxy_says(&["list"]);
+    assert_eq!((said.code, &*said.out), (Some(0), ""));
+    assert!(said.err.starts_with("there are no shared connections"), "{said:?}");
+
+    let traffic = || {
+        let bastion = listed("bastion");
+        ["sent", "received"].map(|key| bastion[key].as_u64().unwrap() as usize)
+    };
+    let expected = FILE..2 * FILE;
+    pattern_file(&world.path("file"), FILE);
+    let mut ssh = world.client("ssh");
+    ssh.args(["host2", "cat > /dev/null"]).stdin(File::open(world.path("file")).unwrap());
+    run(&mut ssh);
+    let [sent, received] = traffic();
+    assert!(expected.contains(&sent) && received < MIB, "sent {sent}, received {received}");
+    let mut ssh = world.client("ssh");
+    ssh.args(["host2", &format!("cat {}", world.path("file").display())]).stdout(Stdio::null());
+    run(&mut ssh);
+    let [sent, received] = traffic();
+    assert!(expected.contains(&sent) && expected.contains(&received), "sent {sent}, received {received}");
+
+    // Links that are a pipe, a stream of another master, and a TCP socket that was handed over.
+    let config = world.path("ssh_config").display().to_string();
+    for (host, is_known) in [("host3", false), ("fd3", false), ("fddirect", true)] {
+        let said = world.proxy_says(&["start", "-F", &config, host]);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        let master = listed(host);
+        for key in ["sent", "received"] {
+            assert_eq!((master[key].is_u64(), master[key].is_null()), (is_known, !is_known), "{master}");
+        }
+        assert!(master["age"].as_u64().unwrap() < 600, "{master}");
+    }
+    // A forward that somebody asked for has TCP sockets too, which are no link.
+    let port = free_port();
+    let control = listed("host3")["control-path"].as_str().unwrap().to_owned();
+    let forward = format!("127.0.0.1:{port}:127.0.0.3:{}", world.port);
+    run(world.client("ssh").args(["-S", &control, "-O", "forward", "-L", &forward, "host3"]));
+    let mut forwarded = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    forwarded.read_exact(&mut [0; 4]).unwrap();
+    assert!(listed("host3")["sent"].is_null());
+
+    let said = world.proxy_says(&["list"]);
+    assert_eq!((said.code, &*said.err), (Some(0), ""));
+    let lines: Vec<&str> = said.out.lines().collect();
+    assert_eq!(lines.len(), 5, "{said:?}");
+    let heads: Vec<&str> = lines[0].split_whitespace().collect();
+    assert_eq!(heads, ["HOST", "STATE", "PID", "AGE", "CHANNELS", "SENT", "RECEIVED", "LOG"]);
+    let cell = |line: &str, from: &str, to: &str| {
+        line[lines[0].find(from).unwrap()..lines[0].find(to).unwrap()].trim().to_owned()
+    };
+    let log = lines[0].find("LOG").unwrap();
+    for (line, host) in lines[1..].iter().zip(["bastion", "fd3", "fddirect", "host3"]) {
+        assert_eq!(cell(line, "HOST", "STATE"), host);
+        assert_eq!(&line[log..], listed(host)["log-path"].as_str().unwrap());
+        let ends_well = |text: String| match host {
+            "bastion" => text.ends_with(" MiB"),
+            "fddirect" => text.ends_with(" KiB"),
+            _ => text == "?",
+        };
+        assert!(ends_well(cell(line, "SENT", "RECEIVED")), "{line}");
+        assert!(ends_well(cell(line, "RECEIVED", "LOG")), "{line}");
+    }
 }
 
 #[test]
