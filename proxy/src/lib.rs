@@ -9,4 +9,5 @@ pub mod exit;
 pub mod log;
 pub mod master;
 mod passing;
+pub mod removal;
 pub mod tunnel;

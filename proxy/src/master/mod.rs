@@ -13,6 +13,7 @@
 mod channel;
 mod diagnosis;
 mod directory;
+mod everybody;
 mod forward;
 mod holder;
 mod mux;
@@ -39,7 +40,8 @@ use thiserror::Error;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter};
 pub use diagnosis::{Fault, StartError};
-pub use directory::DirectoryError;
+pub use directory::{DIRECTORY_VARIABLE, DirectoryError};
+pub use everybody::{Place, Survivor, places, survivors};
 pub use forward::Forward;
 pub use name::{Endpoint, EndpointError};
 pub use pool::{Master, MasterInfo, Pool, PoolError};
