@@ -29,10 +29,8 @@ fn package(world: &World, version: &str) -> String {
 /// A client with Nix's own hook, whose dpkg can install something.
 fn client(world: &World, mac: &Builder) -> Client {
     let client = world.client().release(Release::Bookworm).hook(Hook::Stock).uses(mac, "ssh-ng", 8).start();
-    client.run(
-        "mkdir -p /over/upper /over/work /var/lib/dpkg/info /var/lib/dpkg/updates && \
-         mount -t overlay -o lowerdir=/usr,upperdir=/over/upper,workdir=/over/work overlay /usr",
-    );
+    make_usr_writable(&client);
+    client.run("mkdir -p /var/lib/dpkg/info /var/lib/dpkg/updates");
     let database = Release::Bookworm.root().join("var/lib/dpkg");
     let status = fs::read_to_string(database.join("status")).unwrap();
     let needed = status
@@ -49,6 +47,13 @@ fn client(world: &World, mac: &Builder) -> Client {
         }
     }
     client
+}
+
+fn make_usr_writable(client: &Client) {
+    client.run(
+        "mkdir -p /over/upper /over/work && \
+         mount -t overlay -o lowerdir=/usr,upperdir=/over/upper,workdir=/over/work overlay /usr",
+    );
 }
 
 fn dpkg(client: &Client, action: &str, what: &str) -> Output {
@@ -194,6 +199,27 @@ fn a_file_that_is_included_with_a_mark_may_be_absent_in_every_nix() {
         assert_eq!(place, release.name(), "{built}");
         built.assert_stderr_lacks("offload");
     }
+}
+
+#[test]
+fn nix_that_ignores_the_line_obeys_the_packaged_drop_in_while_the_package_is_there() {
+    const DROP_IN: &str = "/usr/share/doc/nix-offload/nix-daemon.service.d/nix-offload.conf";
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let package = package(&world, "0.1");
+    mac.run(&format!("dpkg -x {package} /tmp/package"));
+    let drop_in = mac.read(&format!("/tmp/package{DROP_IN}"));
+    let value = drop_in.lines().find_map(|line| line.strip_prefix("Environment=\"NIX_CONFIG=")).unwrap();
+    let plan = world.client().release(Release::Trixie).hook(Hook::Stock).uses(&mac, "ssh-ng", 1);
+    let client = plan.env("NIX_CONFIG", value.trim_end_matches('"')).start();
+    make_usr_writable(&client);
+    client.run(&format!("dpkg -x {package} /"));
+    let (place, built) = build(&client, "with", &["-j0"]);
+    assert!(place == "mac" && client.exists("/run/nix-offload"), "{built}");
+    client.run("rm -r /usr/bin/nix-offload /usr/share/nix-offload /run/nix-offload");
+    let (place, built) = build(&client, "without", &["-j0"]);
+    assert!(place == "mac" && !client.exists("/run/nix-offload"), "{built}");
+    built.assert_stderr_lacks("offload");
 }
 
 #[test]
