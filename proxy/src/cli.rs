@@ -15,6 +15,7 @@ use crate::{
     exit, listing,
     log::{self, Fallback},
     master::{Endpoint, Pool, PoolError, SetupError, StartError},
+    removal,
     tunnel::{self, Checked},
 };
 
@@ -43,7 +44,7 @@ Exit codes:
   2   wrong usage
   69  the host cannot be reached
   75  the host failed lately and is not tried again yet, or another process is busy with it
-  77  the host does not let us in
+  77  the host does not let us in, or this is for root only
   78  something is set up wrongly here (host keys, identity file, ssh, runtime directory)
 
 Environment:
@@ -202,11 +203,17 @@ struct StartArgs {
 #[derive(Debug, Args)]
 struct StopArgs {
     /// The host, as it was given when the master was started
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    #[arg(required_unless_present_any = ["all", "all_users"], conflicts_with_all = ["all", "all_users"])]
     destination: Option<String>,
     /// All masters of this user
     #[arg(long)]
     all: bool,
+    /// All masters of all users; for root only
+    #[arg(long, conflicts_with = "all")]
+    all_users: bool,
+    /// Become this user first; what --all-users starts for each user
+    #[arg(long, hide = true, requires = "all", value_name = "UID")]
+    r#become: Option<u32>,
     /// The result as a JSON array
     #[arg(long)]
     json: bool,
@@ -342,6 +349,12 @@ fn start(args: StartArgs) -> Result<String, Failure> {
 }
 
 fn stop(args: &StopArgs) -> Result<String, Failure> {
+    if args.all_users {
+        return stop_all_users(args.json);
+    }
+    if let Some(uid) = args.r#become {
+        removal::become_user(uid)?;
+    }
     let pool = Pool::from_env()?;
     let mut masters = pool.list()?;
     if let Some(destination) = &args.destination {
@@ -362,11 +375,46 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
             Err(error) => failed = Some(error),
         }
     }
+    let report = if args.json {
+        json!(stopped).to_string()
+    } else {
+        stopped.iter().map(|name| format!("stopped {name}")).collect::<Vec<_>>().join("\n")
+    };
     match failed {
-        Some(error) => Err(error.into()),
-        None if args.json => Ok(json!(stopped).to_string()),
-        None => Ok(stopped.iter().map(|name| format!("stopped {name}")).collect::<Vec<_>>().join("\n")),
+        Some(error) => print(&report).and(Err(error.into())),
+        None => Ok(report),
     }
+}
+
+fn stop_all_users(json: bool) -> Result<String, Failure> {
+    let outcomes = removal::stop_all()?;
+    let name = |outcome: &removal::Outcome| outcome.user.clone().unwrap_or_else(|| outcome.uid.to_string());
+    let report = if json {
+        let describe = |outcome: &removal::Outcome| {
+            json!({
+                "user": outcome.user,
+                "uid": outcome.uid,
+                "directory": outcome.directory.to_string_lossy(),
+                "stopped": outcome.stopped,
+                "error": outcome.error,
+            })
+        };
+        serde_json::Value::from_iter(outcomes.iter().map(describe)).to_string()
+    } else {
+        let lines = outcomes.iter().flat_map(|outcome| {
+            outcome.stopped.iter().map(move |master| format!("stopped {master} of {}", name(outcome)))
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let failed = outcomes.iter().filter_map(|outcome| {
+        let error = outcome.error.as_ref()?;
+        Some(format!("error: {}, {:?}: {error}", name(outcome), outcome.directory))
+    });
+    let failed = failed.collect::<Vec<_>>().join("\n");
+    if failed.is_empty() {
+        return Ok(report);
+    }
+    print(&report).and(Err(Failure { report: failed, code: exit::FAILURE }))
 }
 
 fn print(text: &str) -> Result<(), Failure> {
@@ -397,6 +445,18 @@ impl From<StartError> for Failure {
 impl From<tunnel::TunnelError> for Failure {
     fn from(error: tunnel::TunnelError) -> Self {
         Failure { report: exit::report(&error, error.cure().as_deref()), code: error.exit_code() }
+    }
+}
+
+impl From<removal::RemovalError> for Failure {
+    fn from(error: removal::RemovalError) -> Self {
+        let (cure, code) = match error {
+            removal::RemovalError::NotRoot => {
+                (Some("`stop --all` ends your own; for all others run it as root"), exit::NO_PERMISSION)
+            }
+            _ => (None, exit::FAILURE),
+        };
+        Failure { report: exit::report(&error, cure), code }
     }
 }
 

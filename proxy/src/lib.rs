@@ -10,6 +10,7 @@ mod listing;
 pub mod log;
 pub mod master;
 mod passing;
+pub mod removal;
 pub mod settings;
 pub mod tunnel;
 pub mod wake;

@@ -9,6 +9,7 @@ mod logs;
 mod many;
 mod masters;
 mod outputs;
+mod packaging;
 mod ping;
 mod protocol;
 mod slots;

@@ -27,7 +27,7 @@ impl Release {
     }
 
     /// The directory this release's programs come from; made by `tests/make-roots`.
-    pub(crate) fn root(self) -> PathBuf {
+    pub fn root(self) -> PathBuf {
         let roots = env::var_os("NIX_OFFLOAD_TEST_ROOTS")
             .map_or_else(|| workspace().join("target/test-roots"), PathBuf::from);
         let own = roots.join(self.name());

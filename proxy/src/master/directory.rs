@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, Metadata},
     io,
     os::unix::{
         ffi::OsStrExt,
@@ -14,8 +14,8 @@ use std::{
 use nix::unistd::geteuid;
 use thiserror::Error;
 
-/// Overrides the directory.
-pub(super) const DIRECTORY_VARIABLE: &str = "NIX_OFFLOAD_RUNTIME_DIR";
+/// The variable that overrides the directory.
+pub const DIRECTORY_VARIABLE: &str = "NIX_OFFLOAD_RUNTIME_DIR";
 
 /// Why the runtime directory cannot be used.
 #[derive(Debug, Error)]
@@ -69,6 +69,15 @@ impl DirectoryError {
     }
 }
 
+/// Root's directory.
+const OF_ROOT: &str = "/run/nix-offload";
+/// What the directory is called where its place is the user's.
+const NAME: &str = "nix-offload";
+/// Where users have their places, each called by the user's number.
+const PLACES_OF_USERS: &str = "/run/user";
+/// Where the others are, called `nix-offload-UID`.
+const SHARED_PLACE: &str = "/tmp";
+
 /// The directory by the environment: the override, `/run/nix-offload` for root, `$XDG_RUNTIME_DIR/nix-offload`,
 /// else one in `/tmp`.
 pub(super) fn by_environment(lookup: impl Fn(&str) -> Option<OsString>) -> PathBuf {
@@ -78,12 +87,39 @@ pub(super) fn by_environment(lookup: impl Fn(&str) -> Option<OsString>) -> PathB
     }
     let user = geteuid();
     if user.is_root() {
-        return "/run/nix-offload".into();
+        return OF_ROOT.into();
     }
     match set("XDG_RUNTIME_DIR") {
-        Some(path) => path.join("nix-offload"),
-        None => format!("/tmp/nix-offload-{user}").into(),
+        Some(path) => path.join(NAME),
+        None => format!("{SHARED_PLACE}/{NAME}-{user}").into(),
     }
+}
+
+/// Where the directories of all users should be that are there, with the user each should belong to: what
+/// [`by_environment`] gives, except for overrides, of which only our own is known. Nothing is checked.
+pub(super) fn of_all_users(lookup: impl Fn(&str) -> Option<OsString>) -> Vec<(PathBuf, u32)> {
+    let mut found = vec![(OF_ROOT.into(), 0), (by_environment(lookup), geteuid().as_raw())];
+    found.extend(numbers_in(PLACES_OF_USERS, "").map(|(path, user)| (path.join(NAME), user)));
+    found.extend(numbers_in(SHARED_PLACE, &format!("{NAME}-")));
+    found.dedup();
+    found
+}
+
+/// What is in a directory and called by a user's number behind a prefix.
+fn numbers_in(directory: &str, prefix: &str) -> impl Iterator<Item = (PathBuf, u32)> {
+    fs::read_dir(directory).into_iter().flatten().flatten().filter_map(move |entry| {
+        let number = entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok()?;
+        Some((entry.path(), number))
+    })
+}
+
+/// Whether it is a directory (no link to one) that belongs to this user alone.
+pub(super) fn is_private(path: &Path, user: u32) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir() && belongs_to(&metadata, user))
+}
+
+fn belongs_to(metadata: &Metadata, user: u32) -> bool {
+    metadata.uid() == user && metadata.mode() & 0o077 == 0
 }
 
 /// Makes the directory if need be, and refuses one that others could meddle with.
@@ -105,8 +141,8 @@ pub(super) fn ensure(path: &Path) -> Result<(), DirectoryError> {
     if !metadata.is_dir() {
         return Err(DirectoryError::NotADirectory { path: path.to_owned() });
     }
-    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
-    if owner != geteuid().as_raw() || mode & 0o077 != 0 {
+    if !belongs_to(&metadata, geteuid().as_raw()) {
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
         return Err(DirectoryError::NotPrivate { path: path.to_owned(), owner, mode });
     }
     Ok(())
@@ -132,6 +168,32 @@ mod tests {
         assert!(matches!(ensure(Path::new("relative")), Err(DirectoryError::Characters { .. })));
         assert!(matches!(ensure(Path::new("/tmp/${HOME}")), Err(DirectoryError::Characters { .. })));
         assert!(matches!(ensure(&temp.path().join("a/b")), Err(DirectoryError::Io { .. })));
+    }
+
+    #[test]
+    fn what_others_can_enter_or_own_is_not_taken_for_a_users_own() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("run");
+        ensure(&path).unwrap();
+        let user = geteuid().as_raw();
+        assert!(is_private(&path, user));
+        assert!(!is_private(&path, user + 1));
+        let link = temp.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert!(!is_private(&link, user));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o710)).unwrap();
+        assert!(!is_private(&path, user));
+        assert!(!is_private(&temp.path().join("absent"), user));
+    }
+
+    #[test]
+    fn only_what_is_called_by_a_number_is_a_users_place() {
+        let temp = tempfile::tempdir().unwrap();
+        for name in ["x-1000", "x-", "x-y", "1000", "x--1", "y-2"] {
+            fs::create_dir(temp.path().join(name)).unwrap();
+        }
+        let found: Vec<_> = numbers_in(temp.path().to_str().unwrap(), "x-").collect();
+        assert_eq!(found, [(temp.path().join("x-1000"), 1000)]);
     }
 
     #[test]

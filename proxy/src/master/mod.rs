@@ -16,6 +16,7 @@ mod diagnosis;
 mod directory;
 mod effective;
 mod error;
+mod everybody;
 mod forward;
 mod handle;
 mod holder;
@@ -48,8 +49,9 @@ use thiserror::Error;
 
 pub use channel::{Channel, ChannelReader, ChannelWriter};
 pub use diagnosis::Fault;
-pub use directory::DirectoryError;
+pub use directory::{DIRECTORY_VARIABLE, DirectoryError};
 pub use error::StartError;
+pub use everybody::{Place, Survivor, places, survivors};
 pub use forward::Forward;
 pub use handle::Master;
 pub use name::{Endpoint, EndpointError};

@@ -164,6 +164,11 @@ impl Endpoint {
     }
 }
 
+/// Whether this can be what [`Endpoint::name`] returns.
+pub(super) fn is_name(text: &str) -> bool {
+    text.len() == 2 * NAME_BYTES && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+}
+
 /// A key is its type and base64; anything else could be a marker or a pattern of known_hosts.
 fn check_host_key(line: &str) -> Result<(), EndpointError> {
     let mut words = line.split_whitespace();

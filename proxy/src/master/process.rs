@@ -2,9 +2,10 @@
 //! that have only so much time to say something.
 
 use std::{
+    ffi::{OsStr, OsString},
     fs,
     io::{self, Read},
-    os::unix::process::CommandExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt, process::CommandExt},
     process::{Command, Stdio},
     sync::mpsc,
     thread,
@@ -27,6 +28,35 @@ pub(super) fn birth(pid: u32) -> Option<String> {
     let mut fields = fields.split(' ');
     let state = fields.next()?;
     if matches!(state, "Z" | "X") { None } else { fields.nth(18).map(str::to_owned) }
+}
+
+/// A process as the table shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    pub(super) owner: u32,
+    pub(super) born: String,
+    pub(super) words: Vec<OsString>,
+}
+
+/// All processes, of whatever user, whose program's file is called that.
+pub(super) fn running(program: &str) -> Vec<Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let born = birth(pid)?;
+            // A program that was replaced since has a mark behind its name.
+            let file = fs::read_link(entry.path().join("exe")).ok()?;
+            if file.file_name()?.to_str()?.trim_end_matches(" (deleted)") != program {
+                return None;
+            }
+            let owner = entry.metadata().ok()?.uid();
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            let words = line.split(|byte| *byte == 0).map(|word| OsStr::from_bytes(word).to_owned());
+            Some(Process { pid, owner, born, words: words.collect() })
+        })
+        .collect()
 }
 
 /// Ends the process if it is still the one that began then: politely, and by force when it has not gone
