@@ -252,7 +252,7 @@ fn connect(args: ConnectArgs) -> Result<(), Failure> {
     tunnel::run(&pool, &request).map_err(|error| {
         let report = exit::report(&error, None);
         tracing::warn!(host = request.host, port = request.port, error = report, "no connection");
-        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report));
+        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report), error.cure().as_deref());
         error.into()
     })
 }

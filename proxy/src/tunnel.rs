@@ -157,7 +157,7 @@ impl TunnelError {
                 Some(format!("check that {host} is up and that {via} can reach it"))
             }
             TunnelError::Start(error) => error.cure(),
-            TunnelError::KnownDown { .. } => Some("--wait waits for it instead".into()),
+            TunnelError::KnownDown { .. } => Some("nix-offload-proxy --wait waits for it instead".into()),
             TunnelError::NoSocket => {
                 Some("leave --fdpass out, or say `ProxyUseFdpass yes` in ssh_config".into())
             }

@@ -26,7 +26,7 @@ use thiserror::Error;
 
 use super::{
     Channel, Forward, OpenError, Session, channel, connect,
-    diagnosis::{SAID_BY_PROXY, StartError},
+    diagnosis::{CURE_OF_PROXY, SAID_BY_PROXY, StartError},
     directory::{self, DirectoryError},
     forward,
     mux::{self, Health},
@@ -275,13 +275,14 @@ impl Pool {
         starting.len() >= LONGEST_CHAIN || starting.contains(&endpoint.name())
     }
 
-    /// Leaves a line for whoever waits for the start that this process works for: such an ssh throws its
-    /// ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
-    pub fn tell_starter(&self, line: &str) {
+    /// Leaves a line, and one with the cure, for whoever waits for the start that this process works for: such an
+    /// ssh throws its ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
+    pub fn tell_starter(&self, line: &str, cure: Option<&str>) {
         let Some(name) = start::starting().pop() else { return };
         // Its own log must be there; a new file would be nobody's.
         let log = OpenOptions::new().append(true).open(Files::new(&self.directory, &name).log);
-        let _ = log.and_then(|mut log| writeln!(log, "{SAID_BY_PROXY}{line}"));
+        let cure = cure.map_or_else(String::new, |cure| format!("{CURE_OF_PROXY}{cure}\n"));
+        let _ = log.and_then(|mut log| log.write_all(format!("{SAID_BY_PROXY}{line}\n{cure}").as_bytes()));
     }
 
     /// Ends a master at once, with all its streams, and removes its files except the log.
