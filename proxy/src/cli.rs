@@ -248,6 +248,8 @@ fn connect(args: ConnectArgs) -> Result<(), Failure> {
     let via = args.via.map(|via| args.ssh.endpoint(via)).transpose()?.map(|(endpoint, _)| endpoint);
     let pool = Pool::from_env()?;
     let wait = args.wait.map(|seconds| Duration::from_secs(seconds.into()));
+    let cut = |time: Duration| pool.time_for_start().map_or(time, |most| time.min(most));
+    let (bound, wait) = (cut(bound), wait.map(cut));
     let request = tunnel::Request { host, port, via, fdpass: args.fdpass, bound, wait };
     tunnel::run(&pool, &request).map_err(|error| {
         let report = exit::report(&error, None);

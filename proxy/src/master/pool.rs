@@ -275,6 +275,12 @@ impl Pool {
         starting.len() >= LONGEST_CHAIN || starting.contains(&endpoint.name())
     }
 
+    /// How much time this process has, if it works for the start of a master: whoever waits for that gives up soon
+    /// afterwards, and would not hear why there is no way.
+    pub fn time_for_start(&self) -> Option<Duration> {
+        start::time_left()
+    }
+
     /// Leaves a line, and one with the cure, for whoever waits for the start that this process works for: such an
     /// ssh throws its ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
     pub fn tell_starter(&self, line: &str, cure: Option<&str>) {

@@ -26,6 +26,10 @@ use super::{
 /// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
 /// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
 const STARTING_VARIABLE: &str = "NIX_OFFLOAD_STARTING";
+/// Set with it: in how many milliseconds that start is given up.
+const WITHIN_VARIABLE: &str = "NIX_OFFLOAD_STARTING_WITHIN";
+/// How much sooner a ProxyCommand of ours gives up, to be heard.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// Seconds that a master lives on without a client.
 const PERSIST: &str = "600";
 /// How long a master may take to answer on its own socket before it counts as hung.
@@ -133,6 +137,7 @@ pub(super) fn attempt(
     command
         .args(arguments(endpoint, files, bound, first_command))
         .env(STARTING_VARIABLE, chain(&starting(), &files.name))
+        .env(WITHIN_VARIABLE, bound.as_millis().to_string())
         // A ProxyCommand of ours is to find the same masters.
         .env(DIRECTORY_VARIABLE, files.socket.parent().unwrap_or(Path::new("/")))
         .env_remove("DISPLAY")
@@ -182,6 +187,16 @@ pub(super) fn attempt(
 /// The names of the masters for whose start this process works, from the outermost on.
 pub(super) fn starting() -> Vec<String> {
     names(&std::env::var(STARTING_VARIABLE).unwrap_or_default())
+}
+
+/// How much time there is to find a way for the start that this process works for, and to say why there is none.
+pub(super) fn time_left() -> Option<Duration> {
+    let millis = std::env::var(WITHIN_VARIABLE).ok()?.parse().ok()?;
+    (!starting().is_empty()).then(|| heard_within(Duration::from_millis(millis)))
+}
+
+fn heard_within(bound: Duration) -> Duration {
+    bound - LAST_WORD.min(bound / 4)
 }
 
 /// Only what can be a name counts.
@@ -310,6 +325,13 @@ mod tests {
         assert_eq!(chain(&[], "a1"), "a1");
         assert_eq!(names(&chain(&["a1".into(), "b2".into()], "c3")), ["a1", "b2", "c3"]);
         assert_eq!(names(" ../x a1 "), ["a1"]);
+    }
+
+    #[test]
+    fn a_proxy_command_has_most_of_the_time_and_the_last_word() {
+        assert_eq!(heard_within(Duration::from_secs(6)), Duration::from_secs(5));
+        assert_eq!(heard_within(Duration::from_secs(2)), Duration::from_millis(1500));
+        assert_eq!(heard_within(Duration::ZERO), Duration::ZERO);
     }
 
     #[test]
