@@ -11,5 +11,6 @@ mod masters;
 mod outputs;
 mod ping;
 mod protocol;
+mod proxycommand;
 mod slots;
 mod support;
