@@ -233,8 +233,7 @@ fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command:
         hosts.push("\"");
         words.extend(["-o".into(), hosts]);
     }
-    // A second ControlMaster=yes, which is what -M means, would make ssh ask before each use.
-    words.extend(endpoint.ssh_options.iter().filter(|word| *word != "-M").map(OsString::from));
+    words.extend(endpoint.ssh_options.iter().filter_map(|word| without_master(word)).map(OsString::from));
     words.extend(["-x", "-a", "-T"].map(OsString::from));
     option(&mut words, "BatchMode=yes");
     let seconds = bound.as_secs() + u64::from(bound.subsec_nanos() > 0);
@@ -258,6 +257,17 @@ fn arguments(endpoint: &Endpoint, files: &Files, bound: Duration, first_command:
     words.extend(["-E".into(), files.log.clone().into()]);
     words.extend(["--".into(), endpoint.destination.clone().into(), first_command.into()]);
     words
+}
+
+/// A second ControlMaster=yes, which is what -M means, would make ssh ask before each use. It may stand among other
+/// letters that take no argument (main in ssh.c of 9.2).
+fn without_master(word: &str) -> Option<String> {
+    const PLAIN: &str = "1246afgknqstvxACGKMNTVXYy";
+    let Some(letters) = word.strip_prefix('-') else { return Some(word.to_owned()) };
+    let plain = letters.find(|letter| !PLAIN.contains(letter)).unwrap_or(letters.len());
+    let (plain, rest) = letters.split_at(plain);
+    let left = plain.replace('M', "");
+    (word == "-" || !left.is_empty() || !rest.is_empty()).then(|| format!("-{left}{rest}"))
 }
 
 /// The name under which the pinned keys are filed, whatever ssh calls the host.
@@ -325,6 +335,16 @@ mod tests {
         assert_eq!(chain(&[], "a1"), "a1");
         assert_eq!(names(&chain(&["a1".into(), "b2".into()], "c3")), ["a1", "b2", "c3"]);
         assert_eq!(names(" ../x a1 "), ["a1"]);
+    }
+
+    #[test]
+    fn the_letter_that_makes_a_master_is_left_out_of_the_users_words() {
+        for (word, left) in
+            [("-4MC", "-4C"), ("-MpM", "-pM"), ("-oM", "-oM"), ("M", "M"), ("--", "--"), ("-", "-")]
+        {
+            assert_eq!(without_master(word).as_deref(), Some(left));
+        }
+        assert_eq!((without_master("-M"), without_master("-MM")), (None, None));
     }
 
     #[test]
