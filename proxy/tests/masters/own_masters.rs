@@ -63,7 +63,10 @@ impl Own<'_> {
 
 impl Drop for Own<'_> {
     fn drop(&mut self) {
-        let _ = self.ssh(&["-O", "exit", "mac"]).stderr(Stdio::null()).status();
+        for socket in fs::read_dir(&self.directory).unwrap().flatten() {
+            let path = socket.path().display().to_string();
+            let _ = self.ssh(&["-S", &path, "-O", "exit", "mac"]).stderr(Stdio::null()).status();
+        }
     }
 }
 
@@ -125,7 +128,7 @@ fn words_about_masters_among_those_for_ssh_change_nothing() {
     let own = Own::new(&world, "");
     let path = world.path("elsewhere").display().to_string();
     let path_option = format!("ControlPath={path}");
-    let all: [&[&str]; 8] = [
+    let all: [&[&str]; 9] = [
         &["-o", &path_option, "-o", "ControlMaster=no"],
         &["-o", &path_option, "-o", "ControlMaster=auto", "-o", "ControlPersist=no"],
         &["-o", "ControlPath=none", "-o", "ControlMaster=no"],
@@ -134,6 +137,7 @@ fn words_about_masters_among_those_for_ssh_change_nothing() {
         &["-S", "none"],
         &["-M"],
         &["-M", "-S", &path, "-o", "ControlPersist=1"],
+        &["-4MC"],
     ];
     for running in [false, true] {
         if running {
@@ -172,4 +176,31 @@ fn a_master_of_the_user_works_over_our_proxy_command() {
         assert_eq!(own.says(&["mac", "echo still"]).stdout, b"still\n");
         assert_eq!(world.logins(), 2);
     }
+}
+
+#[test]
+fn a_master_of_the_user_to_the_jump_host_is_his_own_affair() {
+    let world = World::new();
+    // As ssh has it, whoever needs the jump host makes or uses the user's master to it. Another name for the same
+    // host keeps their sockets apart.
+    let jump = way(&world).join("\n ").replace("127.0.0.1", "localhost");
+    let own = Own::new(&world, &format!("ProxyJump jump\nHost jump\n {jump}"));
+    let known_here = world.known_hosts_line("host");
+    let known = format!("{known_here}{}", known_here.replace("127.0.0.1", "localhost"));
+    fs::write(world.path("known_hosts"), known).unwrap();
+    let check =
+        |host: &str| own.ssh(&["-O", "check", host]).stderr(Stdio::null()).status().unwrap().success();
+    let jumped = world.pool.start(&endpoint(&world, "mac"), BOUND, "echo ours").unwrap();
+    assert_eq!(jumped.first_output().as_deref(), Some("ours"));
+    jumped.open_session("true", BOUND).unwrap();
+    assert_eq!(world.logins(), 2);
+    assert!(!check("mac"));
+    let (before, kept) = (own.sockets(), check("jump"));
+    println!("the user has a master to the jump host: {kept}");
+    world.pool.stop(&world.only_master()).unwrap();
+    assert_eq!((own.sockets(), check("jump")), (before, kept));
+    own.says(&["jump", "true"]);
+    assert!(check("jump"));
+    start_and_stop(&world, &endpoint(&world, "mac"));
+    assert!(check("jump") && !check("mac"));
 }
