@@ -20,6 +20,10 @@ needs=(
   setpriv:util-linux
   mount:mount
   ip:iproute2
+  rsync:rsync
+  git:git
+  /usr/bin/python3:python3
+  /usr/lib/python3/dist-packages/paramiko/__init__.py:python3-paramiko
   cc:gcc
   /usr/include/stdlib.h:libc6-dev
   /etc/ssl/certs/ca-certificates.crt:ca-certificates

@@ -270,11 +270,13 @@ fn connect(args: ConnectArgs) -> Result<(), Failure> {
     let via = args.via.map(|via| args.ssh.endpoint(via)).transpose()?.map(|(endpoint, _)| endpoint);
     let pool = Pool::from_env()?;
     let wait = args.wait.map(|seconds| Duration::from_secs(seconds.into()));
+    let cut = |time: Duration| pool.time_for_start().map_or(time, |most| time.min(most));
+    let (bound, wait) = (cut(bound), wait.map(cut));
     let request = tunnel::Request { host, port, via, fdpass: args.fdpass, bound, wait };
     tunnel::run(&pool, &request).map_err(|error| {
         let report = exit::report(&error, None);
         tracing::warn!(host = request.host, port = request.port, error = report, "no connection");
-        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report));
+        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report), error.cure().as_deref());
         error.into()
     })
 }

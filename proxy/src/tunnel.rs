@@ -82,6 +82,7 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
         return Err(TunnelError::NoSocket);
     }
     let deadline = request.wait.and_then(|wait| Instant::now().checked_add(wait));
+    let given_up = pool.time_for_start().and_then(|time| Instant::now().checked_add(time));
     let mut deadline = deadline;
     let link = loop {
         let error = match find(pool, request, deadline) {
@@ -93,6 +94,7 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
             &error
         {
             deadline = deadline.max(Instant::now().checked_add(waking.left));
+            deadline = deadline.into_iter().chain(given_up).min();
         }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         match left {
@@ -316,7 +318,11 @@ fn keeps_descriptors(request: &Request, error: &OpenError) -> bool {
 }
 
 fn keeps(request: &Request, error: &TunnelError) -> bool {
-    matches!(error, TunnelError::Via { source, .. } if keeps_descriptors(request, source))
+    match error {
+        TunnelError::Via { source, .. } => keeps_descriptors(request, source),
+        TunnelError::Waking { source, .. } => keeps(request, source),
+        _ => false,
+    }
 }
 
 /// Silence may be that of the host behind a link that works: then a command on the jump host ends in time. It has

@@ -12,5 +12,6 @@ mod outputs;
 mod packaging;
 mod ping;
 mod protocol;
+mod proxycommand;
 mod slots;
 mod support;

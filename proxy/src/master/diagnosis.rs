@@ -9,6 +9,8 @@ use super::name::Endpoint;
 
 /// Stands before what a ProxyCommand of ours wrote to ssh's log.
 pub(super) const SAID_BY_PROXY: &str = "nix-offload-proxy: ";
+/// Stands before the cure it had for that, on a line of its own.
+pub(super) const CURE_OF_PROXY: &str = "nix-offload-proxy hint: ";
 /// How many of ssh's last lines are quoted when none of them is known.
 const QUOTED_LINES: usize = 3;
 /// The longest quotation, in characters.
@@ -78,6 +80,13 @@ pub enum Fault {
         /// ssh's line.
         said: String,
     },
+    /// A ProxyCommand of ours found no way.
+    Proxy {
+        /// What it said, its name first.
+        said: String,
+        /// Its cure.
+        cure: Option<String>,
+    },
     /// Something else; ssh's last lines.
     Other {
         /// ssh's lines, or what happened if it said nothing.
@@ -121,7 +130,7 @@ impl fmt::Display for Fault {
                 write!(f, "ssh does not use an identity file that others can read ({said})")
             }
             Fault::Configuration { said } => write!(f, "ssh is configured wrongly ({said})"),
-            Fault::Other { said } => write!(f, "{said}"),
+            Fault::Proxy { said, .. } | Fault::Other { said } => write!(f, "{said}"),
         }
     }
 }
@@ -144,7 +153,8 @@ pub(super) fn diagnose(stderr: &str, pinned: bool, fingerprint: Option<String>) 
     };
     // It may quote what was said to us on the way, by another host.
     if let Some(said) = find(&[SAID_BY_PROXY]) {
-        return Fault::Other { said };
+        let cure = lines(stderr).find_map(|line| line.strip_prefix(CURE_OF_PROXY).map(quote));
+        return Fault::Proxy { said, cure };
     }
     if let Some(said) = find(&["Bad configuration option", "bad configuration options"]) {
         return Fault::Configuration { said };
@@ -349,7 +359,8 @@ impl Context {
             Fault::Configuration { .. } => {
                 format!("correct user {user}'s ssh_config, or the words in NIX_SSHOPTS")
             }
-            Fault::Other { .. } => {
+            Fault::Proxy { cure: Some(cure), .. } => cure.clone(),
+            Fault::Proxy { cure: None, .. } | Fault::Other { .. } => {
                 format!("as user {user} try `{command} true`; all that ssh said is in {}", log.display())
             }
         }
@@ -431,8 +442,11 @@ mod tests {
     #[test]
     fn what_a_proxy_says_of_another_host_is_not_taken_for_this_one() {
         let said = format!("{SAID_BY_PROXY}cannot connect to bastion: Host key verification failed");
-        let text = format!("{said}\nConnection closed by UNKNOWN port 65535\r\n");
-        assert_eq!(diagnose(&text, false), Fault::Other { said });
+        let closed = "Connection closed by UNKNOWN port 65535\r\n";
+        let fault = |cure: Option<&str>| Fault::Proxy { said: said.clone(), cure: cure.map(str::to_owned) };
+        assert_eq!(diagnose(&format!("{said}\n{closed}"), false), fault(None));
+        let text = format!("{said}\n{CURE_OF_PROXY}look there\n{closed}");
+        assert_eq!(diagnose(&text, false), fault(Some("look there")));
     }
 
     #[test]

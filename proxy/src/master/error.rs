@@ -146,6 +146,7 @@ impl StartError {
                     | Fault::Refused { .. }
                     | Fault::Unreachable { .. }
                     | Fault::TurnedAway { .. }
+                    | Fault::Proxy { .. }
                     | Fault::Other { .. }
             ),
             _ => false,
@@ -163,6 +164,7 @@ impl StartError {
                     | Fault::Refused { .. }
                     | Fault::Unreachable { .. }
                     | Fault::TurnedAway { .. }
+                    | Fault::Proxy { .. }
             ),
             _ => false,
         }

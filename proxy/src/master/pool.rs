@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::{
     OpenError, connect,
-    diagnosis::{Fault, SAID_BY_PROXY},
+    diagnosis::{CURE_OF_PROXY, Fault, SAID_BY_PROXY},
     directory::{self, DirectoryError},
     effective,
     error::StartError,
@@ -446,13 +446,20 @@ impl Pool {
         starting.len() >= LONGEST_CHAIN || starting.contains(&endpoint.name())
     }
 
-    /// Leaves a line for whoever waits for the start that this process works for: such an ssh throws its
-    /// ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
-    pub fn tell_starter(&self, line: &str) {
+    /// How much time this process has, if it works for the start of a master: whoever waits for that gives up soon
+    /// afterwards, and would not hear why there is no way.
+    pub fn time_for_start(&self) -> Option<Duration> {
+        start::time_left()
+    }
+
+    /// Leaves a line, and one with the cure, for whoever waits for the start that this process works for: such an
+    /// ssh throws its ProxyCommand's stderr away (`ssh_proxy_connect` in sshconnect.c).
+    pub fn tell_starter(&self, line: &str, cure: Option<&str>) {
         let Some(name) = start::starting().pop() else { return };
         // Its own log must be there; a new file would be nobody's.
         let log = OpenOptions::new().append(true).open(Files::new(&self.directory, &name).log);
-        let _ = log.and_then(|mut log| writeln!(log, "{SAID_BY_PROXY}{line}"));
+        let cure = cure.map_or_else(String::new, |cure| format!("{CURE_OF_PROXY}{cure}\n"));
+        let _ = log.and_then(|mut log| log.write_all(format!("{SAID_BY_PROXY}{line}\n{cure}").as_bytes()));
     }
 
     /// The files of the master that somebody opens by hand for an endpoint, if it is set that it may be used.

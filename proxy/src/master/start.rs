@@ -28,6 +28,10 @@ use super::{
 /// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
 /// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
 const STARTING_VARIABLE: &str = "NIX_OFFLOAD_STARTING";
+/// Set with it: in how many milliseconds that start is given up.
+const WITHIN_VARIABLE: &str = "NIX_OFFLOAD_STARTING_WITHIN";
+/// How much sooner a ProxyCommand of ours gives up, to be heard.
+const LAST_WORD: Duration = Duration::from_secs(1);
 /// How long a master may take to answer on its own socket before it counts as hung.
 pub(super) const ALIVE_BOUND: Duration = Duration::from_secs(1);
 /// How often a silent link is asked whether it lives, and how many times in vain before the master gives it up: what
@@ -156,6 +160,7 @@ pub(super) fn attempt(
     set_environment(&mut command, files);
     command
         .args(arguments(endpoint, files, bound, first_command, idle))
+        .env(WITHIN_VARIABLE, bound.as_millis().to_string())
         .stdin(Stdio::null())
         .stdout(output)
         .stderr(log)
@@ -228,6 +233,16 @@ pub(super) fn starting() -> Vec<String> {
     names(&std::env::var(STARTING_VARIABLE).unwrap_or_default())
 }
 
+/// How much time there is to find a way for the start that this process works for, and to say why there is none.
+pub(super) fn time_left() -> Option<Duration> {
+    let millis = std::env::var(WITHIN_VARIABLE).ok()?.parse().ok()?;
+    (!starting().is_empty()).then(|| heard_within(Duration::from_millis(millis)))
+}
+
+fn heard_within(bound: Duration) -> Duration {
+    bound - LAST_WORD.min(bound / 4)
+}
+
 /// Only what can be a name counts.
 fn names(value: &str) -> Vec<String> {
     let is_name = |word: &&str| word.bytes().all(|byte| byte.is_ascii_alphanumeric());
@@ -278,8 +293,7 @@ pub(super) fn words(endpoint: &Endpoint, files: &Files, bound: Duration) -> Vec<
         hosts.push("\"");
         words.extend(["-o".into(), hosts]);
     }
-    // A second ControlMaster=yes, which is what -M means, would make ssh ask before each use.
-    words.extend(endpoint.ssh_options.iter().filter(|word| *word != "-M").map(OsString::from));
+    words.extend(endpoint.ssh_options.iter().filter_map(|word| without_master(word)).map(OsString::from));
     words.extend(["-x", "-a", "-T"].map(OsString::from));
     option(&mut words, "BatchMode=yes");
     let seconds = bound.as_secs() + u64::from(bound.subsec_nanos() > 0);
@@ -303,6 +317,17 @@ pub(super) fn words(endpoint: &Endpoint, files: &Files, bound: Duration) -> Vec<
 
 fn option(words: &mut Vec<OsString>, option: &str) {
     words.extend(["-o".into(), option.into()]);
+}
+
+/// A second ControlMaster=yes, which is what -M means, would make ssh ask before each use. It may stand among other
+/// letters that take no argument (main in ssh.c of 9.2).
+fn without_master(word: &str) -> Option<String> {
+    const PLAIN: &str = "1246afgknqstvxACGKMNTVXYy";
+    let Some(letters) = word.strip_prefix('-') else { return Some(word.to_owned()) };
+    let plain = letters.find(|letter| !PLAIN.contains(letter)).unwrap_or(letters.len());
+    let (plain, rest) = letters.split_at(plain);
+    let left = plain.replace('M', "");
+    (word == "-" || !left.is_empty() || !rest.is_empty()).then(|| format!("-{left}{rest}"))
 }
 
 /// The name under which the pinned keys are filed, whatever ssh calls the host.
@@ -374,6 +399,23 @@ mod tests {
         assert_eq!(chain(&[], "a1"), "a1");
         assert_eq!(names(&chain(&["a1".into(), "b2".into()], "c3")), ["a1", "b2", "c3"]);
         assert_eq!(names(" ../x a1 "), ["a1"]);
+    }
+
+    #[test]
+    fn the_letter_that_makes_a_master_is_left_out_of_the_users_words() {
+        for (word, left) in
+            [("-4MC", "-4C"), ("-MpM", "-pM"), ("-oM", "-oM"), ("M", "M"), ("--", "--"), ("-", "-")]
+        {
+            assert_eq!(without_master(word).as_deref(), Some(left));
+        }
+        assert_eq!((without_master("-M"), without_master("-MM")), (None, None));
+    }
+
+    #[test]
+    fn a_proxy_command_has_most_of_the_time_and_the_last_word() {
+        assert_eq!(heard_within(Duration::from_secs(6)), Duration::from_secs(5));
+        assert_eq!(heard_within(Duration::from_secs(2)), Duration::from_millis(1500));
+        assert_eq!(heard_within(Duration::ZERO), Duration::ZERO);
     }
 
     #[test]

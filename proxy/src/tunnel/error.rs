@@ -146,8 +146,8 @@ impl TunnelError {
                 Some(format!("check that {host} is up and that {via} can reach it"))
             }
             TunnelError::Start(error) => error.cure(),
-            TunnelError::KnownDown { .. } => Some("--wait waits for it instead".into()),
-            TunnelError::Waking { .. } => Some("--wait waits longer".into()),
+            TunnelError::KnownDown { .. } => Some("nix-offload-proxy --wait waits for it instead".into()),
+            TunnelError::Waking { .. } => Some("nix-offload-proxy --wait waits longer".into()),
             TunnelError::Wake { source, .. } => Some(source.cure()),
             TunnelError::Crowded { .. } => {
                 Some("try again; `connections-per-second` in offload.toml says how many are allowed".into())

@@ -7,6 +7,8 @@
 )]
 
 mod hostile;
+mod own_masters;
+mod ssh_config;
 mod starts;
 mod streams;
 mod world;

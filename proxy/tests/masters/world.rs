@@ -27,6 +27,11 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) fn new() -> World {
+        World::with_sshd(|_| String::new())
+    }
+
+    /// With lines of sshd_config, which come first and so count. Keys are there when they are asked for.
+    pub(crate) fn with_sshd(lines: impl FnOnce(&Path) -> String) -> World {
         // Debian's sshd wants its empty directory, which the system's own service would make.
         fs::create_dir_all("/run/sshd").unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -42,10 +47,11 @@ impl World {
         fs::copy(path("user.pub"), path("authorized_keys")).unwrap();
         let port = free_port();
         let config = format!(
-            "Port {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized_keys\n\
+            "{1}\nPort {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized_keys\n\
              PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n\
              KbdInteractiveAuthentication no\nPermitRootLogin yes\nMaxStartups 100\nLogLevel VERBOSE\n",
-            directory.path().display()
+            directory.path().display(),
+            lines(directory.path())
         );
         fs::write(path("sshd_config"), config).unwrap();
         let sshd = Command::new("/usr/sbin/sshd")

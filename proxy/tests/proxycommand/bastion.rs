@@ -150,8 +150,10 @@ fn why_a_master_did_not_start_through_us_is_told() {
     let world = World::new();
     let closed = world.proxy_command("--via bastion");
     world.write_client_config(&format!("Host gone\n HostName 127.0.0.9\n ProxyCommand {closed} %h %p\n"));
-    let error = world.pool.start(&world.endpoint("gone"), BOUND, "true").unwrap_err().to_string();
-    assert!(error.contains("cannot connect to 127.0.0.9") && error.contains("through bastion"), "{error}");
+    let error = world.pool.start(&world.endpoint("gone"), BOUND, "true").unwrap_err();
+    let (line, cure) = (error.to_string(), error.cure().unwrap());
+    assert!(line.contains("cannot connect to 127.0.0.9") && line.contains("through bastion"), "{line}");
+    assert!(cure.contains("check on bastion that 127.0.0.9 can be reached"), "{cure}");
     assert!(world.pool.start(&world.endpoint("gone"), BOUND, "true").unwrap_err().is_temporary());
 }
 

@@ -8,6 +8,7 @@
 )]
 
 mod bastion;
+mod clients;
 mod commands;
 mod down;
 mod streams;
