@@ -328,10 +328,13 @@ fn keeps(request: &Request, error: &TunnelError) -> bool {
 /// Silence may be that of the host behind a link that works: then a command on the jump host ends in time. It has
 /// all the time there is, for a master that is only slow carries the streams of others.
 fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
-    if !matches!(error, OpenError::TimedOut { master_answers: true, .. }) {
-        return true;
+    match error {
+        OpenError::TimedOut { master_answers: true, .. } => {
+            run_true(master, bound).is_err_and(|error| error.is_master_lost())
+        }
+        OpenError::TimedOut { .. } => master.hangs(),
+        _ => true,
     }
-    run_true(master, bound).is_err_and(|error| error.is_master_lost())
 }
 
 fn not_down(

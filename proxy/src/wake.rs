@@ -237,8 +237,8 @@ mod tests {
         let first = waker.wake(now).unwrap();
         assert_eq!((first.since, first.left), (Duration::ZERO, wake.timeout));
         let later = Waker::of(directory.path(), "mac", &wake).wake(now + Duration::from_secs(20)).unwrap();
-        assert_eq!(later.left.as_secs(), 40);
-        until("the command ran", || waker.status.exists());
+        assert_eq!(later.left.as_secs_f64().round(), 40.0);
+        until("the command ended", || waker.status.exists() && waker.lock().unwrap().is_some());
         assert_eq!(waker.wake(now + Duration::from_secs(59)).unwrap().left.as_secs_f64().round(), 1.0);
         assert_eq!(ran(), 1);
         // In vain, so it is tried again.

@@ -24,7 +24,8 @@ use nix::{
 
 use super::{
     OpenError, connect,
-    mux::{self, Health},
+    liveness::{self, Liveness},
+    mux,
     proxy_mode::{self, MAX_MUX_MESSAGE},
     stdio_forward::{self, MAX_HOST, Reply},
 };
@@ -88,9 +89,9 @@ impl Forward {
         // The master says nothing more, and closes the connection when the stream is over. When it dies the
         // kernel closes its descriptors in any order, so that one can still connect to it: it must answer.
         match self.control.read(&mut [0; 64]) {
-            Ok(0) => match mux::health(&self.master, ANSWER_BOUND) {
-                Health::Alive { .. } => Ok(()),
-                Health::Absent | Health::Hung => Err(gone(io::ErrorKind::UnexpectedEof.into())),
+            Ok(0) => match liveness::ask(&self.master, ANSWER_BOUND) {
+                Liveness::Alive { .. } => Ok(()),
+                Liveness::Absent | Liveness::Hung => Err(gone(io::ErrorKind::UnexpectedEof.into())),
             },
             Ok(_) => Err(OpenError::Protocol(proxy_mode::ProtocolError::Unexpected {
                 number: 0,
@@ -151,7 +152,13 @@ fn first_byte(
 ) -> Result<UnixStream, OpenError> {
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let socket = connect(local, deadline).map_err(gone)?;
-    let refused = || OpenError::Refused { reason: "it could not connect, or nobody spoke there".into() };
+    // The end comes from the far side, or because the master ended.
+    let refused = || match liveness::ask(control, ANSWER_BOUND) {
+        Liveness::Alive { .. } => {
+            OpenError::Refused { reason: "it could not connect, or nobody spoke there".into() }
+        }
+        Liveness::Absent | Liveness::Hung => gone(io::ErrorKind::UnexpectedEof.into()),
+    };
     loop {
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, until(deadline)) {

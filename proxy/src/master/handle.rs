@@ -12,6 +12,7 @@ use std::{
 
 use super::{
     Channel, Forward, OpenError, Session, channel, forward,
+    liveness::{self, Liveness},
     lock::lock,
     process,
     record::Record,
@@ -141,6 +142,11 @@ impl Master {
         let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
         gone
+    }
+
+    /// Whether its process does nothing, though somebody waits for it. One that is only slow does not hang.
+    pub fn hangs(&self) -> bool {
+        !matches!(liveness::ask(&self.files.socket, Duration::ZERO), Liveness::Alive { .. })
     }
 
     /// Lets others ask it last for a while.

@@ -20,6 +20,7 @@ mod everybody;
 mod forward;
 mod handle;
 mod holder;
+mod liveness;
 mod lock;
 mod mux;
 mod name;

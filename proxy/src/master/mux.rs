@@ -17,10 +17,10 @@ use openssh_mux_client::{
 };
 use tokio::{
     runtime::{Builder, Runtime},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
-use super::OpenError;
+use super::{OpenError, POLL_INTERVAL};
 
 /// What a master says of itself.
 #[derive(Debug)]
@@ -29,15 +29,15 @@ pub(super) enum Health {
     Alive { pid: u32 },
     /// Nobody listens: no socket, or one that was left behind.
     Absent,
-    /// Somebody listens but does not answer as a master would.
-    Hung,
+    /// Somebody listens but did not answer in time, or not as a master would.
+    Silent,
 }
 
 /// Asks a master whether it lives. Says nothing of its link to the host.
 pub(super) fn health(control: &Path, bound: Duration) -> Health {
-    let Ok(runtime) = runtime() else { return Health::Hung };
+    let Ok(runtime) = runtime() else { return Health::Silent };
     let ask = async {
-        let mut connection = Connection::connect(control).await?;
+        let mut connection = connect(control).await?;
         connection.send_alive_check().await
     };
     // A timer is made within the runtime, or tokio panics.
@@ -49,7 +49,7 @@ pub(super) fn health(control: &Path, bound: Duration) -> Health {
         {
             Health::Absent
         }
-        Ok(Err(_)) | Err(_) => Health::Hung,
+        Ok(Err(_)) | Err(_) => Health::Silent,
     }
 }
 
@@ -88,7 +88,7 @@ impl OpenSession {
         let runtime = runtime().map_err(gone)?;
         let mut answers = false;
         let open = async {
-            let connection = Connection::connect(control).await?;
+            let connection = connect(control).await?;
             answers = true;
             connection.open_new_session(&request, &fds.each_ref().map(AsRawFd::as_raw_fd)).await
         };
@@ -158,7 +158,7 @@ fn request(
     let runtime = runtime().map_err(gone)?;
     let mut master_answers = false;
     let dialogue = async {
-        let mut connection = Connection::connect(control).await?;
+        let mut connection = connect(control).await?;
         master_answers = true;
         ask(&mut connection).await
     };
@@ -171,6 +171,19 @@ fn request(
         Ok(Err(Error::IOError(source))) => Err(gone(source)),
         Ok(Err(error)) => Err(gone(io::Error::new(io::ErrorKind::InvalidData, error))),
         Err(_) => Err(OpenError::TimedOut { bound, master_answers }),
+    }
+}
+
+/// A master that is slow may have more clients waiting than its queue has room for: then there is no waiting in
+/// the kernel, only trying again. The caller sets the limit.
+async fn connect(control: &Path) -> Result<Connection, Error> {
+    loop {
+        match Connection::connect(control).await {
+            Err(Error::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                sleep(POLL_INTERVAL).await;
+            }
+            other => return other,
+        }
     }
 }
 

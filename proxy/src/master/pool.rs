@@ -20,12 +20,13 @@ use super::{
     error::StartError,
     forward,
     handle::{Avoid, Master, is_avoided, kill_recorded, remove},
+    liveness::{self, ALIVE_BOUND, Liveness},
     lock::lock,
-    mux::{self, Health},
+    mux,
     name::{self, Endpoint},
     pace::Pace,
     record::{self, Record},
-    start::{self, ALIVE_BOUND, Attempt, Files, Setback},
+    start::{self, Attempt, Files, Setback},
 };
 use crate::{
     down::{Down, Memory, dice},
@@ -208,7 +209,7 @@ impl Pool {
         endpoint.check()?;
         if let Some(files) = self.foreign(endpoint)
             && !is_avoided(&files)
-            && matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. })
+            && matches!(liveness::ask(&files.socket, bound), Liveness::Alive { .. })
         {
             return Ok(Master::foreign(files, endpoint.destination.clone()));
         }
@@ -218,7 +219,7 @@ impl Pool {
             return Err(StartError::PathTooLong { control: files.socket, excess });
         }
         let is_current = || Record::read(&files).is_none_or(|record| record.is_current());
-        if matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. }) && is_current() {
+        if matches!(liveness::ask(&files.socket, bound), Liveness::Alive { .. }) && is_current() {
             return found();
         }
         let failed_before = fs::read(&files.failure).ok();
@@ -230,14 +231,14 @@ impl Pool {
             return Err(StartError::Busy { destination: endpoint.destination.clone(), bound });
         };
         // Whoever had the lock before us has tried for us too.
-        let health = mux::health(&files.socket, ALIVE_BOUND);
-        if matches!(health, Health::Alive { .. }) && is_current() {
+        let liveness = liveness::ask(&files.socket, deadline.saturating_duration_since(Instant::now()));
+        if matches!(liveness, Liveness::Alive { .. }) && is_current() {
             return found();
         }
         start::write_hosts(endpoint, &files).map_err(at(&files.hosts))?;
         let effective = effective::ask(endpoint, &files, deadline.saturating_duration_since(Instant::now()));
-        match health {
-            Health::Alive { .. } => {
+        match liveness {
+            Liveness::Alive { .. } => {
                 let record = Record::read(&files);
                 if let Some(mut record) = record.filter(|record| effective.is_as(&record.configuration)) {
                     record.stamps = effective.stamps;
@@ -252,14 +253,14 @@ impl Pool {
                     kill_recorded(&files);
                 }
             }
-            Health::Hung => {
+            Liveness::Hung => {
                 tracing::warn!(
                     destination = endpoint.destination,
                     "SSH master does not answer, replacing it"
                 );
                 kill_recorded(&files);
             }
-            Health::Absent => {}
+            Liveness::Absent => {}
         }
         let failed_now = fs::read(&files.failure).ok();
         if let Some(setback) = failed_now
@@ -390,6 +391,8 @@ impl Pool {
                     }
                     // Its other streams may be well: it is left alone. Should its link be dead, ssh notices.
                     Some(OpenError::TimedOut { master_answers: true, .. }) => master.avoid(Avoid::Silent),
+                    // One that is only slow has others to serve.
+                    Some(OpenError::TimedOut { .. }) if !master.hangs() => master.avoid(Avoid::Silent),
                     Some(reason) if reason.is_master_lost() && !is_new && left() >= LEAST_TIME => {
                         tracing::info!(destination = endpoint.destination, %reason, "replacing an SSH master");
                         master.retire();

@@ -59,6 +59,32 @@ pub(super) fn running(program: &str) -> Vec<Process> {
         .collect()
 }
 
+/// What a process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Activity {
+    /// It is stopped by a signal or a debugger.
+    pub(super) stopped: bool,
+    /// It runs, waits for a processor, or for a disk.
+    pub(super) runnable: bool,
+    /// How long it has run so far, in nanoseconds.
+    pub(super) ran: u64,
+}
+
+/// What the process that began then is doing (`/proc/PID/stat`, `/proc/PID/schedstat`). None if it is gone.
+pub(super) fn activity(pid: u32, born: &str) -> Option<Activity> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split(' ');
+    let state = fields.next()?;
+    if matches!(state, "Z" | "X") || fields.nth(18) != Some(born) {
+        return None;
+    }
+    // Not every kernel counts it; then its state must do.
+    let ran = fs::read_to_string(format!("/proc/{pid}/schedstat")).ok();
+    let ran = ran.and_then(|text| text.split(' ').next()?.parse().ok()).unwrap_or_default();
+    Some(Activity { stopped: matches!(state, "T" | "t"), runnable: matches!(state, "R" | "D"), ran })
+}
+
 /// Ends the process if it is still the one that began then: politely, and by force when it has not gone
 /// within `patience`. Returns when it is gone, or after another `patience`.
 pub(super) fn end(pid: u32, born: &str, patience: Duration) {
@@ -130,6 +156,23 @@ mod tests {
         let error = shell("sleep 60 & sleep 60", 200).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn what_a_process_does_is_seen() {
+        let mut child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let (pid, born) = (child.id(), birth(child.id()).unwrap());
+        let before = activity(pid, &born).unwrap();
+        thread::sleep(Duration::from_millis(300));
+        let after = activity(pid, &born).unwrap();
+        assert!(after.runnable && after.ran > before.ran, "{before:?} {after:?}");
+        kill(Pid::from_raw(pid.try_into().unwrap()), Signal::SIGSTOP).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        assert!(activity(pid, &born).unwrap().stopped);
+        assert_eq!(activity(pid, "1"), None);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(activity(pid, &born), None);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -70,7 +70,12 @@ impl Record {
 
     /// Reads it back. None if there is none, or none that we understand.
     pub(super) fn read(files: &Files) -> Option<Self> {
-        let record: Value = serde_json::from_slice(&fs::read(&files.record).ok()?).ok()?;
+        Record::read_at(&files.record)
+    }
+
+    /// The same by the file's path.
+    pub(super) fn read_at(path: &Path) -> Option<Self> {
+        let record: Value = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
         let started_at = Duration::try_from_secs_f64(record["started-at"].as_f64()?).ok()?;
         let pid = record["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
         let stamp = |value: &Value| {

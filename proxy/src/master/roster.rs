@@ -11,12 +11,13 @@ use thiserror::Error;
 use super::{
     clients, connect, forward,
     handle::{Master, is_avoided, kill_recorded, remove},
+    liveness::ALIVE_BOUND,
     lock::lock,
     mux::{self, Health},
     pool::Pool,
     process,
     record::Record,
-    start::{ALIVE_BOUND, Files},
+    start::Files,
     traffic::{self, Traffic},
 };
 
@@ -92,7 +93,7 @@ impl Pool {
             let Some(record) = Record::read(&files) else { continue };
             let answers = match mux::health(&files.socket, ALIVE_BOUND) {
                 Health::Alive { pid } => Some(pid),
-                Health::Absent | Health::Hung => None,
+                Health::Absent | Health::Silent => None,
             };
             // Without a process it is being started just now, or whoever started it was killed meanwhile.
             let Some(pid) = record.process.as_ref().map(|(pid, _)| *pid).or(answers) else { continue };
@@ -158,7 +159,7 @@ impl Pool {
                     process::end(pid, &born, STOP_BOUND);
                 }
             }
-            Health::Hung => {
+            Health::Silent => {
                 kill_recorded(&files);
             }
             Health::Absent => {}

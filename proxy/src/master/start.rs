@@ -20,6 +20,7 @@ use super::{
     diagnosis::{Context, Fault, diagnose, is_about_host_key},
     directory::DIRECTORY_VARIABLE,
     error::StartError,
+    liveness::ALIVE_BOUND,
     mux::{self, Health},
     name::Endpoint,
     process,
@@ -32,8 +33,6 @@ const STARTING_VARIABLE: &str = "NIX_OFFLOAD_STARTING";
 const WITHIN_VARIABLE: &str = "NIX_OFFLOAD_STARTING_WITHIN";
 /// How much sooner a ProxyCommand of ours gives up, to be heard.
 const LAST_WORD: Duration = Duration::from_secs(1);
-/// How long a master may take to answer on its own socket before it counts as hung.
-pub(super) const ALIVE_BOUND: Duration = Duration::from_secs(1);
 /// How often a silent link is asked whether it lives, and how many times in vain before the master gives it up: what
 /// is cut off is noticed within 40 seconds.
 const LINK_INTERVAL: Duration = Duration::from_secs(10);
@@ -180,8 +179,7 @@ pub(super) fn attempt(
     }
 
     let first = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-    let health = mux::health(&files.socket, ALIVE_BOUND);
-    if let Health::Alive { pid } = health {
+    if let Health::Alive { pid } = mux::health(&files.socket, ALIVE_BOUND) {
         // While the first command still runs its output is not complete, but the master is there.
         if !matches!(&first, Ok(Ok(status)) if status.success()) {
             let _ = fs::remove_file(&files.output);
