@@ -34,7 +34,7 @@ pub(crate) enum Inside {
     /// Moves this many bytes through a ProxyCommand; prints seconds.
     Transfer { direction: Direction, bytes: u64, line: String },
     /// Starts so many processes at once, each with the next of the command lines; prints milliseconds until the last
-    /// one has ended, and how many failed.
+    /// one has ended, how many failed, and on stderr what those said.
     Stampede { count: usize, lines: Vec<String> },
 }
 
@@ -134,6 +134,9 @@ fn stampede(count: usize, lines: &[String]) {
     let took = milliseconds(begin);
     let failed: Vec<_> = outputs.iter().filter(|output| !output.status.success()).collect();
     println!("{took} {}", failed.len());
+    for output in failed {
+        io::stderr().write_all(&output.stderr).unwrap();
+    }
 }
 
 fn command(line: &str) -> Command {

@@ -129,10 +129,19 @@ impl Scene {
 
     /// Runs this program inside the client's machine and gives the numbers it prints, line by line.
     pub(crate) fn inside<S: AsRef<str>>(&self, words: impl IntoIterator<Item = S>) -> Vec<Vec<f64>> {
+        self.inside_with_stderr(words).0
+    }
+
+    /// The same, and what it says on stderr.
+    pub(crate) fn inside_with_stderr<S: AsRef<str>>(
+        &self,
+        words: impl IntoIterator<Item = S>,
+    ) -> (Vec<Vec<f64>>, String) {
         let output = self.client.command(BENCH).arg("proxy").args(words).limit(LIMIT).run();
         output.assert_success();
         let number = |word: &str| word.parse().expect("it prints numbers");
-        output.stdout().lines().map(|line| line.split(' ').map(number).collect()).collect()
+        let numbers = output.stdout().lines().map(|line| line.split(' ').map(number).collect());
+        (numbers.collect(), output.stderr().to_owned())
     }
 
     /// Ends all masters of nix-offload-proxy, and makes it forget everything.
