@@ -105,7 +105,7 @@ impl Goal {
     fn line(&self) -> String {
         let (relation, bound) = self.bound.describe();
         let verdict = if self.is_met() { "met   " } else { "MISSED" };
-        format!("{verdict}  {}: {:.2} (goal: {relation} {bound})", self.text, self.value)
+        format!("{verdict}  {}: {:.3} (goal: {relation} {bound})", self.text, self.value)
     }
 }
 
