@@ -5,11 +5,11 @@ use std::time::Duration;
 use harness::drv;
 
 use crate::{
+    BENCH,
     report::{Figure, Section},
     scene::{Contender, Scene},
 };
 
-const BENCH: &str = "/opt/nix-offload/bin/nix-offload-bench";
 const SETTINGS: &str = "/tmp/settings";
 const LIMIT: Duration = Duration::from_secs(300);
 /// Stock connects before it answers; so many answers of it are enough.

@@ -1,7 +1,9 @@
-//! The benchmark: nix-offload, Nix's own hook and local builds in turns, in one world.
+//! The benchmark: nix-offload, Nix's own hook and local builds in turns, in one world; nix-offload-proxy and what ssh
+//! itself offers, in another.
 //!
 //! `tests/bench` builds and starts it. The same program is also started inside the client's machine, as a
-//! wrapper around a hook and as a Nix that only asks; see [`inside`].
+//! wrapper around a hook, as a Nix that only asks, and as an ssh that only uses its ProxyCommand; see [`inside`] and
+//! [`proxy::Inside`].
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a broken test world is a failed benchmark")]
 #![expect(clippy::print_stdout, reason = "its results are for people")]
 
@@ -9,26 +11,31 @@ mod ask;
 mod big;
 mod inside;
 mod many;
+mod proxy;
 mod report;
 mod scene;
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{fs, path::PathBuf, process::ExitCode, thread};
 
 use clap::{Parser, Subcommand, ValueEnum};
-use harness::Release;
+use harness::{Machine, Release};
 
 use report::Report;
 use scene::Scene;
 
+/// Where this program is in every machine.
+const BENCH: &str = "/opt/nix-offload/bin/nix-offload-bench";
+
 #[derive(Parser)]
 #[command(
-    about = "Measures nix-offload against Nix's own hook and against local builds, in turns in one run"
+    about = "Measures nix-offload against Nix's own hook and local builds, and nix-offload-proxy against ssh itself, \
+             in turns in one run"
 )]
 struct Arguments {
     /// How often each figure is taken
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// Two rounds, few questions and small files: does it work?
+    /// Few rounds, few questions and small files: does it work?
     #[arg(long)]
     quick: bool,
     /// Only this measurement; may be repeated
@@ -57,6 +64,19 @@ enum Part {
     Big,
     /// Processor time of one trivial build at the client
     Cpu,
+    /// `ssh HOST true` through a bastion
+    Jump,
+    /// Processor time of one ProxyCommand
+    ProxyStart,
+    /// A large stream through a bastion, both ways
+    Stream,
+    /// 200 processes at once when there is no connection to the bastion yet
+    Stampede,
+}
+
+impl Part {
+    const BUILDS: [Self; 5] = [Self::Independent, Self::Chain, Self::Reply, Self::Big, Self::Cpu];
+    const WARM_PROXY: [Self; 3] = [Self::Jump, Self::ProxyStart, Self::Stream];
 }
 
 /// What this program does inside the client's machine.
@@ -79,6 +99,30 @@ enum Inside {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         hook: Vec<String>,
     },
+    /// Uses ProxyCommands as ssh does, and ssh as people do.
+    #[command(hide = true)]
+    Proxy {
+        #[command(subcommand)]
+        inside: proxy::Inside,
+    },
+}
+
+impl Arguments {
+    fn wants(&self, part: Part) -> bool {
+        self.only.is_empty() || self.only.contains(&part)
+    }
+
+    fn wants_any(&self, parts: &[Part]) -> bool {
+        parts.iter().any(|part| self.wants(*part))
+    }
+
+    fn rounds(&self) -> u32 {
+        if self.quick { 2 } else { self.rounds }
+    }
+
+    fn mebibytes(&self) -> u32 {
+        if self.quick { 128 } else { 1024 }
+    }
 }
 
 fn parse_release(name: &str) -> Result<Release, String> {
@@ -87,40 +131,91 @@ fn parse_release(name: &str) -> Result<Release, String> {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match arguments.inside {
+    let mut arguments = Arguments::parse();
+    match arguments.inside.take() {
         Some(Inside::Measure { file, hook }) => return inside::measure(&file, &hook),
         Some(Inside::Ask { settings, drv, times, hook }) => {
             inside::ask(&settings, &drv, times, &hook);
             return ExitCode::SUCCESS;
         }
+        Some(Inside::Proxy { inside }) => {
+            inside.run();
+            return ExitCode::SUCCESS;
+        }
         None => {}
     }
-    let wants = |part| arguments.only.is_empty() || arguments.only.contains(&part);
-    let rounds = if arguments.quick { 2 } else { arguments.rounds };
-    let scene = Scene::new(arguments.release);
-    let mut report = Report::new(&scene.describe());
-    if wants(Part::Independent) {
-        report.add(many::independent(&scene, if arguments.quick { 20 } else { 100 }, rounds));
+    let mut report = Report::default();
+    if arguments.wants_any(&Part::BUILDS) {
+        builds(&arguments, &mut report);
     }
-    if wants(Part::Chain) {
-        report.add(many::chain(&scene, 20, rounds));
+    if arguments.wants_any(&Part::WARM_PROXY) {
+        warm_proxy(&arguments, &mut report);
     }
-    if wants(Part::Reply) {
-        report.add(ask::reply(&scene, if arguments.quick { 20 } else { 200 }));
-    }
-    if wants(Part::Cpu) {
-        report.add(many::cpu(&scene, 20, rounds));
-    }
-    if wants(Part::Big) {
-        let mebibytes = if arguments.quick { 128 } else { 1024 };
-        // Two copies of it are in memory, and each transfer takes seconds.
-        report.add(big::output(&scene, mebibytes, rounds.min(3)));
-        report.add(big::input(&scene, mebibytes, rounds.min(3)));
+    if arguments.wants(Part::Stampede) {
+        let scene = proxy::Scene::for_stampedes(arguments.release);
+        report.describe(|| describe(&scene.client));
+        report.add(proxy::stampede(&scene, 200, if arguments.quick { 1 } else { arguments.rounds.min(3) }));
     }
     println!("\n{}", report.summary());
     if let Some(file) = arguments.json {
         fs::write(&file, report.to_json()).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     }
     ExitCode::SUCCESS
+}
+
+fn builds(arguments: &Arguments, report: &mut Report) {
+    let (quick, rounds) = (arguments.quick, arguments.rounds());
+    let scene = Scene::new(arguments.release);
+    report.describe(|| describe(&scene.client));
+    if arguments.wants(Part::Independent) {
+        report.add(many::independent(&scene, if quick { 20 } else { 100 }, rounds));
+    }
+    if arguments.wants(Part::Chain) {
+        report.add(many::chain(&scene, 20, rounds));
+    }
+    if arguments.wants(Part::Reply) {
+        report.add(ask::reply(&scene, if quick { 20 } else { 200 }));
+    }
+    if arguments.wants(Part::Cpu) {
+        report.add(many::cpu(&scene, 20, rounds));
+    }
+    if arguments.wants(Part::Big) {
+        // Two copies of it are in memory, and each transfer takes seconds.
+        report.add(big::output(&scene, arguments.mebibytes(), rounds.min(3)));
+        report.add(big::input(&scene, arguments.mebibytes(), rounds.min(3)));
+    }
+}
+
+fn warm_proxy(arguments: &Arguments, report: &mut Report) {
+    let (quick, rounds) = (arguments.quick, arguments.rounds());
+    let scene = proxy::Scene::warm(arguments.release);
+    report.describe(|| describe(&scene.client));
+    if arguments.wants(Part::Jump) {
+        report.add(proxy::jump(&scene, rounds));
+    }
+    if arguments.wants(Part::ProxyStart) {
+        report.add(proxy::start(&scene, if quick { 30 } else { 100 }));
+    }
+    if arguments.wants(Part::Stream) {
+        // One transfer that was disturbed must not count; small ones are disturbed more easily.
+        let rounds = rounds.max(if quick { 9 } else { 3 });
+        for direction in proxy::Direction::BOTH {
+            report.add(proxy::stream(&scene, direction, arguments.mebibytes(), rounds));
+        }
+        report.add(proxy::sessions(&scene, arguments.mebibytes(), rounds.min(3)));
+    }
+}
+
+/// Versions, processors and load.
+fn describe(client: &Machine) -> String {
+    let nix = client.run("nix --version");
+    let ssh = client.run("ssh -V 2>&1");
+    let cpus = thread::available_parallelism().unwrap();
+    let load = fs::read_to_string("/proc/loadavg").unwrap();
+    format!(
+        "{}, {}, {cpus} processors, load before {}",
+        nix.trim(),
+        ssh.split(',').next().unwrap_or("").trim(),
+        load.split(' ').next().unwrap_or("?")
+    )
 }

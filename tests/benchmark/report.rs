@@ -42,6 +42,13 @@ impl Figure {
         self.quantile(1.0)
     }
 
+    /// The sample that is least like this value.
+    pub(crate) fn furthest_from(&self, value: f64) -> f64 {
+        let distance = |sample: &&f64| (**sample - value).abs();
+        let furthest = self.samples.iter().max_by(|a, b| distance(a).total_cmp(&distance(b)));
+        furthest.copied().unwrap_or(f64::NAN)
+    }
+
     /// How many times as large as this one the other is, by the medians, and from which to which in single rounds.
     pub(crate) fn times_less_than(&self, other: &Self) -> (f64, String) {
         let each = self.samples.iter().zip(&other.samples).map(|(own, other)| other / own);
@@ -64,6 +71,19 @@ pub(crate) enum Bound {
     AtLeast(f64),
     /// Not more than this.
     AtMost(f64),
+    /// This, neither more nor less.
+    Exactly(f64),
+}
+
+impl Bound {
+    /// In words, and its value.
+    fn describe(&self) -> (&'static str, f64) {
+        match *self {
+            Self::AtLeast(bound) => ("at least", bound),
+            Self::AtMost(bound) => ("at most", bound),
+            Self::Exactly(bound) => ("exactly", bound),
+        }
+    }
 }
 
 /// A value with a goal.
@@ -78,16 +98,14 @@ impl Goal {
         match self.bound {
             Bound::AtLeast(bound) => self.value >= bound,
             Bound::AtMost(bound) => self.value <= bound,
+            Bound::Exactly(bound) => (self.value - bound).abs() < f64::EPSILON,
         }
     }
 
     fn line(&self) -> String {
-        let (relation, bound) = match self.bound {
-            Bound::AtLeast(bound) => ("at least", bound),
-            Bound::AtMost(bound) => ("at most", bound),
-        };
+        let (relation, bound) = self.bound.describe();
         let verdict = if self.is_met() { "met   " } else { "MISSED" };
-        format!("{verdict}  {}: {:.1} (goal: {relation} {bound})", self.text, self.value)
+        format!("{verdict}  {}: {:.3} (goal: {relation} {bound})", self.text, self.value)
     }
 }
 
@@ -138,16 +156,18 @@ impl Section {
 }
 
 /// Everything measured in a run.
+#[derive(Default)]
 pub(crate) struct Report {
-    about: String,
+    about: Option<String>,
     sections: Vec<Section>,
 }
 
 impl Report {
-    /// With what one must know to compare it with another.
-    pub(crate) fn new(about: &str) -> Self {
-        println!("{about}");
-        Self { about: about.into(), sections: Vec::new() }
+    /// Prints what one must know to compare it with another, and keeps it. Once is enough.
+    pub(crate) fn describe(&mut self, about: impl FnOnce() -> String) {
+        if self.about.is_none() {
+            println!("{}", self.about.insert(about()));
+        }
     }
 
     /// Adds a measurement and prints it.
@@ -167,10 +187,7 @@ impl Report {
     pub(crate) fn to_json(&self) -> String {
         let section = |section: &Section| {
             let goal = |goal: &Goal| {
-                let (relation, bound) = match goal.bound {
-                    Bound::AtLeast(bound) => ("at least", bound),
-                    Bound::AtMost(bound) => ("at most", bound),
-                };
+                let (relation, bound) = goal.bound.describe();
                 json!({
                     "text": goal.text, "value": goal.value, "relation": relation, "bound": bound, "met": goal.is_met(),
                 })

@@ -1,18 +1,17 @@
-//! The world of the benchmark: one client, one builder with 8 slots, and those who compete.
+//! The world of the builds: one client, one builder with 8 slots, and those who compete.
 
 use std::{
-    fs,
     sync::atomic::{AtomicU32, Ordering},
-    thread,
     time::Duration,
 };
 
 use harness::{Builder, Client, Hook, Output, Release, World, drv};
 use serde_json::Value;
 
+use crate::BENCH;
+
 const LIMIT: Duration = Duration::from_secs(600);
 const OURS: &str = "/opt/nix-offload/bin/nix-offload";
-const BENCH: &str = "/opt/nix-offload/bin/nix-offload-bench";
 const USAGE: &str = "/tmp/hook-usage";
 const SLOTS: u32 = 8;
 
@@ -91,20 +90,6 @@ impl Scene {
             let _ = scene.build(contender, &drv::trivial(&scene.fresh("warm-up")));
         }
         scene
-    }
-
-    /// Versions, processors and load.
-    pub(crate) fn describe(&self) -> String {
-        let nix = self.client.run("nix --version");
-        let ssh = self.client.run("ssh -V 2>&1");
-        let cpus = thread::available_parallelism().unwrap();
-        let load = fs::read_to_string("/proc/loadavg").unwrap();
-        format!(
-            "{}, {}, {cpus} processors, load before {}",
-            nix.trim(),
-            ssh.split(',').next().unwrap_or("").trim(),
-            load.split(' ').next().unwrap_or("?")
-        )
     }
 
     /// A name no derivation had yet.
