@@ -5,6 +5,7 @@
 //! else TCP. A way that failed lately is not tried again before its time.
 
 mod error;
+mod opening;
 
 use std::{
     fs::{File, OpenOptions},
@@ -116,9 +117,8 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
         }
         Link::Socket(socket) => hand_over(socket),
         Link::Tcp(stream) if request.fdpass => hand_over(stream),
-        Link::Tcp(stream) => {
-            copy(&stream).map_err(|source| TunnelError::Broken { host: request.host.clone(), source })
-        }
+        Link::Tcp(stream) => serve(pool, request, stream)
+            .map_err(|source| TunnelError::Broken { host: request.host.clone(), source }),
     }
 }
 
@@ -376,17 +376,33 @@ fn release_stdio() -> io::Result<()> {
     Ok(())
 }
 
+/// Serves a TCP connection to its end; another one, if the host turns it away before it has said a word.
+fn serve(pool: &Pool, request: &Request, stream: TcpStream) -> io::Result<()> {
+    let (host, port) = (&request.host, request.port);
+    let mut pauses = opening::pauses();
+    let again = || {
+        let pause = pauses.next()?.mul_f64(1.0 + dice() / 2.0);
+        tracing::info!(host, port, "a connection was turned away");
+        let per_second = pool.settings().of_host(host).connections_per_second;
+        let pace = Pace::of(pool.directory(), host, port, per_second);
+        pace.hold_off(pause);
+        pace.take_turn(Instant::now() + TURN_BOUND).then(|| dial(host, port, request.bound).ok())?
+    };
+    // Not those of the standard library, which keep data back.
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let (stream, ended) = opening::pass(stream, &mut input, again)?;
+    copy(&stream, input, ended)
+}
+
 /// Copies both ways until both have ended. The end of each is passed on at once.
-fn copy(stream: &TcpStream) -> io::Result<()> {
+fn copy(stream: &TcpStream, mut input: File, ended: bool) -> io::Result<()> {
     // ssh cannot do this for a pipe.
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
-    // Not those of the standard library, which keep data back.
-    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let up = stream.try_clone()?;
     let upwards = thread::spawn(move || {
-        let result = pump(&mut input, &mut &up);
+        let result = if ended { Ok(()) } else { pump(&mut input, &mut &up) };
         // What was written before is still sent.
         let _ = up.shutdown(Shutdown::Write);
         result

@@ -192,7 +192,13 @@ impl Reach {
             &endpoint,
             deadline,
             FIRST_COMMAND,
-            |master| self.on_master(master, machine, store_dir, deadline),
+            |master| {
+                if let Some(took) = master.start_time() {
+                    let duration_ms = took.as_millis() as u64;
+                    tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
+                }
+                self.on_master(master, machine, store_dir, deadline)
+            },
             |error| match error {
                 ReachError::Open(error) => Some(error),
                 _ => None,

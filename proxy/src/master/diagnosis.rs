@@ -113,7 +113,7 @@ impl fmt::Display for Fault {
             Fault::Refused { said } => write!(f, "connection refused ({said})"),
             Fault::Unreachable { said } => write!(f, "the host does not answer ({said})"),
             Fault::HostKeyUnknown { fingerprint } => {
-                write!(f, "the host's key{} is not known (Host key verification failed)", shown(fingerprint))
+                write!(f, "the host's key is not known ({}Host key verification failed)", shown(fingerprint))
             }
             Fault::HostKeyChanged { known_hosts, fingerprint, .. } => {
                 write!(f, "the host's key has changed")?;
@@ -121,7 +121,8 @@ impl fmt::Display for Fault {
                 fingerprint.iter().try_for_each(|key| write!(f, ", it is now {key}"))
             }
             Fault::PinnedKeyMismatch { fingerprint } => {
-                write!(f, "the host's key{} is not the one that is pinned for it", shown(fingerprint))
+                write!(f, "the host's key is not the one that is pinned for it")?;
+                fingerprint.iter().try_for_each(|key| write!(f, ", but {key}"))
             }
             Fault::TurnedAway { said } => write!(f, "sshd turned the connection away ({said})"),
             Fault::PermissionDenied { methods } => write!(f, "permission denied ({methods})"),
@@ -136,7 +137,7 @@ impl fmt::Display for Fault {
 }
 
 fn shown(fingerprint: &Option<String>) -> String {
-    fingerprint.as_ref().map_or_else(String::new, |key| format!(" {key}"))
+    fingerprint.as_ref().map_or_else(String::new, |key| format!("{key}; "))
 }
 
 /// Whether the host's key is what ssh stumbled over, so that its fingerprint is wanted.

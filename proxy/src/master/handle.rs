@@ -36,6 +36,7 @@ pub struct Master {
     socket_identity: Option<(u64, i64, i64)>,
     /// Somebody opened it by hand; it is not ours to end.
     foreign: bool,
+    took: Option<Duration>,
 }
 
 /// Why a master is to be left alone for a while.
@@ -59,12 +60,22 @@ impl Avoid {
 impl Master {
     pub(super) fn of(files: Files, destination: String) -> Self {
         let socket_identity = socket_identity(&files.socket);
-        Master { files, destination, socket_identity, foreign: false }
+        Master { files, destination, socket_identity, foreign: false, took: None }
     }
 
     /// One that somebody opened by hand.
     pub(super) fn foreign(files: Files, destination: String) -> Self {
         Master { foreign: true, ..Master::of(files, destination) }
+    }
+
+    /// One that has just been started.
+    pub(super) fn started(self, took: Duration) -> Self {
+        Master { took: Some(took), ..self }
+    }
+
+    /// How long it took to start it. None if it was there.
+    pub fn start_time(&self) -> Option<Duration> {
+        self.took
     }
 
     /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
@@ -182,12 +193,17 @@ fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
-/// Whether a master is to be asked last.
-pub(super) fn is_avoided(files: &Files) -> bool {
-    let Ok(noted) = fs::metadata(&files.avoid).and_then(|metadata| metadata.modified()) else { return false };
+/// Whether a master is to be left alone just now.
+pub(super) fn avoided(files: &Files) -> Option<Avoid> {
+    let noted = fs::metadata(&files.avoid).and_then(|metadata| metadata.modified()).ok()?;
     let age = SystemTime::now().duration_since(noted).unwrap_or_default();
-    age < SILENT_FOR
-        && fs::read_to_string(&files.avoid).is_ok_and(|word| word != Avoid::Full.word() || age < FULL_FOR)
+    if age >= SILENT_FOR {
+        return None;
+    }
+    match fs::read_to_string(&files.avoid).ok()? {
+        word if word != Avoid::Full.word() => Some(Avoid::Silent),
+        _ => (age < FULL_FOR).then_some(Avoid::Full),
+    }
 }
 
 /// Ends the process of the record, if it still is that process. True when it is gone.

@@ -19,7 +19,7 @@ use super::{
     effective,
     error::StartError,
     forward,
-    handle::{Avoid, Master, is_avoided, kill_recorded, remove},
+    handle::{Avoid, Master, avoided, kill_recorded, remove},
     liveness::{self, ALIVE_BOUND, Liveness},
     lock::lock,
     mux,
@@ -126,7 +126,7 @@ impl Pool {
     /// Starts nothing and does not wait: microseconds.
     pub fn live(&self, endpoint: &Endpoint) -> Option<Master> {
         if let Some(files) = self.foreign(endpoint)
-            && !is_avoided(&files)
+            && avoided(&files).is_none()
             && connect(&files.socket, Instant::now()).is_ok()
         {
             return Some(Master::foreign(files, endpoint.destination.clone()));
@@ -205,10 +205,11 @@ impl Pool {
         bound: Duration,
         first_command: &str,
     ) -> Result<Master, StartError> {
-        let deadline = Instant::now() + bound;
+        let began = Instant::now();
+        let deadline = began + bound;
         endpoint.check()?;
         if let Some(files) = self.foreign(endpoint)
-            && !is_avoided(&files)
+            && avoided(&files).is_none()
             && matches!(liveness::ask(&files.socket, bound), Liveness::Alive { .. })
         {
             return Ok(Master::foreign(files, endpoint.destination.clone()));
@@ -289,7 +290,7 @@ impl Pool {
                 }
                 let _ = remove(&files.failure);
                 memory.clear();
-                return found();
+                return found().map(|master| master.started(began.elapsed()));
             }
             Attempt::Failed(setback) => {
                 // If it cannot be shared, the others try for themselves.
@@ -366,18 +367,15 @@ impl Pool {
         let left = || deadline.saturating_duration_since(Instant::now());
         let mut last = None;
         let mut refusals = 0;
-        let instance = |instance| Endpoint { instance, ..endpoint.clone() };
-        let (avoided, good): (Vec<_>, Vec<_>) = (endpoint.instance
-            ..endpoint.instance.saturating_add(MOST_MASTERS))
-            .map(instance)
-            .partition(|endpoint| is_avoided(&self.files(endpoint)) && self.live(endpoint).is_some());
-        for endpoint in good.iter().chain(&avoided) {
+        let mut tried = Vec::new();
+        while let Some(endpoint) = self.next_instance(endpoint, &tried) {
+            tried.push(endpoint.instance);
             if last.is_some() && left() < LEAST_TIME {
                 break;
             }
-            let (mut master, mut is_new) = match self.live(endpoint) {
+            let (mut master, mut is_new) = match self.live(&endpoint) {
                 Some(master) => (master, false),
-                None => (self.start(endpoint, left(), first_command)?, true),
+                None => (self.start(&endpoint, left(), first_command)?, true),
             };
             loop {
                 let error = match open(&master) {
@@ -396,7 +394,7 @@ impl Pool {
                     Some(reason) if reason.is_master_lost() && !is_new && left() >= LEAST_TIME => {
                         tracing::info!(destination = endpoint.destination, %reason, "replacing an SSH master");
                         master.retire();
-                        (master, is_new) = (self.start(endpoint, left(), first_command)?, true);
+                        (master, is_new) = (self.start(&endpoint, left(), first_command)?, true);
                         continue;
                     }
                     _ => return Err(error),
@@ -413,6 +411,28 @@ impl Pool {
             Some(error) => Err(error),
             None => Err(StartError::Busy { destination: endpoint.destination.clone(), bound: left() }.into()),
         }
+    }
+
+    /// The next one to ask of several masters to the same far end: those that should have the means first, then those
+    /// that may have them again, a new one, and those that are most likely dead.
+    fn next_instance(&self, endpoint: &Endpoint, tried: &[u32]) -> Option<Endpoint> {
+        let mut best: Option<(u8, Endpoint)> = None;
+        for number in 0..MOST_MASTERS {
+            let endpoint = Endpoint { instance: endpoint.instance + number, ..endpoint.clone() };
+            if tried.contains(&endpoint.instance) {
+                continue;
+            }
+            let rank = match (self.live(&endpoint), avoided(&self.files(&endpoint))) {
+                (Some(_), None) => return Some(endpoint),
+                (Some(_), Some(Avoid::Full)) => 1,
+                (None, _) => 2,
+                (Some(_), Some(Avoid::Silent)) => 3,
+            };
+            if best.as_ref().is_none_or(|(before, _)| rank < *before) {
+                best = Some((rank, endpoint));
+            }
+        }
+        best.map(|(_, endpoint)| endpoint)
     }
 
     /// Whether and why no master could be started lately, if it is not yet time to try again.

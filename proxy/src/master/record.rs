@@ -87,8 +87,9 @@ impl Record {
             port: record["port"].as_u64().and_then(|port| port.try_into().ok()),
             process: pid.map(|pid| (pid, record["born"].as_str().map(str::to_owned))),
             started_at: UNIX_EPOCH.checked_add(started_at)?,
-            configuration: record["configuration"].as_str()?.to_owned(),
-            stamps: record["files"].as_array()?.iter().map(stamp).collect::<Option<_>>()?,
+            // An earlier version did not write these down.
+            configuration: record["configuration"].as_str().unwrap_or_default().to_owned(),
+            stamps: record["files"].as_array().into_iter().flatten().filter_map(stamp).collect(),
         })
     }
 

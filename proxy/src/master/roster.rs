@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use super::{
     clients, connect, forward,
-    handle::{Master, is_avoided, kill_recorded, remove},
+    handle::{Avoid, Master, avoided, kill_recorded, remove},
     liveness::ALIVE_BOUND,
     lock::lock,
     mux::{self, Health},
@@ -128,7 +128,7 @@ impl Pool {
             let its_host = record.destination.rsplit_once('@').map_or(&*record.destination, |(_, host)| host);
             if its_host == host
                 && record.port.unwrap_or(SSH_PORT) == port
-                && !is_avoided(&files)
+                && avoided(&files) != Some(Avoid::Silent)
                 && connect(&files.socket, Instant::now()).is_ok()
                 && record.is_current()
             {

@@ -1,0 +1,83 @@
+//! The first words of a TCP connection. sshd says nothing at all to those it turns away (MaxStartups,
+//! PerSourcePenalties): then what the client has said so far is said again on another connection, a little later.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    net::TcpStream,
+    os::fd::AsFd,
+    time::Duration,
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+/// What every SSH client says first (RFC 4253, section 4.2). What others say may not bear being said twice.
+const CLIENTS_WORDS: &[u8] = b"SSH-";
+/// More than this no client says before it has heard anything, in bytes.
+const MOST_WORDS: usize = 4096;
+
+/// Passes on what the client says until the host has said something, or will not. `again` makes another connection after
+/// one was turned away, as often as it wants to.
+///
+/// Returns the connection, with the client's words in it and the host's to be read, and whether the client's input has
+/// ended.
+pub(super) fn pass(
+    mut stream: TcpStream,
+    input: &mut File,
+    mut again: impl FnMut() -> Option<TcpStream>,
+) -> io::Result<(TcpStream, bool)> {
+    let mut words = Vec::new();
+    loop {
+        let [host, client] = wait(&stream, input)?;
+        if host {
+            match stream.peek(&mut [0]) {
+                Ok(1..) => return Ok((stream, false)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) | Err(_) => {}
+            }
+            let repeatable = words.is_empty() || words.starts_with(CLIENTS_WORDS);
+            // If there is no other one, what became of this one is seen by whoever reads it.
+            let Some(next) = repeatable.then(&mut again).flatten() else { return Ok((stream, false)) };
+            stream = next;
+            // If this fails it is seen at the next look.
+            let _ = stream.write_all(&words);
+        } else if client {
+            let mut chunk = [0; MOST_WORDS];
+            let len = match input.read(&mut chunk) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                other => other?,
+            };
+            if len == 0 {
+                // The host may be waiting for just that.
+                return Ok((stream, true));
+            }
+            words.extend_from_slice(&chunk[..len]);
+            if stream.write_all(&chunk[..len]).is_err() {
+                continue; // turned away: seen at the next look
+            }
+            if words.len() > MOST_WORDS {
+                return Ok((stream, false));
+            }
+        }
+    }
+}
+
+/// Who has something to say.
+fn wait(stream: &TcpStream, input: &File) -> io::Result<[bool; 2]> {
+    let mut fds = [stream.as_fd(), input.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+            Ok(_) => return Ok(fds.map(|fd| fd.any().unwrap_or_default())),
+        }
+    }
+}
+
+/// How long to wait before the next try, and after how many there is none.
+pub(super) fn pauses() -> impl Iterator<Item = Duration> {
+    (0..5).map(|doublings| Duration::from_millis(300) * (1 << doublings))
+}
