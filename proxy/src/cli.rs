@@ -45,11 +45,12 @@ Exit codes:
   69  the host cannot be reached
   75  the host failed lately and is not tried again yet, or another process is busy with it
   77  the host does not let us in, or this is for root only
-  78  something is set up wrongly here (host keys, identity file, ssh, runtime directory)
+  78  something is set up wrongly here (host keys, identity file, ssh, runtime directory, offload.toml)
 
 Environment:
   NIX_OFFLOAD_RUNTIME_DIR  where sockets and logs are, instead of /run/nix-offload (root)
                            or $XDG_RUNTIME_DIR/nix-offload
+  NIX_OFFLOAD_CONFIG       another file than /etc/nix/offload.toml
   NIX_OFFLOAD_LOG          level of the messages in the journal (journalctl -t nix-offload-proxy):
                            off, error, warn, info (default), debug, trace";
 

@@ -381,6 +381,30 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_and_the_manual_have_every_key() {
+        let packaging = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging");
+        let sample = fs::read_to_string(format!("{packaging}/nix/offload.toml")).unwrap();
+        assert_eq!(parse(&sample).unwrap(), Settings::default());
+        let is_setting = |line: &&str| line.starts_with("# [") || line.contains(" = ");
+        let lines = sample.lines().filter(|line| line.starts_with('[') || is_setting(line));
+        let used: String = lines.map(|line| format!("{}\n", line.trim_start_matches("# "))).collect();
+        parse(&used).unwrap();
+        let manual =
+            fs::read_to_string(format!("{packaging}/man/nix-offload-proxy.1")).unwrap().replace('\\', "");
+        let mut keys = 0;
+        for table in ["[ssh]\nx = 1", "[[host]]\nx = 1"] {
+            let (error, _) = complaint(table);
+            let (_, known) = error.split_once("expected ").unwrap();
+            for key in known.split('`').skip(1).step_by(2) {
+                keys += 1;
+                assert!(manual.contains(&format!("\n.B {key}\n")), "the manual lacks {key}");
+                assert!(used.contains(&format!("{key} = ")), "the sample lacks {key}");
+            }
+        }
+        assert!(keys >= 7, "{keys} keys found");
+    }
+
+    #[test]
     fn patterns_match_as_in_ssh_config() {
         for (pattern, host) in [("*", ""), ("a?c", "aBc"), ("*.x", "a.b.x"), ("a*b*c", "a1b2b3c")] {
             assert!(matches(pattern, host), "{pattern} {host}");

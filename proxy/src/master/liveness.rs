@@ -15,6 +15,9 @@ use super::{
 /// How long a master may take to answer on its own socket before its process is looked at.
 pub(super) const ALIVE_BOUND: Duration = Duration::from_secs(1);
 
+/// Most answer in a fraction of this, so until then nobody looks.
+const QUICK: Duration = Duration::from_millis(100);
+
 /// What is known of a master.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Liveness {
@@ -30,6 +33,11 @@ pub(super) enum Liveness {
 /// alive in the end. Says nothing of its link to the host.
 pub(super) fn ask(control: &Path, patience: Duration) -> Liveness {
     let deadline = Instant::now() + patience;
+    match mux::health(control, QUICK) {
+        Health::Alive { pid } => return Liveness::Alive { pid },
+        Health::Absent => return Liveness::Absent,
+        Health::Silent => {}
+    }
     loop {
         let recorded = Record::read_at(&control.with_extension("json")).and_then(|record| record.process);
         let activity = || recorded.as_ref().and_then(|(pid, born)| process::activity(*pid, born.as_deref()?));
