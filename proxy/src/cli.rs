@@ -324,7 +324,7 @@ fn check(args: CheckArgs) -> Result<String, Failure> {
 }
 
 fn list(json: bool) -> Result<String, Failure> {
-    let masters = Pool::from_env()?.list()?;
+    let masters = Pool::from_env_unset()?.list()?;
     let now = SystemTime::now();
     if json {
         return Ok(listing::json(&masters, now));
@@ -358,7 +358,7 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
     if let Some(uid) = args.r#become {
         removal::become_user(uid)?;
     }
-    let pool = Pool::from_env()?;
+    let pool = Pool::from_env_unset()?;
     let mut masters = pool.list()?;
     if let Some(destination) = &args.destination {
         masters.retain(|master| master.destination == *destination);
@@ -374,8 +374,17 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
     let mut failed = None;
     for master in &masters {
         match pool.stop(master) {
-            Ok(()) => stopped.push(&*master.destination),
-            Err(error) => failed = Some(error),
+            Ok(()) => stopped.push(master.destination.clone()),
+            Err(error) => failed = Some(Failure::from(error)),
+        }
+    }
+    let unlisted = if args.all { removal::stop_unlisted(pool.directory()) } else { Vec::new() };
+    for (pid, gone) in unlisted {
+        if gone {
+            stopped.push(format!("process {pid}"));
+        } else {
+            let report = format!("error: the master with process {pid} does not end");
+            failed = Some(Failure { report, code: exit::FAILURE });
         }
     }
     let report = if args.json {
@@ -384,7 +393,7 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
         stopped.iter().map(|name| format!("stopped {name}")).collect::<Vec<_>>().join("\n")
     };
     match failed {
-        Some(error) => print(&report).and(Err(error.into())),
+        Some(error) => print(&report).and(Err(error)),
         None => Ok(report),
     }
 }

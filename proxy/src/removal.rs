@@ -5,7 +5,7 @@
 
 use std::{
     io::{self, Read},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -90,6 +90,15 @@ pub fn stop_all() -> Result<Vec<Outcome>, RemovalError> {
     }
     outcomes.retain(|outcome| !outcome.stopped.is_empty() || outcome.error.is_some());
     Ok(outcomes)
+}
+
+/// Ends the masters of this user in a runtime directory that are in no list any more: those that take no more streams
+/// because ssh_config has changed, and those without a record. Gives the number of each, and whether it is gone.
+pub fn stop_unlisted(directory: &Path) -> Vec<(u32, bool)> {
+    let ours = geteuid().as_raw();
+    let unlisted = master::survivors().into_iter();
+    let unlisted = unlisted.filter(|left| left.owner == ours && left.directory == directory);
+    unlisted.map(|left| (left.pid, left.end(LAST_PATIENCE))).collect()
 }
 
 /// Makes this process one of that user, for good: with the user's own group and no others, and without the terminal,

@@ -107,9 +107,16 @@ impl Pool {
     /// # Errors
     /// As [`Pool::open`], and when the file of settings has a fault.
     pub fn from_env() -> Result<Self, SetupError> {
-        let env = |name: &str| std::env::var_os(name);
-        let settings = Settings::from_env(env)?;
-        Ok(Pool::open(directory::by_environment(env))?.with_settings(settings))
+        let settings = Settings::from_env(|name| std::env::var_os(name))?;
+        Ok(Pool::from_env_unset()?.with_settings(settings))
+    }
+
+    /// The same without settings, for what must work whatever is in the file: looking at masters and ending them.
+    ///
+    /// # Errors
+    /// As [`Pool::open`].
+    pub fn from_env_unset() -> Result<Self, SetupError> {
+        Ok(Pool::open(directory::by_environment(|name| std::env::var_os(name)))?)
     }
 
     /// The runtime directory.
