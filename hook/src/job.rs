@@ -2,7 +2,7 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Builder, BuilderError, Clocks, Event, MAX_ACTIVITIES};
+use crate::builder::{Ahead, Builder, BuilderError, Clocks, Event, MAX_ACTIVITIES};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
@@ -63,6 +63,8 @@ pub enum Blame {
     Machine,
     /// The build itself, or this side: nobody can do better.
     Build,
+    /// A guess of ours: without it the same machine will do it.
+    Guess,
 }
 
 impl JobError {
@@ -70,6 +72,7 @@ impl JobError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Builder(error) if error.is_transport() => Blame::Transport,
+            Self::Builder(BuilderError::Guess { .. }) => Blame::Guess,
             Self::Builder(BuilderError::Refused { .. } | BuilderError::Protocol { .. })
             | Self::Failed { outcome: Outcome::NotThere, .. }
             | Self::Output(OutputError::Missing(_) | OutputError::Reference { .. }) => Blame::Machine,
@@ -127,48 +130,136 @@ pub struct Report {
     pub outputs: Duration,
 }
 
-impl Task<'_> {
-    /// Does it. The slot is given back as soon as the build is over, before outputs travel.
-    ///
-    /// # Errors
-    /// If the outputs are not valid in the local store afterwards; see [`JobError::blame`].
-    pub fn run(&self, builder: &mut Builder, job: &Job, slot: &mut Option<Held>) -> Result<Report, JobError> {
-        let mut report = Report::default();
-        let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
-        let inputs = self.inputs(job)?;
-        let clock = Instant::now();
-        self.send_inputs(builder, &inputs, &mut relay, &mut report)?;
-        report.inputs = clock.elapsed();
-        let clock = Instant::now();
-        self.build(builder, &inputs, &mut relay)?;
-        report.build = clock.elapsed();
-        *slot = None;
-        let clock = Instant::now();
-        self.fetch_outputs(builder, job, &inputs, &mut relay, &mut report)?;
-        report.outputs = clock.elapsed();
-        Ok(report)
+/// What is known before there is a connection.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The closure of the inputs, as Nix gives it.
+    inputs: Vec<StorePath>,
+    /// Those of them whose closure it is.
+    direct: Vec<StorePath>,
+    /// All direct inputs are taken to be on the machine already.
+    guessed: bool,
+    /// What the connection is to be sent without waiting.
+    pub ahead: Ahead,
+}
+
+impl Prepared {
+    /// Paths that the machine has once the build is over.
+    pub fn direct_inputs(&self) -> impl Iterator<Item = &StorePath> {
+        self.direct.iter()
     }
 
-    fn inputs(&self, job: &Job) -> Result<Vec<StorePath>, JobError> {
+    /// What the builder is asked about first. If the direct inputs are there, their closure is.
+    fn asked(&self) -> &[StorePath] {
+        if self.guessed { &self.direct } else { &self.inputs }
+    }
+}
+
+impl Task<'_> {
+    /// Prepares the build for a connection. `direct` are the direct inputs, if they are known. `is_there` is to tell
+    /// whether these may be taken to be on the machine; if they are not after all, [`Task::run`] fails with
+    /// [`Blame::Guess`].
+    ///
+    /// # Errors
+    /// If Nix named something that is no path.
+    pub fn prepare(
+        &self,
+        job: &Job,
+        direct: Option<Vec<StorePath>>,
+        is_there: impl FnOnce(&[StorePath]) -> bool,
+    ) -> Result<Prepared, JobError> {
         let parse = |path: &String| {
             let parsed = self.location.store_dir.parse_path(path.as_bytes());
             parsed.map_err(|_| JobError::InputPath(path.clone()))
         };
-        job.inputs.iter().map(parse).collect()
+        let inputs: Vec<StorePath> = job.inputs.iter().map(parse).collect::<Result<_, _>>()?;
+        let direct = direct.filter(|direct| {
+            let closure: BTreeSet<&StorePath> = inputs.iter().collect();
+            direct.iter().all(|path| closure.contains(path))
+        });
+        // With options set in between, the requests would not follow each other.
+        let guessed =
+            !self.settings.flag("keep-failed") && direct.as_ref().is_some_and(|direct| is_there(direct));
+        let direct = direct.unwrap_or_else(|| inputs.clone());
+        let mut prepared = Prepared { inputs, direct, guessed, ahead: Ahead::default() };
+        let mut ahead = Ahead::default();
+        let substitute = self.settings.flag("builders-use-substitutes");
+        ahead.hold_and_query(&self.location.store_dir, prepared.asked(), substitute);
+        if prepared.guessed {
+            self.build_and_fetch(&mut ahead, &prepared, job)?;
+        }
+        prepared.ahead = ahead.if_small();
+        Ok(prepared)
+    }
+
+    /// Does it. The slot is given back as soon as the build is over, before outputs travel.
+    ///
+    /// The builder has been sent [`Prepared::ahead`].
+    ///
+    /// # Errors
+    /// If the outputs are not valid in the local store afterwards; see [`JobError::blame`].
+    pub fn run(
+        &self,
+        builder: &mut Builder,
+        job: &Job,
+        prepared: &Prepared,
+        slot: &mut Option<Held>,
+    ) -> Result<Report, JobError> {
+        let mut report = Report::default();
+        let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
+        let clock = Instant::now();
+        self.send_inputs(builder, job, prepared, &mut relay, &mut report)?;
+        report.inputs = clock.elapsed();
+        let clock = Instant::now();
+        self.build(builder, &prepared.direct, &mut relay)?;
+        report.build = clock.elapsed();
+        *slot = None;
+        let clock = Instant::now();
+        self.fetch_outputs(builder, job, &prepared.inputs, &mut relay, &mut report)?;
+        report.outputs = clock.elapsed();
+        Ok(report)
+    }
+
+    /// The requests behind those for the inputs.
+    fn build_and_fetch(&self, ahead: &mut Ahead, prepared: &Prepared, job: &Job) -> Result<(), JobError> {
+        let store_dir = &self.location.store_dir;
+        ahead.build(store_dir, self.drv_path, self.drv, &prepared.direct);
+        let paths: Vec<StorePath> = self.wanted(job)?.iter().map(|output| output.path.clone()).collect();
+        ahead.fetch(store_dir, &paths);
+        Ok(())
+    }
+
+    fn wanted(&self, job: &Job) -> Result<Vec<&Wanted>, JobError> {
+        let find =
+            |name: &String| self.outputs.get(name).ok_or_else(|| OutputError::NoSuchOutput(name.clone()));
+        Ok(job.wanted_outputs.iter().map(find).collect::<Result<_, _>>()?)
     }
 
     fn send_inputs(
         &self,
         builder: &mut Builder,
-        inputs: &[StorePath],
+        job: &Job,
+        prepared: &Prepared,
         relay: &mut Relay<'_>,
         report: &mut Report,
     ) -> Result<(), JobError> {
         let substitute = self.settings.flag("builders-use-substitutes");
-        let valid = builder.hold_and_query(inputs, substitute, &mut |e| relay.pass(e))?;
-        let missing: Vec<&StorePath> = inputs.iter().filter(|path| !valid.contains(*path)).collect();
+        let valid = builder.hold_and_query(prepared.asked(), substitute, &mut |e| relay.pass(e))?;
+        let missing: Vec<&StorePath> =
+            prepared.asked().iter().filter(|path| !valid.contains(*path)).collect();
+        if prepared.guessed {
+            return match missing.is_empty() {
+                true => Ok(()),
+                false => Err(BuilderError::Guess { doing: "asking which inputs are there" }.into()),
+            };
+        }
+        let mut ahead = Ahead::default();
+        if !self.settings.flag("keep-failed") {
+            self.build_and_fetch(&mut ahead, prepared, job)?;
+        }
+        let ahead = ahead.if_small();
         if missing.is_empty() {
-            return Ok(());
+            return Ok(builder.send_ahead(ahead)?);
         }
         let infos = {
             let query = Query::open(self.location)?;
@@ -197,7 +288,7 @@ impl Task<'_> {
             store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
             to.flush()
         };
-        Ok(builder.upload(&infos, &dump, &progress, &mut |e| relay.pass(e))?)
+        Ok(builder.upload(&infos, &dump, &progress, ahead, &mut |e| relay.pass(e))?)
     }
 
     fn build(
@@ -217,15 +308,6 @@ impl Task<'_> {
                 Options { keep_failed, max_silent_time: clocks.max_silent_time, timeout: clocks.timeout };
             builder.set_options(options, &mut |e| relay.pass(e))?;
         }
-        // As stock does: without input derivations the sources stand in the derivation and are part of what its
-        // output paths are made from.
-        let sources: Vec<StorePath>;
-        let inputs = if self.drv.input_derivations().is_empty() {
-            sources = self.drv.input_sources().iter().cloned().collect();
-            &sources
-        } else {
-            inputs
-        };
         let result = builder.build(self.drv_path, self.drv, inputs, clocks, &mut |e| relay.pass(e))?;
         match result.outcome(outputs::is_fixed(self.drv)) {
             Outcome::Built => Ok(result),
@@ -249,11 +331,7 @@ impl Task<'_> {
         relay: &mut Relay<'_>,
         report: &mut Report,
     ) -> Result<(), JobError> {
-        let mut wanted = Vec::new();
-        for name in &job.wanted_outputs {
-            let output = self.outputs.get(name).ok_or_else(|| OutputError::NoSuchOutput(name.clone()))?;
-            wanted.push(output);
-        }
+        let wanted = self.wanted(job)?;
         let paths: Vec<StorePath> = wanted.iter().map(|output| output.path.clone()).collect();
         let claims = builder.path_infos(&paths, &mut |e| relay.pass(e))?;
         let inputs: BTreeSet<StorePath> = inputs.iter().cloned().collect();

@@ -2,6 +2,7 @@
 //!
 //! Owns the order of asking and the report's form. Must never connect in any other way than `reach` does.
 
+use crate::builder::Ahead;
 use crate::cli::Targets;
 use crate::config::{self, Fleet};
 use crate::fds;
@@ -188,7 +189,7 @@ fn ask_all(reach: &Reach, machines: &[Machine], bound: Duration) -> Vec<Result<A
 fn ask(reach: &Reach, machine: &Machine, bound: Duration) -> Result<Answer, ReachError> {
     const TRIPS: usize = 3;
     let begin = Instant::now();
-    let mut reached = reach.connect(machine, &StoreDir::default(), bound)?;
+    let mut reached = reach.connect(machine, &StoreDir::default(), bound, &Ahead::default())?;
     let connected = begin.elapsed();
     let mut round_trip = Duration::MAX;
     for _ in 0..TRIPS {

@@ -101,7 +101,8 @@ fn a_killed_master_is_replaced_without_losing_the_next_build() {
     next.assert_stderr_lacks("cannot build on");
     assert_ne!(master(&client), first);
     assert_eq!(mac.logins(), 2);
-    assert_only_masters_left(&client, 1);
+    // A channel that the dying master was asked for is held for a while.
+    assert_only_masters_left_after(&client, 1, UNANSWERED);
 }
 
 #[test]

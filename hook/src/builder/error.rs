@@ -53,6 +53,12 @@ pub enum BuilderError {
         /// The daemon's words.
         message: String,
     },
+    /// What was sent ahead is not what is needed now.
+    #[error("what was sent to the builder in advance was a wrong guess, seen while {doing}")]
+    Guess {
+        /// What was to be done.
+        doing: &'static str,
+    },
     /// The build wrote nothing for too long (`max-silent-time`).
     #[error("timed out after {0} seconds of silence")]
     Silent(u64),

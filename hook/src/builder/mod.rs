@@ -91,10 +91,52 @@ pub struct Builder {
     peer: Peer,
     /// Numbers of the daemon's own activities for builds, whose logs are ours to pass on.
     builds: BTreeSet<u64>,
+    /// Requests that have been sent and whose answers have not been read.
+    ahead: Ahead,
+}
+
+/// Requests to be sent before the answers to those before them are known, so that many cost the time of one.
+///
+/// The verbs of [`Builder`] that come later find their requests in it and only read the answers. It is a guess at what
+/// will be asked: a verb that wants something else fails with [`BuilderError::Guess`].
+#[derive(Debug, Clone, Default)]
+pub struct Ahead(Vec<u8>);
+
+impl Ahead {
+    /// What may be sent at most without reading anything: it must fit the channel's window and the sockets' buffers, for
+    /// a daemon that builds does not read.
+    const MOST: usize = 256 << 10;
+
+    /// [`Builder::hold_and_query`]; of more paths than one batch has it is no use.
+    pub fn hold_and_query(&mut self, store_dir: &StoreDir, paths: &[StorePath], substitute: bool) {
+        put_hold_and_query(&mut self.0, Version::newest(), store_dir, paths, Some((paths, substitute)));
+    }
+
+    /// [`Builder::build`].
+    pub fn build(
+        &mut self,
+        store_dir: &StoreDir,
+        drv_path: &StorePath,
+        drv: &Derivation,
+        inputs: &[StorePath],
+    ) {
+        worker::put_build_derivation(&mut self.0, store_dir, drv_path, drv, inputs.iter());
+    }
+
+    /// [`Builder::path_infos`] and [`Builder::nars`] of the same paths.
+    pub fn fetch(&mut self, store_dir: &StoreDir, paths: &[StorePath]) {
+        put_path_infos(&mut self.0, store_dir, paths.iter());
+        put_nars(&mut self.0, store_dir, paths.iter());
+    }
+
+    /// Nothing, if it is too much to be sent at once.
+    pub fn if_small(self) -> Self {
+        if self.0.len() <= Self::MOST { self } else { Self::default() }
+    }
 }
 
 impl Builder {
-    /// Greets the daemon at the other end of the stream.
+    /// Greets the daemon at the other end of the stream, and sends `ahead` without waiting for its answer.
     ///
     /// # Errors
     /// If no daemon answers within `bound`, or one that is too old.
@@ -103,6 +145,7 @@ impl Builder {
         store_dir: StoreDir,
         offer: Version,
         bound: Duration,
+        ahead: Ahead,
     ) -> Result<Self, BuilderError> {
         const DOING: &str = "greeting the daemon";
         let Stream { reader, writer } = stream;
@@ -120,6 +163,7 @@ impl Builder {
         let mut greeting = Vec::new();
         worker::put_greeting(&mut greeting, offer);
         // A peer that is already gone may still have said why; the reading below finds that.
+        greeting.extend_from_slice(&ahead.0);
         let sent = output.write_all(&greeting).and_then(|()| output.flush());
         let version = worker::read_greeting(&mut input, offer).map_err(|(source, seen)| {
             if source.is_timeout() {
@@ -134,7 +178,7 @@ impl Builder {
         })?;
         sent.map_err(|e| BuilderError::wire(DOING, WireError::Io { what: "the greeting", source: e }))?;
         let peer = worker::read_peer(&mut input, version).map_err(no_answer)?;
-        let mut builder = Self { input, output, store_dir, peer, builds: BTreeSet::new() };
+        let mut builder = Self { input, output, store_dir, peer, builds: BTreeSet::new(), ahead };
         match builder.work(DOING, &mut |_| {}) {
             Err(BuilderError::Lost { source, .. }) if source.is_timeout() => {
                 return Err(BuilderError::NoAnswer { doing: DOING, bound });
@@ -158,7 +202,7 @@ impl Builder {
         const DOING: &str = "setting options";
         let mut request = Vec::new();
         worker::put_set_options(&mut request, options);
-        self.send(DOING, &request)?;
+        self.ask(DOING, &request)?;
         self.work(DOING, on)
     }
 
@@ -178,29 +222,27 @@ impl Builder {
     ) -> Result<BTreeSet<StorePath>, BuilderError> {
         const DOING: &str = "asking which inputs are there";
         let all = paths.len() as u64;
-        let mut batches = paths.chunks(BATCH).peekable();
+        // With no path at all there is one batch, of nothing.
+        let batches = paths.len().div_ceil(BATCH).max(1);
         let mut request = Vec::new();
         let mut valid = None;
-        while let Some(batch) = batches.next() {
+        for number in 0..batches {
             request.clear();
-            for path in batch {
-                worker::put_add_temp_root(&mut request, &self.store_dir, path);
-            }
-            let last = batches.peek().is_none();
-            if last {
-                let version = self.peer.version;
-                worker::put_query_valid_paths(
-                    &mut request,
-                    version,
-                    &self.store_dir,
-                    paths.iter(),
-                    substitute,
-                );
-            }
-            let (input, output) = (&mut self.input, &mut self.output);
+            let batch = paths.chunks(BATCH).nth(number).unwrap_or_default();
+            let last = number + 1 == batches;
             let version = self.peer.version;
+            put_hold_and_query(
+                &mut request,
+                version,
+                &self.store_dir,
+                batch,
+                last.then_some((paths, substitute)),
+            );
+            let known = self.ahead.take(DOING, &request)?;
+            let request = if known { &[][..] } else { &request };
+            let (input, output) = (&mut self.input, &mut self.output);
             let (store_dir, builds) = (&self.store_dir, &mut self.builds);
-            both(input, output, &request, DOING, |input| {
+            both(input, output, request, DOING, |input| {
                 for _ in batch {
                     work(input, version, builds, DOING, on)?;
                     worker::read_number(input).map_err(|e| BuilderError::wire(DOING, e))?;
@@ -218,7 +260,7 @@ impl Builder {
 
     /// Sends paths, which must be ordered references first, and waits until they are valid there.
     ///
-    /// Needs the memory of one frame, whatever the paths' size.
+    /// Needs the memory of one frame, whatever the paths' size. Behind them goes `ahead`, if the daemon is new enough.
     ///
     /// # Errors
     /// If a path cannot be read, the connection fails, or the daemon refuses one.
@@ -227,9 +269,11 @@ impl Builder {
         infos: &[PathInfo],
         dump: Dump<'_>,
         progress: OnUpload<'_>,
+        ahead: Ahead,
         on: OnEvent<'_>,
     ) -> Result<(), BuilderError> {
         const DOING: &str = "sending inputs";
+        self.ahead.take(DOING, &[])?;
         let version = self.peer.version;
         let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
         let store_dir = &self.store_dir;
@@ -238,9 +282,13 @@ impl Builder {
                 input,
                 output,
                 DOING,
-                |output| send_many(output, store_dir, infos, dump, progress),
+                |output| {
+                    send_many(output, store_dir, infos, dump, progress)?;
+                    send(output, DOING, &ahead.0)
+                },
                 |input| work(input, version, builds, DOING, on),
             )?;
+            self.ahead = ahead;
         } else {
             for info in infos {
                 progress(Some(info));
@@ -277,6 +325,8 @@ impl Builder {
         const DOING: &str = "building";
         let mut request = Vec::new();
         worker::put_build_derivation(&mut request, &self.store_dir, drv_path, drv, inputs.iter());
+        let known = self.ahead.take(DOING, &request)?;
+        let request = if known { Vec::new() } else { request };
         let version = self.peer.version;
         let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
         let mut answer = None;
@@ -327,10 +377,8 @@ impl Builder {
     ) -> Result<Vec<Option<PathInfo>>, BuilderError> {
         const DOING: &str = "asking for the outputs' metadata";
         let mut request = Vec::new();
-        for path in paths {
-            worker::put_query_path_info(&mut request, &self.store_dir, path);
-        }
-        self.send(DOING, &request)?;
+        put_path_infos(&mut request, &self.store_dir, paths.iter());
+        self.ask(DOING, &request)?;
         let mut infos = Vec::with_capacity(paths.len());
         for path in paths {
             self.work(DOING, on)?;
@@ -352,10 +400,8 @@ impl Builder {
     ) -> Result<(), BuilderError> {
         const DOING: &str = "fetching outputs";
         let mut request = Vec::new();
-        for info in infos {
-            worker::put_nar_from_path(&mut request, &self.store_dir, &info.path);
-        }
-        self.send(DOING, &request)?;
+        put_nars(&mut request, &self.store_dir, infos.iter().map(|info| &info.path));
+        self.ask(DOING, &request)?;
         for info in infos {
             self.work(DOING, on)?;
             let mut nar = Counted { inner: &mut self.input, left: info.nar_size, broken: None };
@@ -389,21 +435,76 @@ impl Builder {
         );
         let begin = Instant::now();
         self.input.deadline = Some(begin + bound);
-        self.send(DOING, &request)?;
+        self.ask(DOING, &request)?;
         self.work(DOING, &mut |_| {})?;
         worker::read_paths(&mut self.input, &self.store_dir, 0).map_err(|e| BuilderError::wire(DOING, e))?;
         self.input.deadline = None;
         Ok(begin.elapsed())
     }
 
-    /// Writes a request that is small enough never to block for want of the other side's reading.
-    fn send(&mut self, doing: &'static str, request: &[u8]) -> Result<(), BuilderError> {
-        send(&mut self.output, doing, request)
+    /// Sends requests whose answers will be asked for by later verbs.
+    ///
+    /// # Errors
+    /// If the connection fails.
+    pub fn send_ahead(&mut self, ahead: Ahead) -> Result<(), BuilderError> {
+        const DOING: &str = "sending requests";
+        self.ahead.take(DOING, &[])?;
+        send(&mut self.output, DOING, &ahead.0)?;
+        self.ahead = ahead;
+        Ok(())
+    }
+
+    /// Writes a request, unless that has been done, which is small enough never to block for want of the other side's
+    /// reading.
+    fn ask(&mut self, doing: &'static str, request: &[u8]) -> Result<(), BuilderError> {
+        if self.ahead.take(doing, request)? { Ok(()) } else { send(&mut self.output, doing, request) }
     }
 
     fn work(&mut self, doing: &'static str, on: OnEvent<'_>) -> Result<(), BuilderError> {
         work(&mut self.input, self.peer.version, &mut self.builds, doing, on)
     }
+}
+
+impl Ahead {
+    /// Whether the request has been sent already. If something else has, there is no way back.
+    fn take(&mut self, doing: &'static str, request: &[u8]) -> Result<bool, BuilderError> {
+        if self.0.is_empty() {
+            return Ok(false);
+        }
+        if request.is_empty() || !self.0.starts_with(request) {
+            return Err(BuilderError::Guess { doing });
+        }
+        self.0.drain(..request.len());
+        Ok(true)
+    }
+}
+
+/// Temp roots for a batch of paths and, behind the last batch, the question which of all are valid.
+fn put_hold_and_query(
+    request: &mut Vec<u8>,
+    version: Version,
+    store_dir: &StoreDir,
+    batch: &[StorePath],
+    query: Option<(&[StorePath], bool)>,
+) {
+    for path in batch {
+        worker::put_add_temp_root(request, store_dir, path);
+    }
+    if let Some((paths, substitute)) = query {
+        worker::put_query_valid_paths(request, version, store_dir, paths.iter(), substitute);
+    }
+}
+
+fn put_path_infos<'a>(
+    request: &mut Vec<u8>,
+    store_dir: &StoreDir,
+    paths: impl Iterator<Item = &'a StorePath>,
+) {
+    paths.for_each(|path| worker::put_query_path_info(request, store_dir, path));
+}
+
+fn put_nars<'a>(request: &mut Vec<u8>, store_dir: &StoreDir, paths: impl Iterator<Item = &'a StorePath>) {
+    paths.for_each(|path| worker::put_nar_from_path(request, store_dir, path));
 }
 
 type Output = Box<dyn CloseWrite + Send>;

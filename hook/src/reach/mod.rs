@@ -4,10 +4,12 @@
 //! cause and the cure. Must never choose a machine or know what the connection is for.
 
 mod error;
+mod seen;
 
 pub use error::{ReachError, ReachSetupError};
+pub use seen::Seen;
 
-use crate::builder::{Builder, BuilderError};
+use crate::builder::{Ahead, Builder, BuilderError};
 use crate::plan::machine::{Machine, Scheme};
 use crate::slots::Slots;
 use crate::wire::worker::Version;
@@ -149,7 +151,12 @@ impl Reach {
         let _ = fs::remove_file(self.stamp(machine));
     }
 
-    /// Connects to the machine's Nix daemon within `bound`.
+    /// Which paths the machine was seen to have lately.
+    pub fn seen(&self, machine: &Machine) -> Seen {
+        Seen::at(self.stamp(machine).with_extension("seen"))
+    }
+
+    /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight.
     ///
     /// A live master is used; a dead or hung one is replaced, once.
     ///
@@ -160,9 +167,10 @@ impl Reach {
         machine: &Machine,
         store_dir: &StoreDir,
         bound: Duration,
+        ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         let failure = self.stamp(machine).with_extension("failed");
-        let reached = self.connect_now(machine, store_dir, bound);
+        let reached = self.connect_now(machine, store_dir, bound, ahead);
         match &reached {
             Ok(reached) => {
                 let way = reached.way.as_str();
@@ -185,6 +193,7 @@ impl Reach {
         machine: &Machine,
         store_dir: &StoreDir,
         bound: Duration,
+        ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
@@ -197,7 +206,7 @@ impl Reach {
                     let duration_ms = took.as_millis() as u64;
                     tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
                 }
-                self.on_master(master, machine, store_dir, deadline)
+                self.on_master(master, machine, store_dir, deadline, ahead)
             },
             |error| match error {
                 ReachError::Open(error) => Some(error),
@@ -212,15 +221,16 @@ impl Reach {
         machine: &Machine,
         store_dir: &StoreDir,
         deadline: Instant,
+        ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         let named =
             machine.uri.param("remote-program").is_some() || machine.uri.param("remote-store").is_some();
         let refusal = self.stamp(machine).with_extension("refused");
         let mut detour = if named { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
         let (builder, way) = if named || detour.is_some() {
-            (self.by_session(master, machine, store_dir, deadline)?, Way::Session)
+            (self.by_session(master, machine, store_dir, deadline, ahead)?, Way::Session)
         } else {
-            match self.by_socket(master, machine, store_dir, deadline) {
+            match self.by_socket(master, machine, store_dir, deadline, ahead) {
                 Ok(builder) => (builder, Way::Socket),
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
@@ -230,7 +240,7 @@ impl Reach {
                         note(&refusal, &reason);
                     }
                     detour = Some(reason);
-                    (self.by_session(master, machine, store_dir, deadline)?, Way::Session)
+                    (self.by_session(master, machine, store_dir, deadline, ahead)?, Way::Session)
                 }
             }
         };
@@ -245,6 +255,7 @@ impl Reach {
         machine: &Machine,
         store_dir: &StoreDir,
         deadline: Instant,
+        ahead: &Ahead,
     ) -> Result<Builder, ReachError> {
         // Without a turn it may still go well.
         let _turn =
@@ -264,8 +275,14 @@ impl Reach {
             };
             // Half of what is left: if this daemon hangs, one of our own may still do it.
             let bound = left(deadline) / 2;
-            return Builder::connect(Stream::from(channel), store_dir.clone(), Version::newest(), bound)
-                .map_err(ReachError::Daemon);
+            return Builder::connect(
+                Stream::from(channel),
+                store_dir.clone(),
+                Version::newest(),
+                bound,
+                ahead.clone(),
+            )
+            .map_err(ReachError::Daemon);
         }
     }
 
@@ -275,16 +292,17 @@ impl Reach {
         machine: &Machine,
         store_dir: &StoreDir,
         deadline: Instant,
+        ahead: &Ahead,
     ) -> Result<Builder, ReachError> {
         let program = program(machine)?;
         let mut command = format!("{} --stdio", program.words.join(" "));
         if let Some(store) = machine.uri.param("remote-store") {
             command.push_str(&format!(" --store {}", shell_word(store)));
         }
-        match in_session(master, &command, store_dir, deadline) {
+        match in_session(master, &command, store_dir, deadline, ahead) {
             Err(ReachError::NoNix { .. }) if !program.named => {
                 let wider = format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}");
-                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, deadline)
+                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, deadline, ahead)
                     .map_err(|error| match error {
                         ReachError::NoNix { stderr, .. } => {
                             ReachError::NoNix { stderr, program: program.words.join(" ") }
@@ -334,9 +352,10 @@ fn in_session(
     command: &str,
     store_dir: &StoreDir,
     deadline: Instant,
+    ahead: &Ahead,
 ) -> Result<Builder, ReachError> {
     let (stream, status) = master.open_session(command, left(deadline).min(OPEN_BOUND))?.into_stream();
-    match Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline)) {
+    match Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline), ahead.clone()) {
         Ok(builder) => Ok(builder),
         Err(error @ (BuilderError::NoDaemon { .. } | BuilderError::Lost { .. })) => {
             Err(explain(command, status, error))

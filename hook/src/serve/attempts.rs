@@ -146,13 +146,25 @@ impl Hook<'_> {
             outputs: &candidate.outputs,
             machine: &machine.name,
         };
+        let seen = self.reach.seen(machine);
+        let direct = self.direct_inputs(&candidate.drv);
+        let mut prepared = match task.prepare(job, direct.clone(), |paths| seen.has_all(paths)) {
+            Ok(prepared) => prepared,
+            Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
+        };
         let Chosen { slot, mut reached, .. } = chosen;
         let mut slot = Some(slot);
         let begin = Instant::now();
         let mut lost = String::new();
-        for attempt in 1..=TRIES {
-            let connection =
-                reached.take().map_or_else(|| self.connect(machine, &candidate.drv, PATIENT_BOUND), Ok);
+        let mut attempt = 0;
+        while attempt < TRIES {
+            attempt += 1;
+            let ahead = prepared.ahead.clone();
+            let connection = match reached.take() {
+                None => self.connect(machine, &candidate.drv, PATIENT_BOUND, &ahead),
+                // If that fails the connection is lost, which the first answer will show.
+                Some(mut reached) => Ok(drop(reached.builder.send_ahead(ahead))).map(|()| reached),
+            };
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
@@ -163,8 +175,10 @@ impl Hook<'_> {
                 // build's claim to the last slot is no reason to wait.
                 slot = self.slots.take_any(&machine.name, machine.max_jobs).ok().flatten();
             }
-            let error = match task.run(&mut connection.builder, job, &mut slot) {
+            let error = match task.run(&mut connection.builder, job, &prepared, &mut slot) {
                 Ok(report) => {
+                    let outputs = candidate.outputs.values().map(|output| &output.path);
+                    seen.note(prepared.direct_inputs().chain(outputs));
                     log_report(derivation, &machine.name, &report, begin.elapsed());
                     return Attempt::Done;
                 }
@@ -179,6 +193,15 @@ impl Hook<'_> {
                         return Attempt::Elsewhere(ReachError::Untrusted { account }.describe());
                     }
                     return Attempt::Elsewhere(text);
+                }
+                Blame::Guess => {
+                    tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
+                    seen.forget();
+                    attempt -= 1;
+                    prepared = match task.prepare(job, direct.clone(), |_| false) {
+                        Ok(prepared) => prepared,
+                        Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
+                    };
                 }
                 Blame::Transport => {
                     self.reach.forget(machine);

@@ -4,6 +4,7 @@
 
 mod attempts;
 
+use crate::builder::Ahead;
 use crate::config::{self, Fleet, Settings};
 use crate::fds;
 use crate::files::read_machines_file;
@@ -19,7 +20,7 @@ use crate::wire::hook::{self, Reply, Verbosity};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -258,15 +259,34 @@ impl<'a> Hook<'a> {
         let no_path = || Unfit::NoDrvPath(request.drv_path.clone());
         let drv_path =
             self.location.store_dir.parse_path(request.drv_path.as_bytes()).map_err(|_| no_path())?;
-        let name = drv_path.name().strip_suffix(".drv").ok_or_else(no_path)?.to_owned();
-        let aterm = fs::read(self.location.real_path(&drv_path)).map_err(Unfit::Unreadable)?;
-        let drv = Derivation::from_aterm_bytes_in(&aterm, &name, self.location.store_dir.clone())
-            .map_err(Unfit::Unparsable)?;
+        let drv = self.read_drv(&drv_path)?.ok_or_else(no_path)?;
         if drv.input_derivations().values().any(|input| input.is_dynamic()) {
             return Err(Unfit::Dynamic);
         }
         let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
         Ok(Candidate { request, drv_path, drv, outputs })
+    }
+
+    /// A derivation of the local store; none if the path is not that of one.
+    fn read_drv(&self, path: &StorePath) -> Result<Option<Derivation>, Unfit> {
+        let Some(name) = path.name().strip_suffix(".drv") else { return Ok(None) };
+        let aterm = fs::read(self.location.real_path(path)).map_err(Unfit::Unreadable)?;
+        Derivation::from_aterm_bytes_in(&aterm, name, self.location.store_dir.clone())
+            .map(Some)
+            .map_err(Unfit::Unparsable)
+    }
+
+    /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
+    fn direct_inputs(&self, drv: &Derivation) -> Option<Vec<StorePath>> {
+        let mut direct: BTreeSet<StorePath> = drv.input_sources().iter().cloned().collect();
+        for (path, wanted) in drv.input_derivations() {
+            let input = self.read_drv(path).ok()??;
+            let outputs = outputs::output_paths(&input, &self.location.store_dir).ok()?;
+            for name in wanted.outputs() {
+                direct.insert(outputs.get(name)?.path.clone());
+            }
+        }
+        Some(direct.into_iter().collect())
     }
 
     /// Chooses until a machine is found that is known or seen to answer.
@@ -299,7 +319,7 @@ impl<'a> Hook<'a> {
             }
             // One that is about to wake up has no claim on Nix's patience.
             let bound = if self.reach.waking(machine).is_some() { WAKING_BOUND } else { CONNECT_BOUND };
-            match self.connect(machine, &candidate.drv, bound) {
+            match self.connect(machine, &candidate.drv, bound, &Ahead::default()) {
                 Ok(reached) => {
                     return (decision.verdict, Some(Chosen { index, slot, reached: Some(reached) }));
                 }
@@ -421,9 +441,15 @@ impl<'a> Hook<'a> {
         }
     }
 
-    fn connect(&self, machine: &Machine, drv: &Derivation, bound: Duration) -> Result<Reached, ReachError> {
+    fn connect(
+        &self,
+        machine: &Machine,
+        drv: &Derivation,
+        bound: Duration,
+        ahead: &Ahead,
+    ) -> Result<Reached, ReachError> {
         let begin = Instant::now();
-        let reached = self.reach.connect(machine, &self.location.store_dir, bound)?;
+        let reached = self.reach.connect(machine, &self.location.store_dir, bound, ahead)?;
         tracing::debug!(
             builder = machine.name,
             way = reached.way.as_str(),

@@ -1,7 +1,7 @@
 //! A real daemon with a store of its own, spoken to in every version.
 
 use nix_derivation::{Derivation, StoreDir, StorePath};
-use nix_offload::builder::{Builder, BuilderError, Clocks, Event};
+use nix_offload::builder::{Ahead, Builder, BuilderError, Clocks, Event};
 use nix_offload::path_info::PathInfo;
 use nix_offload::store::{self, Location, Query};
 use nix_offload::wire::worker::{NEWEST_MINOR, OLDEST_MINOR, Options, Outcome, Version};
@@ -112,7 +112,8 @@ impl Store {
             .unwrap();
         self.daemons.push(child);
         let offer = Version::new(minor).unwrap();
-        Builder::connect(stream(ours), self.location.store_dir.clone(), offer, BOUND).unwrap()
+        Builder::connect(stream(ours), self.location.store_dir.clone(), offer, BOUND, Ahead::default())
+            .unwrap()
     }
 
     fn instantiate(&self, expression: &str) -> (StorePath, Derivation) {
@@ -181,7 +182,7 @@ fn every_version_uploads_builds_and_fetches() {
         let valid = builder.hold_and_query(std::slice::from_ref(&input), false, &mut |_| {}).unwrap();
         assert!(valid.is_empty(), "1.{minor}");
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-        builder.upload(&[info], &dump, &|_| {}, &mut |_| {}).unwrap();
+        builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap();
         let valid = builder.hold_and_query(std::slice::from_ref(&input), false, &mut |_| {}).unwrap();
         assert_eq!(valid, [input.clone()].into(), "1.{minor}");
 
@@ -224,7 +225,7 @@ fn a_large_input_and_thousands_of_questions_pass_in_every_way_of_sending() {
             .collect();
         assert!(builder.hold_and_query(&strangers, false, &mut |_| {}).unwrap().is_empty());
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-        builder.upload(&[info], &dump, &|_| {}, &mut |_| {}).unwrap();
+        builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap();
         assert!(Query::open(&store.location).unwrap().is_valid(&path).unwrap(), "1.{minor}");
     }
 }
@@ -301,7 +302,7 @@ fn an_input_that_cannot_be_read_is_the_error_and_nothing_hangs() {
             to.write_all(b"\x0d\0\0\0\0\0\0\0nix-archive-1")?;
             Err(io::Error::other("the disk is gone"))
         };
-        match builder.upload(&[info], &dump, &|_| {}, &mut |_| {}) {
+        match builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}) {
             Err(BuilderError::Dump { source, .. }) => assert_eq!(source.to_string(), "the disk is gone"),
             other => panic!("1.{minor}: {other:?}"),
         }

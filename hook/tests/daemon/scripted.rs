@@ -2,7 +2,7 @@
 
 use crate::real::stream;
 use nix_derivation::{StoreDir, StorePath};
-use nix_offload::builder::{Builder, BuilderError};
+use nix_offload::builder::{Ahead, Builder, BuilderError};
 use nix_offload::path_info::PathInfo;
 use nix_offload::wire::worker::Version;
 use nix_offload::wire::{put_str, put_u64};
@@ -44,7 +44,13 @@ fn peer(bytes: Vec<u8>, stay: bool) -> UnixStream {
 }
 
 fn connect(bytes: Vec<u8>, stay: bool, bound: Duration) -> Result<Builder, BuilderError> {
-    Builder::connect(stream(peer(bytes, stay)), StoreDir::default(), Version::newest(), bound)
+    Builder::connect(
+        stream(peer(bytes, stay)),
+        StoreDir::default(),
+        Version::newest(),
+        bound,
+        Ahead::default(),
+    )
 }
 
 fn after_greeting(bytes: &[u8], stay: bool) -> Builder {
@@ -83,7 +89,10 @@ fn a_peer_that_drips_is_given_up_in_time_too() {
     });
     let begin = Instant::now();
     let bound = Duration::from_millis(300);
-    let error = Builder::connect(stream(ours), StoreDir::default(), Version::newest(), bound).err().unwrap();
+    let error =
+        Builder::connect(stream(ours), StoreDir::default(), Version::newest(), bound, Ahead::default())
+            .err()
+            .unwrap();
     assert!(matches!(error, BuilderError::NoAnswer { .. }), "{error}");
     assert!(begin.elapsed() < Duration::from_secs(5));
 }
@@ -172,9 +181,12 @@ fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
         // It stays and reads nothing, until the test is over.
         let _ = wait.recv();
     });
-    let mut builder = Builder::connect(stream(ours), StoreDir::default(), Version::newest(), BOUND).unwrap();
+    let mut builder =
+        Builder::connect(stream(ours), StoreDir::default(), Version::newest(), BOUND, Ahead::default())
+            .unwrap();
     let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));
-    let error = builder.upload(&[info(65_536_000)], &dump, &|_| {}, &mut |_| {}).unwrap_err();
+    let error =
+        builder.upload(&[info(65_536_000)], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap_err();
     assert_eq!(error.to_string(), "out of memory");
     drop(done);
 }
@@ -183,6 +195,7 @@ fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
 fn a_peer_that_leaves_while_it_is_sent_a_path_is_a_lost_connection() {
     let mut builder = after_greeting(&[], false);
     let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));
-    let error = builder.upload(&[info(65_536_000)], &dump, &|_| {}, &mut |_| {}).unwrap_err();
+    let error =
+        builder.upload(&[info(65_536_000)], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap_err();
     assert!(error.is_transport(), "{error}");
 }
