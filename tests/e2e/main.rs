@@ -3,6 +3,7 @@
 
 mod cancel;
 mod faults;
+mod flights;
 mod installing;
 mod journal;
 mod logs;

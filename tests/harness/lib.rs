@@ -27,6 +27,7 @@ mod command;
 pub mod drv;
 mod machine;
 mod paths;
+mod relay;
 mod wait;
 mod world;
 
@@ -35,5 +36,6 @@ pub use client::{Client, ClientPlan, Hook, Mode, OURS};
 pub use command::{Command, Output, Running};
 pub use machine::{Machine, Process};
 pub use paths::{Release, binaries, workspace};
+pub use relay::Relay;
 pub use wait::wait_until;
 pub use world::World;

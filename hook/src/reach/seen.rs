@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long it is believed. Short, for a builder's garbage collector may run; long enough for one build after another.
-const BELIEVED: Duration = Duration::from_secs(300);
+const BELIEVED: Duration = Duration::from_secs(60);
 /// When the file has so many bytes it becomes the old one, and a new one is begun: some 2,000 paths each.
 const ROTATE: u64 = 100 << 10;
 

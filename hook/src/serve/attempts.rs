@@ -162,8 +162,11 @@ impl Hook<'_> {
             let ahead = prepared.ahead.clone();
             let connection = match reached.take() {
                 None => self.connect(machine, &candidate.drv, PATIENT_BOUND, &ahead),
-                // If that fails the connection is lost, which the first answer will show.
-                Some(mut reached) => Ok(drop(reached.builder.send_ahead(ahead))).map(|()| reached),
+                Some(mut reached) => {
+                    // If it fails the connection is lost, which the first answer will show.
+                    let _ = reached.builder.send_ahead(ahead);
+                    Ok(reached)
+                }
             };
             let mut connection = match connection {
                 Ok(connection) => connection,

@@ -1,0 +1,91 @@
+//! How often a build waits for the link: counted by a relay between ssh and sshd, not timed.
+
+use std::time::Duration;
+
+use harness::{Builder, Client, Hook, Relay, Release, World, drv};
+
+const ROUND_TRIP: Duration = Duration::from_millis(60);
+
+struct Far {
+    client: Client,
+    mac: Builder,
+    relay: Relay,
+    _world: World,
+}
+
+/// A client and a builder with a long link between them.
+fn far(release: Release, settings: &str) -> Far {
+    let world = World::new();
+    let mac = world.builder("mac").release(release).start();
+    let relay = Relay::to(mac.port(), ROUND_TRIP);
+    let alias = format!(
+        "Host far\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  HostKeyAlias [127.0.0.1]:{}\n",
+        relay.port(),
+        mac.login(),
+        mac.port()
+    );
+    let client = world
+        .client()
+        .release(release)
+        .hook(Hook::Ours)
+        .knows(&mac)
+        .ssh_config(&alias)
+        .machines("ssh-ng://far x86_64-linux - 4 1")
+        .nix_conf(settings)
+        .start();
+    Far { client, mac, relay, _world: world }
+}
+
+impl Far {
+    /// Builds, and says how many flights that took.
+    fn flights(&self, expression: &str) -> u64 {
+        let before = self.relay.flights();
+        self.client.nix_build(expression, &["-j0"]).assert_success();
+        self.relay.flights() - before
+    }
+}
+
+#[test]
+fn a_chain_costs_two_round_trips_for_each_build() {
+    for release in Release::ALL {
+        let far = far(release, "");
+        far.client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+        let flights = far.flights(&drv::chain(10));
+        println!("{}: {flights} flights", release.name());
+        // Opening the channel and one flight; the last is closed after the count, or before.
+        assert!((19..=22).contains(&flights), "{} flights on {}", flights, release.name());
+        far.client.verify_store();
+        far.mac.verify_store();
+    }
+}
+
+#[test]
+fn inputs_that_were_never_there_cost_one_more() {
+    let far = far(Release::Bookworm, "");
+    far.client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    // The channel, the question, and the input with everything behind it.
+    let text = drv::expression(r#"d "reader" "cat ${builtins.toFile "text" "hello"} > $out" { }"#);
+    let flights = far.flights(&text);
+    assert!((3..=4).contains(&flights), "{flights} flights");
+    // It is there now.
+    let again = drv::expression(r#"d "again" "cat ${builtins.toFile "text" "hello"} > $out" { }"#);
+    let flights = far.flights(&again);
+    assert!((2..=3).contains(&flights), "{flights} flights");
+}
+
+#[test]
+fn inputs_that_are_gone_again_are_sent_again() {
+    let far = far(Release::Bookworm, "");
+    let input = far.client.nix_build(&drv::trivial("input"), &["-j0"]).assert_success().out_path();
+    far.mac.run(&format!("nix-store --delete {input}"));
+    let next = drv::expression(
+        r#"let input = d "input" "echo input > $out" { }; in d "next" "cat ${input} > $out" { }"#,
+    );
+    let built = far.client.nix_build(&next, &["-j0"]);
+    built.assert_success();
+    assert_eq!(far.client.read(&built.out_path()), "input\n");
+    built.assert_stderr_lacks("cannot build on");
+    assert!(far.mac.exists(&input));
+    far.client.verify_store();
+    far.mac.verify_store();
+}
