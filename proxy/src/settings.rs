@@ -49,6 +49,10 @@ pub struct SshSettings {
     /// A master that nobody uses for so long ends. Ten minutes; at least a second.
     #[serde(deserialize_with = "duration")]
     pub idle: Duration,
+    /// How long connecting to a builder may take before Nix is told where a build goes, for Nix waits meanwhile. Five
+    /// seconds.
+    #[serde(deserialize_with = "duration")]
+    pub connect_timeout: Duration,
     /// New SSH connections to one host in a second, of all processes of a user together; after a pause as many at
     /// once. 8: sshd begins to turn connections away when ten are not yet logged in (MaxStartups).
     pub connections_per_second: NonZeroU32,
@@ -57,7 +61,11 @@ pub struct SshSettings {
 impl Default for SshSettings {
     fn default() -> Self {
         let connections_per_second = NonZeroU32::MIN.saturating_add(7);
-        SshSettings { idle: Duration::from_secs(600), connections_per_second }
+        SshSettings {
+            idle: Duration::from_secs(600),
+            connect_timeout: Duration::from_secs(5),
+            connections_per_second,
+        }
     }
 }
 

@@ -70,6 +70,30 @@ fn a_machine_that_swallows_everything() {
 }
 
 #[test]
+fn machines_that_swallow_everything_do_not_hold_up_one_that_answers() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let holes = [0, 1].map(|_| TcpListener::bind(("127.0.0.1", 0)).unwrap());
+    let mut plan = plan(&world);
+    for (number, hole) in holes.iter().enumerate() {
+        let port = hole.local_addr().unwrap().port();
+        plan = plan
+            .ssh_config(&format!("Host hole{number}\n HostName 127.0.0.1\n Port {port}\n"))
+            // Better than any other.
+            .machines(&format!("ssh-ng://hole{number} x86_64-linux - 4 9"));
+    }
+    let client = plan.uses(&mac, "ssh-ng", 4).start();
+    // One after the other they would take ten seconds.
+    let built = client.nix_build(&drv::where_built("cold"), &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
+    assert!(built.took() < Duration::from_secs(8), "{built}");
+    // Now they are known.
+    let built = client.nix_build(&drv::where_built("known"), &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
+    assert!(built.took() < Duration::from_secs(2), "{built}");
+}
+
+#[test]
 fn a_machine_with_a_name_nobody_knows() {
     let world = World::new();
     let client = plan(&world).machines("ssh-ng://no-such-host.invalid x86_64-linux - 1 1").start();

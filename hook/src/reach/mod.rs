@@ -91,7 +91,7 @@ pub struct Reached {
 }
 
 /// Reaches machines over shared masters.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Reach {
     pool: Pool,
     opening: Slots,
@@ -114,6 +114,11 @@ impl Reach {
     /// The runtime directory.
     pub fn directory(&self) -> &Path {
         self.pool.directory()
+    }
+
+    /// How long connecting may take while somebody waits who has other things to do.
+    pub fn connect_timeout(&self) -> Duration {
+        self.pool.settings().ssh.connect_timeout
     }
 
     /// Whether the machine answered within the last minute and its master lives, so that it can be promised a

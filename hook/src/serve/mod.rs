@@ -3,6 +3,7 @@
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
 mod attempts;
+mod race;
 
 use crate::builder::Ahead;
 use crate::config::{self, Fleet, Settings};
@@ -11,7 +12,7 @@ use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
 use crate::plan::machine::{Machine, Scheme};
 use crate::plan::outputs::{self, OutputError, Wanted};
-use crate::plan::{self, Decision, Local, MAX_WAITING, Request, State, Verdict};
+use crate::plan::{self, Decision, Local, MAX_WAITING, Refusal, Request, State, Verdict};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::store::{Location, LocationError};
@@ -20,6 +21,7 @@ use crate::wire::hook::{self, Reply, Verbosity};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
+use race::{Runner, race};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io::{self, StdinLock};
@@ -28,10 +30,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
-/// How long reaching a machine may take before the reply, for which Nix waits with all that it does.
-const CONNECT_BOUND: Duration = Duration::from_secs(6);
+/// So many machines more are asked at once, when it is not known of the best one that it answers.
+const MOST_RIVALS: usize = 3;
 
-/// The same for a machine that was down a moment ago and is being woken.
+/// How long connecting may take before the reply to a machine that was down a moment ago and is being woken.
 const WAKING_BOUND: Duration = Duration::from_millis(1500);
 
 /// How long it may take for a build that is accepted already, and lost if this machine is given up too soon.
@@ -317,16 +319,26 @@ impl<'a> Hook<'a> {
             if !ask || self.reach.is_warm(machine) {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
             }
-            // One that is about to wake up has no claim on Nix's patience.
-            let bound = if self.reach.waking(machine).is_some() { WAKING_BOUND } else { CONNECT_BOUND };
-            match self.connect(machine, &candidate.drv, bound, &Ahead::default()) {
-                Ok(reached) => {
-                    return (decision.verdict, Some(Chosen { index, slot, reached: Some(reached) }));
-                }
-                // The next choice will find it so, and wait for it.
-                Err(error) if error.is_waking() => {
-                    let reason = error.describe();
-                    tracing::info!(builder = machine.name, reason, "waiting for this machine to wake up");
+            // Among those that would do, a machine that is known to answer must not wait for the others for long.
+            let outranked = decision.refusals.iter().filter(|(_, refusal)| *refusal == Refusal::Outranked);
+            let (warm, cold): (Vec<_>, Vec<_>) = outranked
+                .map(|(index, _)| *index)
+                .partition(|index| self.reach.is_warm(&self.machines[*index]));
+            let mut runners = vec![self.runner(index)];
+            runners.extend(cold.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
+            let good =
+                |index: usize, reached: &Reached| self.check(&self.machines[index], reached, &candidate.drv);
+            let raced = race(&self.reach, &self.location.store_dir, &runners, !warm.is_empty(), good);
+            for (index, error) in raced.failed {
+                let machine = &self.machines[index];
+                let text = error.describe();
+                if error.is_waking() {
+                    // The next choice will find it so, and wait for it.
+                    tracing::info!(
+                        builder = machine.name,
+                        reason = text,
+                        "waiting for this machine to wake up"
+                    );
                     if error.has_just_begun_to_wake() {
                         let text = format!("waking '{}', which is down", machine.name);
                         self.nix.message(Verbosity::Warn, &text);
@@ -334,18 +346,47 @@ impl<'a> Hook<'a> {
                     if !woken.insert(index) {
                         return (Verdict::Postpone(vec![index]), None);
                     }
+                    continue;
                 }
-                Err(error) => {
-                    let text = error.describe();
-                    tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
-                    self.nix
-                        .message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
-                    let against =
-                        if matches!(error, ReachError::Untrusted { .. }) { &mut unfit } else { &mut *failed };
-                    against.insert(index, text);
-                }
+                tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
+                self.nix.message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
+                let against =
+                    if matches!(error, ReachError::Untrusted { .. }) { &mut unfit } else { &mut *failed };
+                against.insert(index, text);
             }
+            let (winner, reached) = match raced.winner {
+                Some((winner, reached)) => (winner, Some(*reached)),
+                None => match warm.first() {
+                    Some(warm) => (*warm, None),
+                    None => continue,
+                },
+            };
+            if winner == index {
+                return (Verdict::Accept(index), Some(Chosen { index, slot, reached }));
+            }
+            drop(slot);
+            let machine = &self.machines[winner];
+            let slot = self
+                .slots
+                .lock("main-lock")
+                .and_then(|_choosing| self.slots.take_any(&machine.name, machine.max_jobs));
+            if let Ok(Some(slot)) = slot {
+                tracing::info!(
+                    derivation = candidate.request.drv_path,
+                    builder = machine.name,
+                    "answered first"
+                );
+                return (Verdict::Accept(winner), Some(Chosen { index: winner, slot, reached }));
+            }
+            // Somebody else has the slot by now. It answers, at least.
         }
+    }
+
+    fn runner(&self, index: usize) -> Runner<'_> {
+        let machine = &self.machines[index];
+        // One that is about to wake up has no claim on Nix's patience.
+        let waking = self.reach.waking(machine).is_some();
+        Runner { index, machine, bound: if waking { WAKING_BOUND } else { self.reach.connect_timeout() } }
     }
 
     /// A place among the builds that wait here for a slot of these machines.
@@ -448,14 +489,18 @@ impl<'a> Hook<'a> {
         bound: Duration,
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
-        let begin = Instant::now();
         let reached = self.reach.connect(machine, &self.location.store_dir, bound, ahead)?;
+        self.check(machine, &reached, drv)?;
+        Ok(reached)
+    }
+
+    /// Whether the machine's daemon will build this for us.
+    fn check(&self, machine: &Machine, reached: &Reached, drv: &Derivation) -> Result<(), ReachError> {
         tracing::debug!(
             builder = machine.name,
             way = reached.way.as_str(),
             reason = reached.detour,
             version = reached.nix_version,
-            duration_us = begin.elapsed().as_micros() as u64,
             "reached the daemon"
         );
         if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
@@ -463,6 +508,6 @@ impl<'a> Hook<'a> {
             let account = machine.uri.destination.clone();
             return Err(ReachError::Untrusted { account });
         }
-        Ok(reached)
+        Ok(())
     }
 }

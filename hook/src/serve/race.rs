@@ -1,0 +1,88 @@
+//! Asking machines before the reply when none is known to answer. Nix waits meanwhile, so one that is slow to answer does
+//! not hold up the next: the first to answer gets the build, and the others keep their masters for later.
+
+use crate::builder::Ahead;
+use crate::plan::machine::Machine;
+use crate::reach::{Reach, ReachError, Reached};
+use nix_derivation::StoreDir;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+
+/// How long a machine is alone in the race before the next one enters it: one that is well has answered by then, and
+/// with several that are well the choice is not left to chance.
+const STAGGER: Duration = Duration::from_millis(1500);
+
+/// Each keeps its own time limit, give or take this.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// One machine, and how long it may take.
+pub(super) struct Runner<'a> {
+    /// Its place in the list.
+    pub(super) index: usize,
+    pub(super) machine: &'a Machine,
+    pub(super) bound: Duration,
+}
+
+/// A machine and what became of it.
+type Arrival = (usize, Result<Reached, ReachError>);
+
+/// How it went.
+pub(super) struct Raced {
+    /// The first that can be used.
+    pub(super) winner: Option<(usize, Box<Reached>)>,
+    /// Those that failed before that.
+    pub(super) failed: Vec<(usize, ReachError)>,
+}
+
+/// Connects to them in their order, to the next one when those before it have failed or taken too long, until one is
+/// reached that is `good`. If there is another one that is known to answer (`has_other`), it stands behind the first.
+pub(super) fn race(
+    reach: &Reach,
+    store_dir: &StoreDir,
+    runners: &[Runner<'_>],
+    has_other: bool,
+    good: impl Fn(usize, &Reached) -> Result<(), ReachError>,
+) -> Raced {
+    let mut raced = Raced { winner: None, failed: Vec::new() };
+    let (done, results) = mpsc::channel();
+    let longest = runners.iter().map(|runner| runner.bound).max().unwrap_or_default() + GRACE;
+    let mut waiting = runners.iter();
+    let mut running = 0;
+    loop {
+        let next = if has_other && running + raced.failed.len() > 0 { None } else { waiting.next() };
+        match next {
+            Some(runner) => {
+                running += 1;
+                start(reach, store_dir, runner, done.clone());
+            }
+            None if running == 0 => return raced,
+            None => {}
+        }
+        let is_followed = has_other || waiting.len() > 0;
+        let (index, reached): Arrival =
+            match results.recv_timeout(if is_followed { STAGGER } else { longest }) {
+                Ok(arrival) => arrival,
+                Err(_) if is_followed && !has_other => continue,
+                Err(_) => return raced,
+            };
+        running -= 1;
+        match reached.and_then(|reached| good(index, &reached).map(|()| reached)) {
+            Ok(reached) => {
+                raced.winner = Some((index, Box::new(reached)));
+                return raced;
+            }
+            Err(error) => raced.failed.push((index, error)),
+        }
+    }
+}
+
+/// Nobody waits for those that come too late; what they learn of their machine is noted all the same.
+fn start(reach: &Reach, store_dir: &StoreDir, runner: &Runner<'_>, done: Sender<Arrival>) {
+    let (reach, store_dir, machine) = (reach.clone(), store_dir.clone(), runner.machine.clone());
+    let (index, bound) = (runner.index, runner.bound);
+    thread::spawn(move || {
+        let reached = reach.connect(&machine, &store_dir, bound, &Ahead::default());
+        let _ = done.send((index, reached));
+    });
+}
