@@ -80,6 +80,7 @@ pub(super) fn ask(endpoint: &Endpoint, files: &Files, bound: Duration) -> Effect
     command
         .args(["-v", "-G"])
         .args(start::words(endpoint, files, bound))
+        .args(["--", endpoint.destination.as_str()])
         .stdin(Stdio::null())
         .current_dir("/");
     start::set_environment(&mut command, files);

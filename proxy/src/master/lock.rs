@@ -13,12 +13,15 @@ use nix::{
     fcntl::{Flock, FlockArg},
 };
 
-/// How often a lock that somebody else holds is tried again.
+/// How often a lock that somebody else holds is tried again, at first and at last: hundreds who wait for one login must
+/// not keep the machine from it.
 const INTERVAL: Duration = Duration::from_millis(5);
+const LONGEST_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Takes a lock file, or gives up at the deadline. The file may be removed by whoever holds the lock, so
 /// one that has no name any more does not count.
 pub(crate) fn lock(path: &Path, deadline: Instant) -> io::Result<Option<Flock<File>>> {
+    let begin = Instant::now();
     loop {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
@@ -26,7 +29,7 @@ pub(crate) fn lock(path: &Path, deadline: Instant) -> io::Result<Option<Flock<Fi
             Ok(lock) if lock.metadata()?.nlink() > 0 => return Ok(Some(lock)),
             Ok(_) => continue,
             Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) if Instant::now() < deadline => {
-                std::thread::sleep(INTERVAL);
+                std::thread::sleep((begin.elapsed() / 8).clamp(INTERVAL, LONGEST_INTERVAL));
             }
             Err((_, Errno::EWOULDBLOCK | Errno::EINTR)) => return Ok(None),
             Err((_, errno)) => return Err(errno.into()),

@@ -248,6 +248,13 @@ mod tests {
     }
 
     #[test]
+    fn however_long_the_destination_its_path_is_no_longer() {
+        let long = Endpoint::new(format!("{}@{}", "u".repeat(100), "h".repeat(99))).unwrap();
+        assert_eq!(long.name().len(), endpoint().name().len());
+        assert!(is_name(&long.name()));
+    }
+
+    #[test]
     fn a_path_is_too_long_when_sshs_own_suffix_does_not_fit() {
         let path = |len| PathBuf::from("x".repeat(len));
         assert_eq!(excess_length(&path(SUN_PATH - 18)), None);

@@ -217,9 +217,15 @@ impl Pool {
         endpoint.check()?;
         if let Some(files) = self.foreign(endpoint)
             && avoided(&files).is_none()
-            && matches!(liveness::ask(&files.socket, bound), Liveness::Alive { .. })
         {
-            return Ok(Master::foreign(files, endpoint.destination.clone()));
+            let liveness = liveness::ask(&files.socket, bound);
+            let master = Master::foreign(files, endpoint.destination.clone());
+            match liveness {
+                Liveness::Alive { .. } => return Ok(master),
+                // The others need not find out for themselves.
+                Liveness::Hung => master.avoid(Avoid::Silent),
+                Liveness::Absent => {}
+            }
         }
         let files = self.files(endpoint);
         let found = || Ok(Master::of(files.clone(), endpoint.destination.clone()));

@@ -431,6 +431,9 @@ mod tests {
         assert!(place("StrictHostKeyChecking=yes") < place("-4"));
         assert!(place("UserKnownHostsFile=\"/run/10%%/n.hosts\"") < place("-4"));
         assert!(place("-4") < place("ConnectTimeout=2"));
+        // Forty seconds until a link that was cut is noticed, unless the user has it otherwise.
+        assert!(place("-4") < place("ServerAliveInterval=10"));
+        assert!(place("-4") < place("ServerAliveCountMax=3"));
         assert!(place("-4") < place("/run/10%%/n.sock"));
         assert!(!words.contains(&"-M"));
         assert_eq!(words[words.len() - 3..], ["--", "u@h", "true"]);

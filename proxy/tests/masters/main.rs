@@ -6,8 +6,14 @@
     reason = "clippy.toml allows it in tests, but not in their helpers"
 )]
 
+mod by_hand;
+mod changes;
+mod crowds;
+mod faults;
 mod hostile;
 mod own_masters;
+mod sessions;
+mod slow;
 mod ssh_config;
 mod starts;
 mod streams;

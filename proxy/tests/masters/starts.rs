@@ -11,21 +11,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::world::{BOUND, World, extensions, free_port, wait_until};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use crate::world::{BOUND, World, extensions, free_port, gone, signal, wait_until};
+use nix::sys::signal::Signal;
 use nix_offload_proxy::master::{Endpoint, Fault, OpenError, StartError};
-
-fn signal(pid: u32, signal: Signal) {
-    kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
-}
-
-fn gone(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
-    stat.map_or(true, |stat| stat.rsplit_once(") ").unwrap().1.starts_with('Z'))
-}
 
 #[test]
 fn twenty_processes_at_once_make_one_connection() {

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -11,8 +11,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::unistd::Pid;
-use nix_offload_proxy::master::{Endpoint, Master, MasterInfo, Pool};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use nix_offload_proxy::{
+    master::{
+        CloseWrite, Endpoint, Master, MasterInfo, OpenError, Pool, Session, SessionReader, SessionStatus,
+        SessionWriter, StartError,
+    },
+    settings::Settings,
+};
 use tempfile::TempDir;
 
 /// Enough for a handshake on a loaded machine.
@@ -46,12 +55,16 @@ impl World {
         }
         fs::copy(path("user.pub"), path("authorized_keys")).unwrap();
         let port = free_port();
+        let lines = lines(directory.path());
+        // Of this word the last one counts.
+        let startups = if lines.contains("MaxStartups") { "" } else { "MaxStartups 100\n" };
+        // Without HOME no shell spends its time on what this user has in his .bashrc.
         let config = format!(
-            "{1}\nPort {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized_keys\n\
+            "{lines}\n{startups}Port {port}\nListenAddress 127.0.0.1\nHostKey {0}/host\nAuthorizedKeysFile {0}/authorized_keys\n\
              PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n\
-             KbdInteractiveAuthentication no\nPermitRootLogin yes\nMaxStartups 100\nLogLevel VERBOSE\n",
-            directory.path().display(),
-            lines(directory.path())
+             KbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\n\
+             SetEnv HOME=/nowhere\n",
+            directory.path().display()
         );
         fs::write(path("sshd_config"), config).unwrap();
         let sshd = Command::new("/usr/sbin/sshd")
@@ -80,6 +93,12 @@ impl World {
         endpoint.identity = Some(self.path("user"));
         endpoint.ssh_options = self.ssh_options("known_hosts");
         endpoint
+    }
+
+    /// The endpoint of [`World::start_command`].
+    pub(crate) fn endpoint_of_command(&self) -> Endpoint {
+        let ssh_options = self.ssh_options("known_hosts").split_off(2);
+        Endpoint { ssh_options, ..self.endpoint() }
     }
 
     /// Words that keep ssh from this user's own configuration, agents and keys.
@@ -117,7 +136,18 @@ impl World {
 
     /// How many connections have been authenticated by sshd.
     pub(crate) fn logins(&self) -> usize {
-        fs::read_to_string(self.path("sshd.log")).unwrap().matches("Accepted publickey").count()
+        self.sshd_log().matches("Accepted publickey").count()
+    }
+
+    /// What sshd has said so far.
+    pub(crate) fn sshd_log(&self) -> String {
+        fs::read_to_string(self.path("sshd.log")).unwrap()
+    }
+
+    /// A pool in the same directory for which something is set. So it is for the binary.
+    pub(crate) fn pool_with(&self, settings: &str) -> Pool {
+        fs::write(self.path("offload.toml"), settings).unwrap();
+        self.pool.clone().with_settings(Settings::read(&self.path("offload.toml")).unwrap())
     }
 
     /// The processes of sshd's connections.
@@ -136,6 +166,9 @@ impl World {
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nix-offload-proxy"));
         command.env("NIX_OFFLOAD_RUNTIME_DIR", self.pool.directory()).stdin(Stdio::null());
+        if self.path("offload.toml").exists() {
+            command.env("NIX_OFFLOAD_CONFIG", self.path("offload.toml"));
+        }
         command
     }
 
@@ -143,9 +176,7 @@ impl World {
     pub(crate) fn start_command(&self) -> Command {
         let mut command = self.command();
         command.args(["start", "127.0.0.1", "-p", &self.port.to_string(), "-i"]).arg(self.path("user"));
-        for option in self.ssh_options("known_hosts").iter().filter(|word| word.contains('=')) {
-            command.args(["-o", option]);
-        }
+        command.args(&self.endpoint_of_command().ssh_options);
         command
     }
 }
@@ -163,6 +194,78 @@ impl Drop for World {
             println!("sshd said:\n{log}");
         }
     }
+}
+
+/// Why there is no session.
+#[derive(Debug)]
+pub(crate) enum Trouble {
+    Start(StartError),
+    Open(OpenError),
+}
+
+impl From<StartError> for Trouble {
+    fn from(error: StartError) -> Self {
+        Trouble::Start(error)
+    }
+}
+
+/// A session on whichever master has one, each master asked for `patience`. Returns that master too.
+pub(crate) fn session_on_any(
+    pool: &Pool,
+    endpoint: &Endpoint,
+    command: &str,
+    patience: Duration,
+) -> Result<(Master, Session), Trouble> {
+    pool.with_master(
+        endpoint,
+        Instant::now() + BOUND,
+        "true",
+        |master| {
+            let session = master.open_session(command, patience).map_err(Trouble::Open)?;
+            Ok((master.clone(), session))
+        },
+        |error| match error {
+            Trouble::Open(error) => Some(error),
+            Trouble::Start(_) => None,
+        },
+    )
+}
+
+/// A `cat` on the far side that must give back what it gets.
+pub(crate) struct Echo {
+    reader: BufReader<SessionReader>,
+    writer: SessionWriter,
+    status: SessionStatus,
+}
+
+impl Echo {
+    pub(crate) fn of(session: Session) -> Echo {
+        let (reader, writer, status) = session.split();
+        Echo { reader: BufReader::new(reader), writer, status }
+    }
+
+    pub(crate) fn says(&mut self, word: &str) {
+        self.writer.write_all(format!("{word}\n").as_bytes()).unwrap();
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("{word}\n"));
+    }
+
+    /// It ends by itself, as one that nothing happened to does.
+    pub(crate) fn ends(mut self) {
+        self.writer.shutdown().unwrap();
+        assert_eq!(self.reader.read_line(&mut String::new()).unwrap(), 0);
+        assert_eq!(self.status.end(BOUND).exit, Some(0));
+    }
+}
+
+pub(crate) fn signal(pid: u32, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), signal).unwrap();
+}
+
+pub(crate) fn gone(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+    stat.map_or(true, |stat| stat.rsplit_once(") ").unwrap().1.starts_with('Z'))
 }
 
 pub(crate) fn free_port() -> u16 {

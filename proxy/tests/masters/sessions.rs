@@ -1,0 +1,73 @@
+//! More sessions than sshd gives on one connection, and masters that nobody uses.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix_offload_proxy::master::{Master, MasterInfo, OpenError};
+
+use crate::world::{BOUND, Echo, Trouble, World, gone, session_on_any, wait_until};
+
+#[test]
+fn as_many_masters_are_made_as_the_sessions_need_and_they_are_used_again() {
+    let world = World::with_sshd(|_| "MaxSessions 2".into());
+    let open = || {
+        let opened = (0..5).map(|_| session_on_any(&world.pool, &world.endpoint(), "cat", BOUND).unwrap());
+        let (masters, sessions): (Vec<Master>, Vec<_>) = opened.unzip();
+        let mut echoes: Vec<_> = sessions.into_iter().map(Echo::of).collect();
+        echoes.iter_mut().enumerate().for_each(|(number, echo)| echo.says(&format!("word {number}")));
+        echoes.into_iter().for_each(Echo::ends);
+        let mut paths: Vec<_> = masters.iter().map(|master| master.control_path().to_owned()).collect();
+        paths.sort();
+        paths.dedup();
+        paths
+    };
+    let paths = open();
+    assert_eq!((paths.len(), world.logins(), world.pool.list().unwrap().len()), (3, 3, 3));
+    let is_idle = |master: &MasterInfo| master.channels == Some(0);
+    wait_until("the masters have no clients", || world.pool.list().unwrap().iter().all(is_idle));
+    // sshd counts a session as long as it has not cleared it away, which nobody can see.
+    thread::sleep(Duration::from_millis(300));
+    let again = open();
+    assert_eq!((again, world.logins()), (paths, 3));
+}
+
+#[test]
+fn an_sshd_that_gives_no_session_at_all_is_not_logged_in_to_again_and_again() {
+    let world = World::with_sshd(|_| "MaxSessions 0".into());
+    for most in [2, 4, 8, 8, 8, 8] {
+        let begin = Instant::now();
+        let error = session_on_any(&world.pool, &world.endpoint(), "true", BOUND).map(drop).unwrap_err();
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+        let Trouble::Open(OpenError::Refused { reason }) = error else { panic!("{error:?}") };
+        assert!(reason.contains("Session open refused"), "{reason}");
+        assert!(world.logins() <= most, "{}", world.logins());
+    }
+}
+
+#[test]
+fn a_master_that_nobody_uses_ends_by_itself_and_not_before() {
+    let world = World::new();
+    let pool = world.pool_with("[ssh]\nidle = 2\n");
+    let master = pool.start(&world.endpoint(), BOUND, "true").unwrap();
+    let pid = world.only_master().pid;
+    let mut echo = Echo::of(master.open_session("cat", BOUND).unwrap());
+    // More than twice as long as it would live without a stream.
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until {
+        assert!(!gone(pid));
+        thread::sleep(Duration::from_millis(100));
+    }
+    echo.says("hello");
+    echo.ends();
+    let begin = Instant::now();
+    wait_until("the master ends", || gone(pid));
+    // Stated: two seconds after its last use, as it was set.
+    let took = begin.elapsed();
+    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(10), "{took:?}");
+    wait_until("its socket is gone", || !master.control_path().exists());
+    assert!(pool.live(&world.endpoint()).is_none());
+    pool.start(&world.endpoint(), BOUND, "true").unwrap().open_session("true", BOUND).unwrap();
+    assert_eq!(world.logins(), 2);
+}
