@@ -11,5 +11,7 @@ mod bastion;
 mod clients;
 mod commands;
 mod down;
+mod settings;
 mod streams;
+mod wake;
 mod world;
