@@ -13,5 +13,6 @@ mod commands;
 mod down;
 mod settings;
 mod streams;
+mod turned_away;
 mod wake;
 mod world;
