@@ -3,8 +3,9 @@
 use std::{fs, thread::sleep, time::Duration};
 
 use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, wait_until};
+use nix::sys::signal::Signal;
 
-use crate::support::{SOON, begun, held_locks, open};
+use crate::support::{SOON, gated, held_locks, open, wait_for_begin};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const PROXY: &str = "/opt/nix-offload/bin/nix-offload-proxy";
@@ -91,21 +92,21 @@ fn five_commands_of_nix_at_once_wake_a_builder_once() {
 fn what_could_be_built_here_is_asked_for_again_while_the_builder_wakes() {
     let (mut mac, client) = asleep(8);
     set_wake(&client, "60s");
-    // Whichever is begun first keeps the only local slot.
-    let both = drv::expression(
-        r#"map (name: d name "cat /etc/machine-name >> /mnt/share/${name}.begun; until [ -e /mnt/share/${name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out" { }) [ "one" "two" ]"#,
-    );
+    // Nix asks for all it can begin before it begins any. So the second is kept back until the first has the only local
+    // slot: by another command, which has its lock.
+    let other = client.spawn_nix_build(&gated("two"), &["-j1", "--option", "builders", ""]);
+    wait_for_begin(&client, "two", &["client"]);
+    let both = format!("[ ({}) ({}) ]", gated("one"), gated("two"));
     let build = client.spawn_nix_build(&both, &["-j1"]);
-    let begun_on = || {
-        let mut all = [begun(&client, "one"), begun(&client, "two")].concat();
-        all.sort();
-        all
-    };
-    wait_until("one is begun here", SOON, || begun_on() == ["client"]);
+    wait_for_begin(&client, "one", &["client"]);
+    other.signal(Signal::SIGINT);
+    other.wait().assert_failure();
+    wait_until("the second is asked for", SOON, || {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().any(|entry| entry["MESSAGE"] == "postponed")
+    });
     come_up_when_woken(&client, &mut mac);
-    wait_until("the other is begun there", SOON, || begun_on() == ["client", "mac"]);
-    let entries = client.journal("-t nix-offload");
-    assert!(entries.iter().any(|entry| entry["MESSAGE"] == "postponed"), "{entries:?}");
+    wait_for_begin(&client, "two", &["client", "mac"]);
     open(&client, "one");
     open(&client, "two");
     assert_eq!(build.wait().assert_success().out_paths().len(), 2);
