@@ -270,6 +270,30 @@ mod tests {
     }
 
     #[test]
+    fn however_many_begin_at_the_same_moment_the_command_runs_once() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let count = directory.path().join(format!("count{round}"));
+            let wake =
+                Wake { command: format!("echo >>{}", count.display()), timeout: Duration::from_secs(60) };
+            let host = format!("h{round}");
+            let waker = Waker::of(directory.path(), &host, &wake);
+            let together = std::sync::Barrier::new(16);
+            let one = || {
+                together.wait();
+                waker.wake(SystemTime::now()).unwrap().left
+            };
+            let left: Vec<Duration> = thread::scope(|scope| {
+                let all: Vec<_> = (0..16).map(|_| scope.spawn(one)).collect();
+                all.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(left.iter().all(|left| !left.is_zero()), "{left:?}");
+            until("the command ended", || waker.status.exists() && waker.lock().unwrap().is_some());
+            assert_eq!(fs::read_to_string(&count).unwrap(), "\n");
+        }
+    }
+
+    #[test]
     fn a_command_that_fails_is_quoted_and_one_that_hangs_is_not_run_again() {
         let directory = tempfile::tempdir().unwrap();
         let wake = Wake { command: "echo no such card; exit 3".into(), timeout: Duration::from_secs(60) };

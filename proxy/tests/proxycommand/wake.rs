@@ -2,14 +2,14 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     process::{Child, Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 
@@ -258,9 +258,12 @@ fn the_command_outlives_the_process_that_started_it() {
     let world = World::new();
     let sleeper = Sleeper::new(&world, "127.0.0.1", false);
     world.write_client_config(&format!("Host direct\n Port {}\n", sleeper.port));
-    let mut first = sleeper.proxy(&["127.0.0.1", &sleeper.port.to_string()]);
+    let mut first = world.proxy();
+    sleeper.set(first.args(["127.0.0.1", &sleeper.port.to_string()])).process_group(0);
+    let mut first = first.spawn().unwrap();
     wait_until("the command runs", || !sleeper.runs().is_empty());
-    first.kill().unwrap();
+    // With all of its group, as a terminal and Nix do it.
+    killpg(Pid::from_raw(first.id().try_into().unwrap()), Signal::SIGKILL).unwrap();
     first.wait().unwrap();
     sleeper.wakes_up();
     wait_until("it has done its work", || world.path("woken.pid").exists());
