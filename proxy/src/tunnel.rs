@@ -206,13 +206,13 @@ fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Lin
             }
         }
     }
-    direct(pool, request)
+    direct(pool, request, deadline)
 }
 
-fn direct(pool: &Pool, request: &Request) -> Result<Link, TunnelError> {
+fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
     let (host, port) = (&request.host, request.port);
     let memory = Memory::of(pool.directory(), format!("{host} {port}"));
-    not_down(&memory, pool, request, host, || format!("{host} port {port}"))?;
+    not_down(&memory, pool, deadline, host, || format!("{host} port {port}"))?;
     take_turn(pool, request)?;
     match dial(host, port, request.bound) {
         Ok(stream) => {
@@ -253,7 +253,13 @@ fn failed(memory: &Memory, pool: &Pool, host: &str, error: TunnelError) -> Tunne
     memory.failed(&exit::reason(&error), SystemTime::now());
     let Some(wake) = pool.settings().of_host(host).wake else { return error };
     let (host, source) = (host.to_owned(), Box::new(error));
-    match Waker::of(pool.directory(), &host, &wake).wake(SystemTime::now()) {
+    let waking = Waker::of(pool.directory(), &host, &wake).wake(SystemTime::now());
+    if waking.is_ok() {
+        // It is tried often now, so the pauses must not grow. What is seen at the end is known from then on.
+        memory.clear();
+        memory.failed(&exit::reason(&*source), SystemTime::now());
+    }
+    match waking {
         Ok(waking) if waking.left.is_zero() => *source,
         Ok(waking) => TunnelError::Waking { host, waking, source },
         Err(source) => TunnelError::Wake { host, source },
@@ -268,8 +274,8 @@ fn through(
 ) -> Result<Link, TunnelError> {
     let (host, port, jump) = (&request.host, request.port, &via.destination);
     let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
-    not_down(&pool.memory(via), pool, request, via.host(), || jump.clone())?;
-    not_down(&of_host, pool, request, host, || format!("{host} port {port} through {jump}"))?;
+    not_down(&pool.memory(via), pool, deadline, via.host(), || jump.clone())?;
+    not_down(&of_host, pool, deadline, host, || format!("{host} port {port} through {jump}"))?;
     let start = || pool.start(via, request.bound, "true");
     let master = start()?;
     take_turn(pool, request)?;
@@ -340,12 +346,12 @@ fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
 fn not_down(
     memory: &Memory,
     pool: &Pool,
-    request: &Request,
+    deadline: Option<Instant>,
     host: &str,
     way: impl Fn() -> String,
 ) -> Result<(), TunnelError> {
     // Who waits tries at a pace of its own, and so do all while a host is being woken.
-    if request.wait.is_some() {
+    if deadline.is_some() {
         return Ok(());
     }
     let Some(down) = memory.pause(SystemTime::now()) else { return Ok(()) };

@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -26,6 +26,12 @@ const HOST_VARIABLE: &str = "NIX_OFFLOAD_HOST";
 const QUOTED: u64 = 400;
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
+/// After a waking in vain the command is not run again for so long: those who waited for it are to hear that the host is
+/// down, also when their last attempt takes its time.
+const REST: Duration = Duration::from_secs(60);
+/// How long another process may take to note that it has begun.
+const NOTE_BOUND: Duration = Duration::from_secs(2);
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 /// Runs the command and leaves its status behind.
 const SCRIPT: &str = r#"/bin/sh -c "$1"; echo $? >"$2.new" && mv -f "$2.new" "$2""#;
 
@@ -96,11 +102,7 @@ impl<'a> Waker<'a> {
     /// # Errors
     /// If its command failed.
     pub fn look(&self, now: SystemTime) -> Result<Option<Waking>, WakeError> {
-        let Some(begun) = fs::read(&self.note).ok().as_deref().and_then(begun) else { return Ok(None) };
-        let waking = self.since(begun, now);
-        if waking.left.is_zero() {
-            return Ok(None);
-        }
+        let Some(waking) = self.last(now).filter(|waking| !waking.left.is_zero()) else { return Ok(None) };
         match fs::read_to_string(&self.status).ok().and_then(|text| text.trim().parse().ok()) {
             None | Some(0) => Ok(Some(waking)),
             Some(status) => {
@@ -109,19 +111,28 @@ impl<'a> Waker<'a> {
         }
     }
 
-    /// Starts the command, unless the host is being woken already.
+    /// Starts the command, unless the host is being woken already or was so in vain a short while ago. Nothing is left
+    /// then of its time.
     ///
     /// # Errors
     /// If the command failed, this time or when another process started it, or cannot be started.
     pub fn wake(&self, now: SystemTime) -> Result<Waking, WakeError> {
         let io_error = |source| WakeError::Io { command: self.wake.command.clone(), source };
-        if let Some(waking) = self.look(now)? {
-            return Ok(waking);
-        }
-        let Some(mut lock) = self.lock().map_err(io_error)? else {
-            // An earlier command still runs after its time, or another process has just begun.
-            let waking = self.look(now)?;
-            return Ok(waking.unwrap_or(Waking { since: self.wake.timeout, left: Duration::ZERO }));
+        let given_up = Instant::now() + NOTE_BOUND;
+        let mut lock = loop {
+            if let Some(waking) = self.look(now)? {
+                return Ok(waking);
+            }
+            if let Some(waking) = self.last(now).filter(|waking| waking.since < self.wake.timeout + REST) {
+                return Ok(waking);
+            }
+            match self.lock().map_err(io_error)? {
+                Some(lock) => break lock,
+                // Another process has just begun, and will say so.
+                None if Instant::now() < given_up => thread::sleep(LOOK_INTERVAL),
+                // An earlier command still runs, long after its time.
+                None => return Ok(Waking { since: self.wake.timeout, left: Duration::ZERO }),
+            }
         };
         // Whoever had the lock before us has done it for us too.
         if let Some(waking) = self.look(now)? {
@@ -138,6 +149,15 @@ impl<'a> Waker<'a> {
         for path in [&self.note, &self.status] {
             let _ = fs::remove_file(path);
         }
+    }
+
+    /// The last time its present command was started, whatever became of that.
+    fn last(&self, now: SystemTime) -> Option<Waking> {
+        let note: Value = serde_json::from_slice(&fs::read(&self.note).ok()?).ok()?;
+        let begun = Duration::try_from_secs_f64(note["begun"].as_f64()?).ok()?;
+        // What was corrected since is not held against the host.
+        (note["command"] == *self.wake.command).then_some(())?;
+        Some(self.since(UNIX_EPOCH.checked_add(begun)?, now))
     }
 
     fn since(&self, begun: SystemTime, now: SystemTime) -> Waking {
@@ -183,6 +203,7 @@ impl<'a> Waker<'a> {
         let mut child = child?;
         let text = json!({
             "host": self.host,
+            "command": self.wake.command,
             "pid": child.id(),
             "begun": now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
         });
@@ -206,15 +227,9 @@ impl<'a> Waker<'a> {
     }
 }
 
-fn begun(note: &[u8]) -> Option<SystemTime> {
-    let note: Value = serde_json::from_slice(note).ok()?;
-    UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(note["begun"].as_f64()?).ok()?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     fn until(what: &str, condition: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -241,15 +256,41 @@ mod tests {
         until("the command ended", || waker.status.exists() && waker.lock().unwrap().is_some());
         assert_eq!(waker.wake(now + Duration::from_secs(59)).unwrap().left.as_secs_f64().round(), 1.0);
         assert_eq!(ran(), 1);
-        // In vain, so it is tried again.
-        assert_eq!(waker.look(now + Duration::from_secs(61)).unwrap(), None);
-        waker.wake(now + Duration::from_secs(61)).unwrap();
+        // In vain, so it is tried again, but not by those who waited.
+        let over = now + Duration::from_secs(61);
+        assert_eq!(waker.look(over).unwrap(), None);
+        assert_eq!((waker.wake(over).unwrap().left, ran()), (Duration::ZERO, 1));
+        waker.wake(over + REST).unwrap();
         until("it ran again", || ran() == 2);
         waker.awake();
         assert_eq!(waker.look(now).unwrap(), None);
         until("its lock is free", || waker.lock().unwrap().is_some());
         waker.wake(now).unwrap();
         until("it ran again", || ran() == 3);
+    }
+
+    #[test]
+    fn however_many_begin_at_the_same_moment_the_command_runs_once() {
+        let directory = tempfile::tempdir().unwrap();
+        for round in 0..20 {
+            let count = directory.path().join(format!("count{round}"));
+            let wake =
+                Wake { command: format!("echo >>{}", count.display()), timeout: Duration::from_secs(60) };
+            let host = format!("h{round}");
+            let waker = Waker::of(directory.path(), &host, &wake);
+            let together = std::sync::Barrier::new(16);
+            let one = || {
+                together.wait();
+                waker.wake(SystemTime::now()).unwrap().left
+            };
+            let left: Vec<Duration> = thread::scope(|scope| {
+                let all: Vec<_> = (0..16).map(|_| scope.spawn(one)).collect();
+                all.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(left.iter().all(|left| !left.is_zero()), "{left:?}");
+            until("the command ended", || waker.status.exists() && waker.lock().unwrap().is_some());
+            assert_eq!(fs::read_to_string(&count).unwrap(), "\n");
+        }
     }
 
     #[test]
@@ -270,7 +311,7 @@ mod tests {
         let note =
             || serde_json::from_slice::<Value>(&fs::read(&waker.note).unwrap()).unwrap()["pid"].as_u64();
         let pid = note();
-        let late = waker.wake(now + Duration::from_secs(5)).unwrap();
+        let late = waker.wake(now + wake.timeout + REST).unwrap();
         assert_eq!((late.left, note()), (Duration::ZERO, pid));
         nix::sys::signal::killpg(
             nix::unistd::Pid::from_raw(pid.unwrap().try_into().unwrap()),

@@ -172,15 +172,16 @@ impl Pool {
             }
             (Err(error), Some(waker)) if error.is_host_down() => {
                 let destination = endpoint.destination.clone();
-                Err(match waker.wake(SystemTime::now()) {
+                let waking = waker.wake(SystemTime::now());
+                if waking.is_ok() {
+                    // It is tried often now, so the pauses must not grow. What is seen at the end is known from then on.
+                    let memory = self.memory(endpoint);
+                    memory.clear();
+                    memory.failed(&exit::reason(&error), SystemTime::now());
+                }
+                Err(match waking {
                     Ok(waking) if waking.left.is_zero() => error,
-                    Ok(waking) => {
-                        // It is tried often now, so the pauses must not grow.
-                        let memory = self.memory(endpoint);
-                        memory.clear();
-                        memory.failed(&exit::reason(&error), SystemTime::now());
-                        StartError::Waking { destination, waking, source: Box::new(error) }
-                    }
+                    Ok(waking) => StartError::Waking { destination, waking, source: Box::new(error) },
                     Err(source) => StartError::Wake { destination, source },
                 })
             }

@@ -1,5 +1,5 @@
-//! The first words of a TCP connection. sshd says nothing at all to those it turns away (MaxStartups,
-//! PerSourcePenalties): then what the client has said so far is said again on another connection, a little later.
+//! The first words of a TCP connection. To those it turns away (MaxStartups, PerSourcePenalties) sshd says nothing or a
+//! line that is no greeting: then what the client has said so far is said again on another connection, a little later.
 
 use std::{
     fs::File,
@@ -16,10 +16,14 @@ use nix::{
 
 /// What every SSH client says first (RFC 4253, section 4.2). What others say may not bear being said twice.
 const CLIENTS_WORDS: &[u8] = b"SSH-";
+/// What sshd says to those it turns away, in one piece (`drop_connection` in sshd.c), unless it is old and silent.
+const REFUSALS: [&[u8]; 2] = [b"Exceeded MaxStartups", b"Not allowed at this time"];
+/// As much of the host's words as tells.
+const GREETING: usize = 32;
 /// More than this no client says before it has heard anything, in bytes.
 const MOST_WORDS: usize = 4096;
 
-/// Passes on what the client says until the host has said something, or will not. `again` makes another connection after
+/// Passes on what the client says until the host has greeted, or will not. `again` makes another connection after
 /// one was turned away, as often as it wants to.
 ///
 /// Returns the connection, with the client's words in it and the host's to be read, and whether the client's input has
@@ -33,10 +37,13 @@ pub(super) fn pass(
     loop {
         let [host, client] = wait(&stream, input)?;
         if host {
-            match stream.peek(&mut [0]) {
-                Ok(1..) => return Ok((stream, false)),
+            let mut greeting = [0; GREETING];
+            match stream.peek(&mut greeting) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Ok(0) | Err(_) => {}
+                Ok(len) if len > 0 && !REFUSALS.iter().any(|words| greeting[..len].starts_with(words)) => {
+                    return Ok((stream, false));
+                }
+                Ok(_) | Err(_) => {}
             }
             let repeatable = words.is_empty() || words.starts_with(CLIENTS_WORDS);
             // If there is no other one, what became of this one is seen by whoever reads it.

@@ -11,5 +11,8 @@ mod bastion;
 mod clients;
 mod commands;
 mod down;
+mod settings;
 mod streams;
+mod turned_away;
+mod wake;
 mod world;

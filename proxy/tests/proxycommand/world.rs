@@ -172,6 +172,11 @@ impl World {
         ["-F", self.path("ssh_config").to_str().unwrap(), "--via", "bastion"].map(String::from).to_vec()
     }
 
+    /// In front of a line of shell, what leads among the hosts behind the bastion.
+    pub(crate) fn enter(&self) -> String {
+        format!("nsenter --net --target {}", self.hosts[0].id())
+    }
+
     pub(crate) fn endpoint(&self, destination: &str) -> Endpoint {
         let mut endpoint = Endpoint::new(destination).unwrap();
         endpoint.ssh_options = vec!["-F".into(), self.path("ssh_config").display().to_string()];
