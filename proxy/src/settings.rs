@@ -54,13 +54,13 @@ pub struct SshSettings {
     #[serde(deserialize_with = "duration")]
     pub connect_timeout: Duration,
     /// New SSH connections to one host in a second, of all processes of a user together; after a pause as many at
-    /// once. 8: sshd begins to turn connections away when ten are not yet logged in (MaxStartups).
+    /// once. 5: sshd begins to turn connections away when ten are not yet logged in (MaxStartups).
     pub connections_per_second: NonZeroU32,
 }
 
 impl Default for SshSettings {
     fn default() -> Self {
-        let connections_per_second = NonZeroU32::MIN.saturating_add(7);
+        let connections_per_second = NonZeroU32::MIN.saturating_add(4);
         SshSettings {
             idle: Duration::from_secs(600),
             connect_timeout: Duration::from_secs(5),

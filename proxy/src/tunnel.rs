@@ -40,8 +40,8 @@ pub use error::TunnelError;
 const UNASKED_BOUND: Duration = Duration::from_secs(3);
 /// How long a waiting process leaves a host alone between two attempts; chance makes it up to half longer.
 const WAIT_INTERVAL: Duration = Duration::from_secs(1);
-/// How long to wait for a turn at least: two hundred connections at eight in a second.
-const TURN_BOUND: Duration = Duration::from_secs(30);
+/// How long to wait for a turn at least: two hundred connections at five in a second.
+const TURN_BOUND: Duration = Duration::from_secs(45);
 /// What is copied at once, in bytes.
 const CHUNK: usize = 128 * 1024;
 
@@ -356,8 +356,9 @@ fn not_down(
     }
     let Some(down) = memory.pause(SystemTime::now()) else { return Ok(()) };
     if let Some(wake) = pool.settings().of_host(host).wake {
-        let look = Waker::of(pool.directory(), host, &wake).look(SystemTime::now());
-        if look.map_err(|source| TunnelError::Wake { host: host.to_owned(), source })?.is_some() {
+        // Somebody else may have seen it down this very moment, and be about to wake it.
+        let waking = Waker::of(pool.directory(), host, &wake).wake(SystemTime::now());
+        if !waking.map_err(|source| TunnelError::Wake { host: host.to_owned(), source })?.left.is_zero() {
             return Ok(());
         }
     }

@@ -20,6 +20,8 @@ const CLIENTS_WORDS: &[u8] = b"SSH-";
 const REFUSALS: [&[u8]; 2] = [b"Exceeded MaxStartups", b"Not allowed at this time"];
 /// As much of the host's words as tells.
 const GREETING: usize = 32;
+/// How long a client may take to say its first words, in milliseconds.
+const SOON: u16 = 500;
 /// More than this no client says before it has heard anything, in bytes.
 const MOST_WORDS: usize = 4096;
 
@@ -38,16 +40,21 @@ pub(super) fn pass(
         let [host, client] = wait(&stream, input)?;
         if host {
             let mut greeting = [0; GREETING];
-            match stream.peek(&mut greeting) {
+            let end = match stream.peek(&mut greeting) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Ok(len) if len > 0 && !REFUSALS.iter().any(|words| greeting[..len].starts_with(words)) => {
                     return Ok((stream, false));
                 }
-                Ok(_) | Err(_) => {}
+                end => end,
+            };
+            if words.is_empty() {
+                words = first_words(input)?;
             }
-            let repeatable = words.is_empty() || words.starts_with(CLIENTS_WORDS);
-            // If there is no other one, what became of this one is seen by whoever reads it.
-            let Some(next) = repeatable.then(&mut again).flatten() else { return Ok((stream, false)) };
+            let next = if words.starts_with(CLIENTS_WORDS) { again() } else { None };
+            let Some(next) = next else {
+                // An error is seen only once.
+                return end.map(|_| (stream, false));
+            };
             stream = next;
             // If this fails it is seen at the next look.
             let _ = stream.write_all(&words);
@@ -70,6 +77,18 @@ pub(super) fn pass(
             }
         }
     }
+}
+
+/// What the client says first, if it does soon: that it has not yet is an accident.
+fn first_words(input: &mut File) -> io::Result<Vec<u8>> {
+    let mut fds = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    if !matches!(poll(&mut fds, SOON), Ok(1..)) {
+        return Ok(Vec::new());
+    }
+    let mut words = vec![0; MOST_WORDS];
+    let len = input.read(&mut words)?;
+    words.truncate(len);
+    Ok(words)
 }
 
 /// Who has something to say.
