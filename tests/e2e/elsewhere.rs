@@ -1,0 +1,217 @@
+//! Machines that are not reached by ssh, and what is left to Nix's own hook.
+
+use std::time::Duration;
+
+use harness::{Client, Hook, Mode, Release, Running, World, drv, wait_until};
+use nix::sys::signal::Signal;
+
+use crate::support::{SOON, begun, gated, open, wait_for_begin};
+
+/// Not /nix, which is one of the machines.
+const STORE: &str = "/root/my-nix";
+
+fn client(world: &World, release: Release) -> Client {
+    let mode = Mode::Private { store: STORE.into(), as_user: false };
+    world.client().named(release.name()).release(release).mode(mode).hook(Hook::Ours).start()
+}
+
+fn start_daemon(client: &Client) {
+    client.run(
+        "nix-daemon </dev/null >/tmp/daemon.log 2>&1 & \
+         until [ -S /nix/var/nix/daemon-socket/socket ]; do sleep 0.02; done",
+    );
+}
+
+fn start(client: &Client, expression: &str, machines: &str) -> Running {
+    client.spawn_nix_build(expression, &["-j0", "--builders", machines])
+}
+
+#[test]
+fn a_cancelled_build_ends_with_its_daemon() {
+    let world = World::new();
+    for (index, release) in Release::ALL.into_iter().enumerate() {
+        let client = client(&world, release);
+        start_daemon(&client);
+        let before = client.pids_matching("nix-daemon");
+        let machines = ["auto", "ssh-ng://localhost", "daemon", "/srv/store"];
+        for (number, uri) in machines.into_iter().enumerate() {
+            for (signal, name) in [(Signal::SIGKILL, "kill"), (Signal::SIGINT, "int")] {
+                let seconds = format!("4{index}{number}{}", signal as i32 + 10);
+                let sleep = drv::silent_sleep(&format!("sleeper-{number}-{name}"), &seconds);
+                let build = start(&client, &sleep, &format!("{uri} - - 1 1"));
+                let sleeping = || client.pids_matching(&format!("sleep {seconds}"));
+                wait_until("the build has begun", SOON, || !sleeping().is_empty());
+                build.signal(signal);
+                wait_until(&format!("the build on {uri} has ended"), SOON, || sleeping().is_empty());
+                build.wait().assert_failure();
+                wait_until(&format!("the daemon for {uri} has gone"), SOON, || {
+                    client.pids_matching("nix-daemon") == before
+                        && client.pids_matching("nix-offload").is_empty()
+                });
+            }
+        }
+        client.verify_store_at(STORE);
+    }
+}
+
+#[test]
+fn slots_count_for_them_too() {
+    let world = World::new();
+    let client = client(&world, Release::Bookworm);
+    let first = start(&client, &gated("first"), "auto - - 1 1");
+    wait_for_begin(&client, "first", &["bookworm"]);
+    let mut second = start(&client, &gated("second"), "auto - - 1 1");
+    let needs = drv::expression(r#"d "needs" "" { requiredSystemFeatures = [ "no-such" ]; }"#);
+    start(&client, &needs, "auto - - 1 1").wait().assert_failure();
+    assert_eq!(begun(&client, "second"), Vec::<String>::new());
+    assert!(second.is_running());
+    open(&client, "first");
+    first.wait().assert_success();
+    wait_for_begin(&client, "second", &["bookworm"]);
+    open(&client, "second");
+    second.wait().assert_success();
+    assert!(client.entries(&format!("{STORE}/nix/var/nix/current-load")).contains(&"auto-0".to_owned()));
+}
+
+#[test]
+fn ping_store_names_the_way() {
+    let world = World::new();
+    for release in Release::ALL {
+        let client = client(&world, release);
+        start_daemon(&client);
+        for (uri, way) in [
+            ("ssh-ng://localhost", "nix-daemon --stdio here"),
+            ("ssh://localhost?remote-store=/srv/one", "nix-daemon --stdio here"),
+            ("auto", "nix-daemon --stdio here"),
+            ("/srv/two", "nix-daemon --stdio here"),
+            ("local?root=/srv/three", "nix-daemon --stdio here"),
+            ("daemon", "daemon socket here"),
+            ("unix:///nix/var/nix/daemon-socket/socket", "daemon socket here"),
+        ] {
+            let output = client.nix_offload(&["ping-store", "--store", uri]);
+            output.assert_success();
+            assert!(output.stdout().contains(&format!("\nWay: {way}\n")), "{output}");
+            assert!(output.stdout().starts_with(&format!("Store URL: {uri}\nVersion: ")), "{output}");
+        }
+        for (uri, word) in [
+            ("unix:///no/such/socket", "cannot connect to the daemon's socket /no/such/socket"),
+            ("ssh-ng://localhost?remote-program=no-such-program", "no-such-program"),
+            ("/dev/null/store", "/dev/null/store"),
+        ] {
+            let output = client.nix_offload(&["ping-store", "--store", uri]);
+            assert_eq!(output.code(), 69, "{output}");
+            assert!(output.stdout().contains(word) && output.stdout().contains("\nHint: "), "{output}");
+        }
+    }
+}
+
+#[test]
+fn a_store_that_is_the_clients_own_is_left_out_at_once() {
+    let world = World::new();
+    for release in Release::ALL {
+        let client = world.client().named(release.name()).release(release).hook(Hook::Ours).start();
+        for (number, uri) in
+            ["auto", "ssh-ng://localhost", "local", "daemon", "ssh-ng://localhost?remote-store=auto"]
+                .into_iter()
+                .enumerate()
+        {
+            // With the stock hook this waits for ever.
+            let name = format!("own-{number}");
+            let machines = format!("{uri} - - 1 1");
+            let args = ["-j1", "--builders", &machines];
+            let built = client
+                .nix_build_command(&drv::where_built(&name), &args)
+                .limit(Duration::from_secs(30))
+                .run();
+            built.assert_success().assert_stderr_lacks(&format!("on '{uri}'"));
+        }
+        client.verify_store();
+    }
+}
+
+#[test]
+fn what_another_hook_does_stands_beside_what_we_do() {
+    let world = World::new();
+    for release in [Release::Trixie, Release::Sid] {
+        let mode = Mode::Private { store: STORE.into(), as_user: false };
+        let client = world
+            .client()
+            .named(release.name())
+            .release(release)
+            .mode(mode)
+            .hook(Hook::Ours)
+            .nix_conf("extra-experimental-features = mounted-ssh-store")
+            .nix_conf("system-features = special usual")
+            .start();
+        // On the command line, so that the far daemon does not ask them again.
+        let machines = "mounted-ssh-ng://localhost - - 1 9 special; local?root=/srv/ours - - 1 1 usual";
+        let graph = |name: &str| {
+            drv::expression(&format!(
+                r#"let
+                  plain = d "plain-{name}" "echo plain > $out" {{ requiredSystemFeatures = [ "usual" ]; }};
+                  special = d "special-{name}" "cat ${{plain}} > $out; echo special >> $out" {{
+                    requiredSystemFeatures = [ "special" ];
+                  }};
+                in d "all-{name}" "cat ${{special}} > $out; echo all >> $out" {{ }}"#
+            ))
+        };
+        let built = client.nix_build(&graph("a"), &["-j0", "--builders", machines]);
+        let path = built.assert_success().out_path();
+        assert_eq!(client.read(&format!("{STORE}{path}")), "plain\nspecial\nall\n");
+        built.assert_stderr_has("-special-a.drv' on 'mounted-ssh-ng://localhost'");
+        for ours in ["plain-a", "all-a"] {
+            built.assert_stderr_has(&format!("-{ours}.drv' on 'local://?root=/srv/ours'"));
+        }
+        client.verify_store_at(STORE);
+    }
+}
+
+#[test]
+fn without_nixs_own_hook_there_is_a_line_that_says_so() {
+    let world = World::new();
+    let client = world
+        .client()
+        .release(Release::Trixie)
+        .hook(Hook::Ours)
+        .nix_conf("extra-experimental-features = ca-derivations")
+        .machines("ssh-ng://nowhere x86_64-linux - 1 1 ca-derivations")
+        .env("NIX_OFFLOAD_STOCK_HOOK", "/no/such/hook --please")
+        .start();
+    let floating = drv::expression(
+        r#"d "floating" "echo x > $out" {
+          __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+        }"#,
+    );
+    let built = client.nix_build(&floating, &["-j0"]);
+    built.assert_failure().assert_stderr_has("cannot start Nix's own build hook '/no/such/hook'");
+    client.nix_build(&floating, &["-j1"]).assert_success().assert_stderr_has("is left to Nix's own hook");
+}
+
+#[test]
+fn what_another_hook_builds_ends_with_the_client() {
+    let world = World::new();
+    let features = "extra-experimental-features = ca-derivations";
+    let mac = world.builder("mac").release(Release::Sid).nix_conf(features).start();
+    let client = world
+        .client()
+        .release(Release::Sid)
+        .hook(Hook::Ours)
+        .nix_conf(features)
+        .knows(&mac)
+        .machines("ssh-ng://mac x86_64-linux - 2 1 ca-derivations")
+        .start();
+    let sleeper = drv::expression(
+        r#"d "sleeper" "sleep 4777; echo x > $out" {
+          __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+        }"#,
+    );
+    let build = client.spawn_nix_build(&sleeper, &["-j0"]);
+    let sleeping = || mac.pids_matching("sleep 4777");
+    wait_until("the build has begun", SOON, || !sleeping().is_empty());
+    build.signal(Signal::SIGKILL);
+    wait_until("the hooks have gone", SOON, || {
+        client.pids_matching("build-remote").is_empty() && client.pids_matching("nix-offload").is_empty()
+    });
+    wait_until("the build has ended", SOON, || sleeping().is_empty());
+    build.wait().assert_failure();
+}
