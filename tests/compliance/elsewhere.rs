@@ -132,7 +132,7 @@ fn a_store_that_is_mounted_builds(hook: Hook) {
 fn outputs_known_by_their_content_only_are_built(hook: Hook) {
     let world = World::new();
     let features = "extra-experimental-features = ca-derivations";
-    for release in [Release::Trixie, Release::Sid] {
+    for release in Release::ALL {
         let name = format!("mac-{}", release.name());
         let mac = world.builder(&name).release(release).nix_conf(features).start();
         let client = world
@@ -155,6 +155,8 @@ fn outputs_known_by_their_content_only_are_built(hook: Hook) {
         ));
         let built = client.nix_build(&mixed, &["-j0"]);
         assert_eq!(client.read(&built.assert_success().out_path()), "first\n", "{built}");
+        let bad = drv::expression(&format!(r#"d "bad" "echo it went wrong; exit 3" {{ {attrs} }}"#));
+        client.nix_build(&bad, &["-j0"]).assert_failure().assert_stderr_has("it went wrong");
         client.verify_store();
     }
 }

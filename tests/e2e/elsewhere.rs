@@ -167,6 +167,58 @@ fn what_another_hook_does_stands_beside_what_we_do() {
 }
 
 #[test]
+fn a_hook_that_asked_another_one_still_does_its_own_work() {
+    let world = World::new();
+    let client = world
+        .client()
+        .mode(Mode::Private { store: STORE.into(), as_user: false })
+        .hook(Hook::Ours)
+        .env("NIX_OFFLOAD_STOCK_HOOK", "/tmp/other hook")
+        .nix_conf("system-features = special")
+        .start();
+    let machines = "plugin://x - - 1 1 special; auto - - 1 1";
+    let both = |name: &str| {
+        drv::expression(&format!(
+            r#"[ (d "special-{name}" "" {{ requiredSystemFeatures = [ "special" ]; }})
+                 (d "plain-{name}" "echo x > $out" {{ }}) ]"#
+        ))
+    };
+    let count = "echo $$ $* >> /tmp/asked; echo words for the user >&2";
+    for (name, script) in [
+        ("declines", "while dd bs=1 count=8 >/dev/null 2>&1; do echo '# decline' >&2; sleep 9; done"),
+        ("declines-for-ever", "echo '# decline-permanently' >&2"),
+        ("dies", "kill -9 $$"),
+        ("dies-in-mid-accept", "echo '# accept' >&2"),
+        ("talks", "echo '# frobnicate' >&2; sleep 9"),
+    ] {
+        client.write_mode("/tmp/other", &format!("#!/bin/sh\n{count}\n{script}\n"), 0o755);
+        let built = client.nix_build(&both(name), &["-j0", "--keep-going", "--builders", machines]);
+        built.assert_failure().assert_stderr_has("words for the user");
+        built
+            .assert_stderr_has(&format!("-plain-{name}.drv' on 'auto'"))
+            .assert_stderr_lacks("bad hook reply");
+        assert!(
+            client
+                .entries(&format!("{STORE}/nix/store"))
+                .iter()
+                .any(|e| e.ends_with(&format!("-plain-{name}")))
+        );
+        wait_until("the other hook has gone", SOON, || client.pids_matching("/tmp/other").is_empty());
+    }
+    assert!(client.read("/tmp/asked").lines().all(|line| line.ends_with(" hook 3")));
+    client.verify_store_at(STORE);
+}
+
+#[test]
+fn an_account_that_is_not_trusted_is_named() {
+    let world = World::new();
+    let client = world.client().release(Release::Trixie).mode(Mode::Daemon).hook(Hook::Ours).start();
+    let output = client.command(harness::OURS).args(["ping-store", "--store", "daemon"]).as_user().run();
+    assert!(output.stdout().contains("\nTrusted: 0\n"), "{output}");
+    assert!(output.stdout().contains("add 'user' to trusted-users"), "{output}");
+}
+
+#[test]
 fn without_nixs_own_hook_there_is_a_line_that_says_so() {
     let world = World::new();
     let client = world

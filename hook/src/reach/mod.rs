@@ -384,6 +384,15 @@ fn explain(command: &str, mut status: SessionStatus, source: BuilderError) -> Re
     }
 }
 
+/// The account by which the machine's daemon knows us, as far as that is known here.
+pub fn account(machine: &Machine) -> String {
+    if machine.uri.here().is_none() {
+        return machine.uri.destination.clone();
+    }
+    let own = nix::unistd::geteuid();
+    nix::unistd::User::from_uid(own).ok().flatten().map_or_else(|| own.to_string(), |user| user.name)
+}
+
 /// The endpoint of ssh that a machine's line describes.
 ///
 /// # Errors

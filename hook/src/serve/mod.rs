@@ -12,7 +12,7 @@ use crate::nix_side::NixSide;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::{self, Decision, Local, MAX_WAITING, Request, State, Verdict};
-use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
+use crate::reach::{self, Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
@@ -486,7 +486,7 @@ impl<'a> Hook<'a> {
         );
         if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
             self.reach.forget(machine);
-            let account = machine.uri.destination.clone();
+            let account = reach::account(machine);
             return Err(ReachError::Untrusted { account });
         }
         Ok(reached)
