@@ -11,6 +11,7 @@ crate::theirs_and_ours!(
     a_store_that_is_mounted_builds,
     outputs_known_by_their_content_only_are_built,
     a_binary_cache_as_store_gets_what_a_machine_built,
+    a_user_without_rights_can_use_another_store,
     the_users_post_build_hook_runs_where_stock_runs_it,
 );
 
@@ -191,5 +192,19 @@ fn the_users_post_build_hook_runs_where_stock_runs_it(hook: Hook) {
         client.nix_build(&pair("hooked", ""), &args).assert_success();
         // Each of two once by the client and once where it was built.
         assert_eq!(client.read(&count).lines().count(), 4, "{}", client.read(&count));
+    }
+}
+
+fn a_user_without_rights_can_use_another_store(hook: Hook) {
+    let world = World::new();
+    for release in Release::ALL {
+        let store = "/home/user/my-nix";
+        let mode = Mode::Private { store: store.into(), as_user: true };
+        let client =
+            world.client().named(release.name()).release(release).mode(mode).hook(hook.clone()).start();
+        let built = build_on(&client, "/home/user/other - - 1 1", &pair("user", ""));
+        let path = built.assert_success().out_path();
+        assert!(client.exists(&format!("/home/user/other{path}")), "{built}");
+        client.verify_store_at(store);
     }
 }

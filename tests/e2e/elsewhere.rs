@@ -10,6 +10,9 @@ use crate::support::{SOON, begun, gated, open, wait_for_begin};
 /// Not /nix, which is one of the machines.
 const STORE: &str = "/root/my-nix";
 
+/// Where nix.conf does not count.
+const HOOK_BY_ENVIRONMENT: &str = "build-hook = /opt/nix-offload/bin/nix-offload";
+
 fn client(world: &World, release: Release) -> Client {
     let mode = Mode::Private { store: STORE.into(), as_user: false };
     world.client().named(release.name()).release(release).mode(mode).hook(Hook::Ours).start()
@@ -207,6 +210,68 @@ fn a_hook_that_asked_another_one_still_does_its_own_work() {
     }
     assert!(client.read("/tmp/asked").lines().all(|line| line.ends_with(" hook 3")));
     client.verify_store_at(STORE);
+}
+
+#[test]
+fn daemons_of_our_own_do_not_ask_the_same_machines_again() {
+    let world = World::new();
+    for release in Release::ALL {
+        let client = world
+            .client()
+            .named(release.name())
+            .release(release)
+            .mode(Mode::Daemon)
+            .hook(Hook::Ours)
+            .machines("ssh-ng://localhost?remote-store=/srv/one x86_64-linux - 2 1")
+            .machines("ssh-ng://localhost?remote-store=/srv/two x86_64-linux - 2 1")
+            .machines("/srv/three x86_64-linux - 2 1")
+            .nix_conf("max-jobs = 0")
+            .daemon_env("NIX_CONFIG", if release == Release::Trixie { HOOK_BY_ENVIRONMENT } else { "" })
+            .start();
+        let many = drv::expression(
+            r#"builtins.genList (i: d "many-${toString i}" "echo ${toString i} > $out" { }) 6"#,
+        );
+        let built = client.nix_build_command(&many, &[]).limit(SOON * 2).run();
+        assert_eq!(built.assert_success().out_paths().len(), 6, "{built}");
+        client.verify_store();
+    }
+}
+
+#[test]
+fn large_inputs_and_outputs_pass_through_a_daemon_of_our_own() {
+    let world = World::new();
+    for release in Release::ALL {
+        let client = client(&world, release);
+        let large = drv::expression(
+            r#"let
+              large = d "large" "head -c 40M /dev/urandom > $out" { requiredSystemFeatures = [ "one" ]; };
+            in d "larger" "cat ${large} ${large} > $out" { requiredSystemFeatures = [ "two" ]; }"#,
+        );
+        let machines = "auto - - 1 1 one; /srv/two - - 1 1 two";
+        let built = client.nix_build(&large, &["-j0", "--builders", machines]);
+        let path = built.assert_success().out_path();
+        assert_eq!(client.path(&format!("{STORE}{path}")).metadata().unwrap().len(), 80 << 20);
+        client.verify_store_at(STORE);
+    }
+}
+
+#[test]
+fn a_silent_build_on_this_machine_is_ended() {
+    let world = World::new();
+    for (number, release) in Release::ALL.into_iter().enumerate() {
+        let client = client(&world, release);
+        for (kind, uri) in ["auto", "ssh-ng://localhost"].into_iter().enumerate() {
+            let seconds = format!("46{number}{kind}");
+            let machine = format!("{uri} - - 1 1");
+            let args = ["-j0", "--builders", &machine, "--option", "max-silent-time", "1"];
+            let built = client.nix_build(&drv::silent_sleep(&format!("silent-{kind}"), &seconds), &args);
+            built.assert_failure().assert_stderr_has("timed out after 1 seconds of silence");
+            wait_until("the build has ended", SOON, || {
+                client.pids_matching(&format!("sleep {seconds}")).is_empty()
+                    && client.pids_matching("nix-daemon").is_empty()
+            });
+        }
+    }
 }
 
 #[test]

@@ -180,13 +180,10 @@ fn start(command: &str, config: &str) -> io::Result<(Stream, Arc<Process>)> {
         path.push(":");
     }
     path.push(text("PATH"));
-    // Nothing on this machine is to be offered to it again.
+    // What it is asked to build is to be built by it, though this client may build nothing itself and offer all to
+    // machines, this one among them. Stock does the former (`maxBuildJobs` in `build-remote.cc`).
     let mut settings = text("NIX_CONFIG");
-    settings.push(format!("\n{config}builders =\n"));
-    if !config.is_empty() {
-        // As stock does (`maxBuildJobs` in `build-remote.cc`): the client may have said that it builds nothing itself.
-        settings.push("max-jobs = 1\n");
-    }
+    settings.push(format!("\n{config}builders =\nmax-jobs = 1\n"));
     let mut child = Command::new("/bin/sh")
         .args(["-c", &format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}")])
         .env("PATH", path)
