@@ -58,6 +58,56 @@ fn a_cancelled_build_ends_with_its_daemon() {
 }
 
 #[test]
+fn a_daemon_of_our_own_has_none_of_nixs_descriptors() {
+    let world = World::new();
+    let client = client(&world, Release::Bookworm);
+    for (number, uri) in ["auto", "ssh-ng://localhost"].into_iter().enumerate() {
+        let name = format!("gate-{number}");
+        let build = start(&client, &gated(&name), &format!("{uri} - - 1 1"));
+        wait_for_begin(&client, &name, &["bookworm"]);
+        let hook =
+            client.processes().into_iter().find(|p| p.command_line.ends_with("nix-offload 3")).unwrap();
+        let daemon = client.pids_matching("nix-daemon --stdio")[0];
+        let link = |pid: u32, number: &str| client.run(&format!("readlink /proc/{pid}/fd/{number}"));
+        for number in ["2", "4"] {
+            let theirs =
+                client.run(&format!("cd /proc/{daemon}/fd; for fd in *; do readlink $fd; done || true"));
+            assert!(!theirs.contains(link(hook.pid, number).trim()), "{number}: {theirs}");
+        }
+        open(&client, &name);
+        build.wait().assert_success();
+    }
+}
+
+#[test]
+fn a_daemon_of_our_own_that_dies_is_started_again() {
+    let world = World::new();
+    let client = client(&world, Release::Bookworm);
+    let build = start(&client, &gated("again"), "auto - - 1 1");
+    wait_for_begin(&client, "again", &["bookworm"]);
+    client.kill(client.pids_matching("nix-daemon --stdio")[0], "KILL");
+    wait_for_begin(&client, "again", &["bookworm", "bookworm"]);
+    open(&client, "again");
+    build.wait().assert_success().assert_stderr_has("connecting again");
+    client.verify_store_at(STORE);
+}
+
+#[test]
+fn one_that_cannot_be_used_is_left_alone_while_another_will_do() {
+    let world = World::new();
+    let client = client(&world, Release::Bookworm);
+    let machines = "unix:///no/such - - 1 9; auto - - 1 1";
+    for (name, first) in [("one", true), ("two", false)] {
+        let built = client.nix_build(&drv::trivial(name), &["-j0", "--builders", machines]);
+        built.assert_success().assert_stderr_has("on 'auto'");
+        let said = built
+            .stderr()
+            .contains("cannot build on 'unix:///no/such': cannot connect to the daemon's socket");
+        assert_eq!(said, first, "{built}");
+    }
+}
+
+#[test]
 fn slots_count_for_them_too() {
     let world = World::new();
     let client = client(&world, Release::Bookworm);
