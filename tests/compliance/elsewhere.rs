@@ -10,6 +10,7 @@ crate::theirs_and_ours!(
     the_features_of_a_line_are_those_of_its_store,
     a_store_that_is_mounted_builds,
     outputs_known_by_their_content_only_are_built,
+    derivations_that_are_made_by_builds_are_built,
     a_binary_cache_as_store_gets_what_a_machine_built,
     a_user_without_rights_can_use_another_store,
     the_users_post_build_hook_runs_where_stock_runs_it,
@@ -160,6 +161,32 @@ fn outputs_known_by_their_content_only_are_built(hook: Hook) {
         client.nix_build(&bad, &["-j0"]).assert_failure().assert_stderr_has("it went wrong");
         client.verify_store();
     }
+}
+
+fn derivations_that_are_made_by_builds_are_built(hook: Hook) {
+    let world = World::new();
+    let features = "extra-experimental-features = ca-derivations dynamic-derivations";
+    // 2.26 cannot build them in one go at all.
+    let mac = world.builder("mac").release(Release::Sid).nix_conf(features).start();
+    let client = world
+        .client()
+        .release(Release::Sid)
+        .hook(hook)
+        .nix_conf(features)
+        .knows(&mac)
+        .machines("ssh-ng://mac x86_64-linux - 2 1 ca-derivations")
+        .start();
+    let expression = drv::expression(
+        r#"let
+          inner = d "inner" "cat /etc/machine-name > $out" { };
+          outer = d "inner.drv" "cat ${builtins.unsafeDiscardOutputDependency inner.drvPath} > $out" {
+            __contentAddressed = true; outputHashMode = "text"; outputHashAlgo = "sha256";
+          };
+        in d "user" "cat ${builtins.outputOf outer.outPath "out"} > $out" { }"#,
+    );
+    let built = client.nix_build(&expression, &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
+    client.verify_store();
 }
 
 fn a_binary_cache_as_store_gets_what_a_machine_built(hook: Hook) {

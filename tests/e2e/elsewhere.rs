@@ -334,6 +334,32 @@ fn an_account_that_is_not_trusted_is_named() {
 }
 
 #[test]
+fn impure_derivations_are_built_by_the_client() {
+    let world = World::new();
+    let features = "extra-experimental-features = ca-derivations impure-derivations";
+    for release in [Release::Trixie, Release::Sid] {
+        let mac =
+            world.builder(&format!("mac-{}", release.name())).release(release).nix_conf(features).start();
+        let client = world
+            .client()
+            .named(release.name())
+            .release(release)
+            .hook(Hook::Ours)
+            .nix_conf(features)
+            .knows(&mac)
+            .machines(&format!("ssh-ng://{} x86_64-linux - 2 1 ca-derivations", mac.alias()))
+            .start();
+        let impure = drv::expression(r#"d "impure" "cat /etc/machine-name > $out" { __impure = true; }"#);
+        // Nix's own hook takes it to the machine, and Nix then stops everything: outputs are unexpectedly invalid.
+        // And nix-build cannot print the path.
+        let words = ["build", "--impure", "--no-link", "--print-out-paths", "-j1", "--expr", &impure];
+        let path = client.nix("nix").args(words).run().assert_success().out_path();
+        assert_eq!(client.read(&path), format!("{}\n", release.name()));
+        client.verify_store();
+    }
+}
+
+#[test]
 fn without_nixs_own_hook_there_is_a_line_that_says_so() {
     let world = World::new();
     let client = world
