@@ -177,6 +177,9 @@ fn a_store_that_is_the_clients_own_is_left_out_at_once() {
                 .limit(Duration::from_secs(30))
                 .run();
             built.assert_success().assert_stderr_lacks(&format!("on '{uri}'"));
+            let needs_it = drv::where_built(&format!("needed-{number}"));
+            let failed = client.nix_build(&needs_it, &["-j0", "--builders", &machines]);
+            failed.assert_failure().assert_stderr_has("its store is this client's own");
         }
         client.verify_store();
     }

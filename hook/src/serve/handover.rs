@@ -8,7 +8,7 @@ use crate::config::{self, Settings};
 use crate::nix_side::NixSide;
 use crate::plan::here::Here;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Request};
+use crate::plan::{self, Decision, Refusal, Request, Verdict};
 use crate::stock::{Stock, StockError};
 use crate::store::Location;
 use crate::wire::hook::{self, Reply, Verbosity};
@@ -132,6 +132,20 @@ impl Hook<'_> {
         is_own_store(machine, &self.location, super::env).then(|| {
             "its store is this client's own, where the build would wait for the locks that Nix holds".into()
         })
+    }
+
+    /// Says why a machine that looks right did not get a build which nobody else will do.
+    pub(super) fn tell_of_own_stores(&self, request: &Request, decision: &Decision) {
+        if decision.verdict != Verdict::Decline || self.local.could_build(request) {
+            return;
+        }
+        for (index, refusal) in &decision.refusals {
+            let machine = &self.machines[*index];
+            if let (Refusal::Unreachable(why), true) = (refusal, machine.uri.is_ours()) {
+                let text = format!("cannot build '{}' on '{}': {why}", request.drv_path, machine.name);
+                self.nix.message(Verbosity::Warn, &text);
+            }
+        }
     }
 }
 

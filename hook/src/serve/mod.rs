@@ -343,7 +343,10 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => return (decision.verdict, None),
+                _ => {
+                    self.tell_of_own_stores(&candidate.request, &decision);
+                    return (decision.verdict, None);
+                }
             };
             let machine = &self.machines[index];
             if !ask || self.reach.is_warm(machine) {
