@@ -228,6 +228,26 @@ fn machine(
     Ok(machine)
 }
 
+/// A machine's line, in the columns of Nix's format, for a list that another program is to read.
+pub fn line(machine: &Machine) -> String {
+    let set = |set: &BTreeSet<String>| match set.iter().map(String::as_str).collect::<Vec<_>>().join(",") {
+        empty if empty.is_empty() => "-".to_owned(),
+        full => full,
+    };
+    let key = machine.host_key.as_ref().map(|key| base64::engine::general_purpose::STANDARD.encode(key));
+    [
+        machine.name.clone(),
+        set(&machine.systems),
+        machine.identity.clone().unwrap_or_else(|| "-".into()),
+        machine.max_jobs.to_string(),
+        machine.speed_factor.to_string(),
+        set(&machine.supported_features),
+        set(&machine.mandatory_features),
+        key.unwrap_or_else(|| "-".into()),
+    ]
+    .join(" ")
+}
+
 /// A host key is the base64 form of one or more lines `TYPE BASE64 [COMMENT]`.
 fn decode_host_key(text: &str) -> Option<String> {
     let engine = base64::engine::GeneralPurpose::new(

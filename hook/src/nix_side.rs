@@ -1,6 +1,7 @@
 //! The side turned to Nix: replies and structured lines on descriptor 2, the build's log on descriptor 4.
 //!
-//! Every line goes out whole, in one write. Must never be given text that was not rendered by `wire::hook`.
+//! Every line goes out whole, in one write. Must never be given text that was not rendered by `wire::hook`, or comes
+//! from Nix's own hook.
 
 use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, result};
 use std::fs::File;
@@ -32,6 +33,16 @@ impl NixSide {
     /// Sends a structured line. That Nix is gone is noticed elsewhere.
     pub fn line(&self, line: &Line<'_>) {
         let _ = io::stderr().lock().write_all(&line.render());
+    }
+
+    /// Passes on what Nix's own hook says. That Nix is gone is noticed elsewhere.
+    pub fn pass(&self, bytes: &[u8]) {
+        let _ = io::stderr().lock().write_all(bytes);
+    }
+
+    /// Passes on what it says for the build's log.
+    pub fn pass_log(&self, bytes: &[u8]) {
+        self.write_log(bytes);
     }
 
     /// Shows a message to the user.

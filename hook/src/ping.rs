@@ -8,7 +8,7 @@ use crate::config::{self, Fleet};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::plan::machine::{Machine, UriError};
-use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError};
+use crate::reach::{self, DAEMON_SOCKET, Reach, ReachError, ReachSetupError};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use serde_json::{Value, json};
@@ -242,7 +242,7 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
             match answer.trusted {
                 Some(true) => line("Trusted", "1"),
                 Some(false) => {
-                    let account = machine.uri.destination.clone();
+                    let account = reach::account(machine);
                     line("Trusted", "0");
                     if let Some(cure) = (ReachError::Untrusted { account }).cure() {
                         line("Hint", &format!("only fixed-output derivations can be built there; {cure}"));

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a surprise in the output of Nix is a failed test")]
 
 mod choosing;
+mod elsewhere;
 mod logs;
 mod results;
 

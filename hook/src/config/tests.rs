@@ -178,3 +178,19 @@ fn settings_say_what_can_be_built_here() {
     assert_eq!(local.features, set(&["big", "kvm"]));
     assert_eq!(settings.default_systems(), set(&["x86_64-linux"]));
 }
+
+#[test]
+fn a_line_that_is_written_is_read_as_the_same_machine() {
+    let text = "ssh-ng://a@m:22?compress=true i686-linux,x86_64-linux /k 3 2 kvm,x big \
+                c3NoLWVkMjU1MTkgQUFBQUMzTnphQzFsWkRJMU5URTVBQUFB\nplugin://x?y=z\n";
+    let read =
+        |text: &str| parse_machines("builders", text, &["x86_64-linux".to_owned()].into(), &|_| Ok(None));
+    let first = read(text).machines;
+    assert_eq!((first.len(), first[0].host_key.is_some()), (2, true));
+    let lines: Vec<String> = first.iter().map(line).collect();
+    let again = read(&lines.join("\n")).machines;
+    let plain = |machines: Vec<Machine>| -> Vec<Machine> {
+        machines.into_iter().map(|machine| Machine { place: Place::default(), ..machine }).collect()
+    };
+    assert_eq!(plain(again), plain(first));
+}

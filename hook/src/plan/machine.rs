@@ -4,6 +4,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+use super::here::{self, Here};
 use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
@@ -77,7 +78,8 @@ pub enum Scheme {
     Ssh,
     /// `ssh-ng://`: the worker protocol over SSH.
     SshNg,
-    /// Anything else, by the text before `://`, or the whole word (`auto`, `/path`).
+    /// Anything else, by the text before `?` (`auto`, `/path`, `unix:///socket`, `https://host`). See
+    /// [`StoreUri::here`].
     Other(String),
 }
 
@@ -134,14 +136,13 @@ impl StoreUri {
     /// Reads a store URI that has its scheme.
     ///
     /// # Errors
-    /// For `ssh` and `ssh-ng`: no usable host or port, or parameters that are not `name=value`. Other schemes
-    /// are kept by name only and never fail.
+    /// For `ssh` and `ssh-ng`: no usable host or port. For these and for stores of this machine: parameters that are not
+    /// `name=value`. What is left to Nix is kept as it is and never fails.
     pub fn parse(text: &str) -> Result<Self, UriError> {
         let (scheme, rest) = match text.split_once("://") {
             Some(("ssh", rest)) => (Scheme::Ssh, rest),
             Some(("ssh-ng", rest)) => (Scheme::SshNg, rest),
-            Some((other, _)) => return Ok(Self::other(other)),
-            None => return Ok(Self::other(text)),
+            _ => return Self::other(text),
         };
         // Only the first question mark separates: `remote-store=PATH?system-features=x` keeps its own.
         let (authority, query) = rest.split_once('?').unwrap_or((rest, ""));
@@ -167,24 +168,34 @@ impl StoreUri {
         Ok(Self { scheme, destination, port, params: parse_query(query)? })
     }
 
-    fn other(scheme: &str) -> Self {
-        Self {
-            scheme: Scheme::Other(scheme.to_owned()),
-            destination: String::new(),
-            port: None,
-            params: BTreeMap::new(),
-        }
+    fn other(text: &str) -> Result<Self, UriError> {
+        let (base, query) = text.split_once('?').unwrap_or((text, ""));
+        let params = if here::of_base(base).is_some() { parse_query(query)? } else { BTreeMap::new() };
+        Ok(Self { scheme: Scheme::Other(base.to_owned()), destination: String::new(), port: None, params })
     }
 
-    /// The URI as Nix from 2.26 on renders it; older ones show it as written. For the ssh schemes only.
+    /// The URI as Nix from 2.26 on renders it; older ones show it as written. Only for what the hook itself reaches.
     ///
     /// Source: `StoreReference::render` and `encodeQuery` in Nix 2.34 (`src/libstore/store-reference.cc`,
     /// `src/libutil/url.cc`).
     pub fn render(&self) -> Option<String> {
-        let scheme = match self.scheme {
+        let query: Vec<String> =
+            self.params.iter().map(|(k, v)| format!("{}={}", percent_encode(k), percent_encode(v))).collect();
+        let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
+        let scheme = match &self.scheme {
             Scheme::Ssh => "ssh",
             Scheme::SshNg => "ssh-ng",
-            Scheme::Other(_) => return None,
+            Scheme::Other(base) => {
+                let base = match (self.here()?, base.as_str()) {
+                    (Here::Store(path), _) if path.starts_with('/') => format!("local://{path}"),
+                    (Here::Store(_), "") => "auto".to_owned(),
+                    // These two words are kept when nothing is added to them.
+                    (_, "daemon") if !query.is_empty() => "unix://".to_owned(),
+                    (_, "local") if !query.is_empty() => "local://".to_owned(),
+                    _ => base.clone(),
+                };
+                return Some(base + &query);
+            }
         };
         let (user, host) = match self.destination.rsplit_once('@') {
             Some((user, host)) => (format!("{user}@"), host),
@@ -192,9 +203,6 @@ impl StoreUri {
         };
         let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
         let port = self.port.map(|port| format!(":{port}")).unwrap_or_default();
-        let query: Vec<String> =
-            self.params.iter().map(|(k, v)| format!("{}={}", percent_encode(k), percent_encode(v))).collect();
-        let query = if query.is_empty() { String::new() } else { format!("?{}", query.join("&")) };
         Some(format!("{scheme}://{user}{host}{port}{query}"))
     }
 
@@ -241,7 +249,7 @@ fn parse_query(query: &str) -> Result<BTreeMap<String, String>, UriError> {
     Ok(params)
 }
 
-fn percent_encode(text: &str) -> String {
+pub(super) fn percent_encode(text: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@/?".contains(&b);
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }
@@ -326,7 +334,15 @@ mod tests {
         ] {
             assert_eq!(parse(text).unwrap().render().as_deref(), Some(expected));
         }
-        assert_eq!(parse("auto").unwrap().render(), None);
+        for (text, expected) in [
+            ("auto", Some("auto")),
+            ("/srv/x", Some("local:///srv/x")),
+            ("daemon", Some("daemon")),
+            ("local?root=/x", Some("local://?root=/x")),
+            ("https://cache?x=y", None),
+        ] {
+            assert_eq!(parse(text).unwrap().render().as_deref(), expected);
+        }
     }
 
     #[test]

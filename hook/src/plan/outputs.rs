@@ -15,6 +15,10 @@ pub enum OutputError {
     /// The path of an output is only known after the build.
     #[error("the path of output '{0}' is not known before the build (an experimental kind of derivation)")]
     UnknownPath(String),
+    /// The build is not to be repeatable. Nix's own hook brings such an output here and does not register what it is the
+    /// output of, upon which Nix gives up the whole command (2.26 and 2.34).
+    #[error("the output '{0}' is impure, which no hook can bring home")]
+    Impure(String),
     /// The derivation's output cannot be made into a path.
     #[error("the derivation's output '{0}' has no valid path")]
     BadPath(String),
@@ -58,6 +62,9 @@ pub struct Wanted {
 pub fn output_paths(drv: &Derivation, store_dir: &StoreDir) -> Result<BTreeMap<String, Wanted>, OutputError> {
     let mut paths = BTreeMap::new();
     for (name, output) in drv.outputs() {
+        if matches!(output, Output::Impure { .. }) {
+            return Err(OutputError::Impure(name.clone()));
+        }
         let path = output
             .path_in(store_dir, drv.name(), name)
             .map_err(|_| OutputError::BadPath(name.clone()))?

@@ -2,6 +2,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+use super::local::LocalError;
 use crate::builder::BuilderError;
 use crate::slots::SlotError;
 use nix_offload_proxy::exit;
@@ -47,6 +48,9 @@ pub enum ReachError {
         #[source]
         source: Box<BuilderError>,
     },
+    /// No connection to a store of this machine.
+    #[error(transparent)]
+    Local(#[from] LocalError),
     /// A daemon that does not talk as expected.
     #[error(transparent)]
     Daemon(BuilderError),
@@ -71,12 +75,17 @@ impl ReachError {
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {
-            Self::NotSsh(_) => Some("write the machine as ssh-ng://[user@]host or ssh://[user@]host".into()),
+            Self::NotSsh(_) => Some(
+                "builds for it are left to Nix's own hook; else write the machine as ssh-ng://[user@]host or \
+                 ssh://[user@]host"
+                    .into(),
+            ),
             Self::RemoteProgram(_) => Some(
                 "name the path of nix-store, or write the machine as ssh-ng:// and name nix-daemon".into(),
             ),
             Self::Endpoint(_) => Some("correct the machine's line in the list of machines".into()),
             Self::Start(error) => error.cure(),
+            Self::Local(error) => Some(error.cure()),
             Self::Open(_) => Some(
                 "see the builder's sshd log; it must allow forwarding of unix sockets \
                  (AllowStreamLocalForwarding) or commands (MaxSessions, ForceCommand)"

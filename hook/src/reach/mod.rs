@@ -4,12 +4,14 @@
 //! cause and the cure. Must never choose a machine or know what the connection is for.
 
 mod error;
+mod local;
 mod seen;
 
 pub use error::{ReachError, ReachSetupError};
 pub use seen::Seen;
 
 use crate::builder::{Ahead, Builder, BuilderError};
+use crate::config::Settings;
 use crate::plan::machine::{Machine, Scheme};
 use crate::slots::Slots;
 use crate::wire::worker::Version;
@@ -66,6 +68,10 @@ pub enum Way {
     Socket,
     /// A daemon of our own, started in a session.
     Session,
+    /// A daemon's socket on this machine.
+    LocalSocket,
+    /// A daemon of our own on this machine.
+    Child,
 }
 
 impl Way {
@@ -74,6 +80,8 @@ impl Way {
         match self {
             Self::Socket => "daemon socket",
             Self::Session => "nix-daemon --stdio",
+            Self::LocalSocket => "daemon socket here",
+            Self::Child => "nix-daemon --stdio here",
         }
     }
 }
@@ -96,6 +104,7 @@ pub struct Reach {
     pool: Pool,
     opening: Slots,
     ssh_options: Vec<String>,
+    around: local::Surroundings,
 }
 
 impl Reach {
@@ -108,7 +117,14 @@ impl Reach {
         let ssh_options = shlex::split(&options).ok_or(ReachSetupError::SshOptions(options))?;
         let pool = Pool::from_env()?;
         let opening = Slots::open(pool.directory().join("opening"))?;
-        Ok(Self { pool, opening, ssh_options })
+        Ok(Self { pool, opening, ssh_options, around: local::Surroundings::new(env) })
+    }
+
+    /// Has daemons of our own on this machine follow Nix's settings.
+    #[must_use]
+    pub fn following(mut self, settings: &Settings) -> Self {
+        self.around.follow(settings);
+        self
     }
 
     /// The runtime directory.
@@ -126,7 +142,8 @@ impl Reach {
     pub fn is_warm(&self, machine: &Machine) -> bool {
         let answered = fs::metadata(self.stamp(machine)).and_then(|m| m.modified());
         let recent = answered.is_ok_and(|time| is_younger(time, WARM));
-        recent && endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some())
+        let lives = || endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some());
+        recent && (machine.uri.here().is_some() || lives())
     }
 
     /// Why the machine could not be reached, if that was a short while ago: seen by a hook, or by anything else that
@@ -200,6 +217,11 @@ impl Reach {
         bound: Duration,
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
+        if let Some(here) = machine.uri.here() {
+            let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound, ahead)?;
+            let nix_version = builder.peer().nix_version.clone();
+            return Ok(Reached { builder, way, detour: None, nix_version });
+        }
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
         self.pool.with_master(
@@ -386,13 +408,25 @@ fn explain(command: &str, mut status: SessionStatus, source: BuilderError) -> Re
     }
 }
 
+/// The account by which the machine's daemon knows us, as far as that is known here.
+pub fn account(machine: &Machine) -> String {
+    if machine.uri.here().is_none() {
+        return machine.uri.destination.clone();
+    }
+    let own = nix::unistd::geteuid();
+    nix::unistd::User::from_uid(own).ok().flatten().map_or_else(|| own.to_string(), |user| user.name)
+}
+
 /// The endpoint of ssh that a machine's line describes.
 ///
 /// # Errors
 /// If the machine is not reached by ssh, or its line makes no endpoint.
 fn endpoint(machine: &Machine, ssh_options: &[String]) -> Result<Endpoint, ReachError> {
-    if let Scheme::Other(kind) = &machine.uri.scheme {
-        return Err(ReachError::NotSsh(kind.clone()));
+    let not_ssh = |kind: &str| Err(ReachError::NotSsh(kind.split(':').next().unwrap_or_default().to_owned()));
+    match &machine.uri.scheme {
+        Scheme::Other(kind) => return not_ssh(kind),
+        _ if machine.uri.here().is_some() => return not_ssh(&machine.uri.destination),
+        _ => {}
     }
     let mut endpoint = Endpoint::new(&machine.uri.destination)?;
     endpoint.port = machine.uri.port;
@@ -489,6 +523,10 @@ mod tests {
         assert_eq!(e.ssh_options, ["-v"]);
         m.identity = Some("/column".into());
         assert_eq!(endpoint(&m, &[]).unwrap().identity, Some(PathBuf::from("/column")));
-        assert!(matches!(endpoint(&machine("auto"), &[]), Err(ReachError::NotSsh(kind)) if kind == "auto"));
+        for (uri, expected) in [("auto", "auto"), ("https://x", "https"), ("ssh://localhost", "localhost")] {
+            assert!(
+                matches!(endpoint(&machine(uri), &[]), Err(ReachError::NotSsh(kind)) if kind == expected)
+            );
+        }
     }
 }

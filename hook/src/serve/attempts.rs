@@ -5,7 +5,7 @@
 use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::Verdict;
-use crate::reach::ReachError;
+use crate::reach::{self, ReachError};
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -192,7 +192,7 @@ impl Hook<'_> {
                 Blame::Machine => {
                     let text = one_report(&error);
                     if ReachError::means_untrusted(&text) {
-                        let account = machine.uri.destination.clone();
+                        let account = reach::account(machine);
                         return Attempt::Elsewhere(ReachError::Untrusted { account }.describe());
                     }
                     return Attempt::Elsewhere(text);

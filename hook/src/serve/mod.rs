@@ -3,6 +3,7 @@
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
 mod attempts;
+mod handover;
 mod race;
 
 use crate::builder::Ahead;
@@ -10,19 +11,22 @@ use crate::config::{self, Fleet, Settings};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
-use crate::plan::machine::{Machine, Scheme};
+use crate::plan::machine::Machine;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::{self, Decision, Local, MAX_WAITING, Refusal, Request, State, Verdict};
-use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
+use crate::reach::{self, Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
+use crate::stock::Stock;
 use crate::store::{Location, LocationError};
 use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
+use handover::{Among, Handover};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use race::{Runner, race};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -70,6 +74,13 @@ enum Unfit {
     Dynamic,
 }
 
+impl Unfit {
+    /// Whether it is of a kind that Nix's own hook may know how to build.
+    fn is_for_stock(&self) -> bool {
+        matches!(self, Self::Dynamic | Self::Unparsable(_) | Self::Output(OutputError::UnknownPath(_)))
+    }
+}
+
 /// Why no request can be served, though Nix and its machines are well.
 #[derive(Debug, Error)]
 enum Unable {
@@ -114,10 +125,14 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
         return Ok(exit::OK);
     }
     match Hook::new(&nix, &settings, &fleet.machines) {
-        Ok(hook) => hook.run(&mut source),
+        Ok(hook) => hook.run(&mut source, verbosity),
         Err(unable) => {
             let text = exit::report(&unable, unable.cure().as_deref());
             let text = text.strip_prefix("error: ").unwrap_or(&text);
+            if matches!(unable, Unable::Location(_)) {
+                let handover = Handover::new(&nix, &settings, verbosity, fleet.machines.iter());
+                return handover::serve_all(handover, &mut source, text);
+            }
             tracing::error!("{text}");
             nix.message(Verbosity::Error, &format!("nix-offload cannot build remotely: {text}"));
             nix.reply(&Reply::DeclinePermanently).map_err(ServeError::NixGone)?;
@@ -165,6 +180,16 @@ struct Chosen {
     reached: Option<Reached>,
 }
 
+/// What is done with a request.
+enum Answer {
+    /// Nothing but this.
+    Reply(Reply),
+    /// It is built by this process.
+    Ours(Reply, Box<Candidate>, Accepted),
+    /// Nix's own hook took it.
+    Handed(Reply, Stock),
+}
+
 /// How a build was accepted.
 enum Accepted {
     /// On a machine with a free slot.
@@ -187,77 +212,104 @@ struct Hook<'a> {
 /// Machines that failed in this process, by index, and how.
 type Failed = HashMap<usize, String>;
 
+impl From<(Reply, Option<Stock>)> for Answer {
+    fn from((reply, stock): (Reply, Option<Stock>)) -> Self {
+        match stock {
+            Some(stock) => Self::Handed(reply, stock),
+            None => Self::Reply(reply),
+        }
+    }
+}
+
+fn env(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
 impl<'a> Hook<'a> {
     fn new(nix: &'a NixSide, settings: &'a Settings, machines: &'a [Machine]) -> Result<Self, Unable> {
-        let env = |name: &str| std::env::var_os(name);
         let location = Location::find(settings.get("store").unwrap_or("auto"), env)?;
         let slots = Slots::open(location.state_dir.join("current-load"))?;
-        let reach = Reach::new(env)?;
+        let reach = Reach::new(env)?.following(settings);
         let queue = Slots::open(reach.directory().join("queue"))?;
         Ok(Self { nix, settings, machines, local: settings.local(), location, slots, queue, reach })
     }
 
-    fn run(&self, source: &mut StdinLock<'_>) -> Result<u8, ServeError> {
+    fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
         let mut failed = Failed::new();
+        let left =
+            self.machines.iter().filter(|machine| !handover::is_own_store(machine, &self.location, env));
+        let mut handover = Handover::new(self.nix, self.settings, verbosity, left);
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
             let drv_path = request.drv_path.clone();
             // A panic before the reply would make Nix give up the whole command.
-            let answered = catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut failed)));
-            let (reply, accepted) = answered.unwrap_or_else(|_| {
+            let answered =
+                catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut failed, &mut handover)));
+            let answer = answered.unwrap_or_else(|_| {
                 self.nix.message(
                     Verbosity::Error,
                     "nix-offload: internal error while choosing a machine (see journalctl -t nix-offload); \
                      please report it",
                 );
-                (Reply::Decline, None)
+                Answer::Reply(Reply::Decline)
             });
-            self.nix.reply(&reply).map_err(ServeError::NixGone)?;
+            let (Answer::Reply(reply) | Answer::Ours(reply, ..) | Answer::Handed(reply, _)) = &answer;
+            self.nix.reply(reply).map_err(ServeError::NixGone)?;
             tracing::debug!(
                 derivation = drv_path,
                 reply = ?reply,
                 duration_us = begin.elapsed().as_micros() as u64,
                 "answered"
             );
-            if let Some((candidate, accepted)) = accepted {
-                // Nix writes this with its whole event loop waiting, so it is read before anything else.
-                let job = hook::read_job(source).map_err(ServeError::Protocol)?;
-                return Ok(self.build(&candidate, accepted, &job, failed));
+            match answer {
+                Answer::Reply(_) => {}
+                Answer::Ours(_, candidate, accepted) => {
+                    drop(handover);
+                    // Nix writes this with its whole event loop waiting, so it is read before anything else.
+                    let job = hook::read_job(source).map_err(ServeError::Protocol)?;
+                    return Ok(self.build(&candidate, accepted, &job, failed));
+                }
+                Answer::Handed(_, stock) => return Ok(stock.carry_on(source, self.nix)),
             }
         }
         Ok(exit::OK)
     }
 
-    fn answer(&self, request: Request, failed: &mut Failed) -> (Reply, Option<(Candidate, Accepted)>) {
-        let drv_path = request.drv_path.clone();
-        let candidate = match self.candidate(request) {
+    fn answer(&self, request: Request, failed: &mut Failed, handover: &mut Handover<'_>) -> Answer {
+        let candidate = match self.candidate(&request) {
             Ok(candidate) => candidate,
             Err(unfit) => {
                 let reason = exit::report(&unfit, None);
-                tracing::info!(derivation = drv_path, reason, "declined");
-                return (Reply::Decline, None);
+                let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
+                tracing::info!(derivation = request.drv_path, reason, "not for us");
+                if unfit.is_for_stock() {
+                    return Answer::from(handover.ask(Among::All, &request, reason));
+                }
+                return Answer::Reply(Reply::Decline);
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
         match self.choose(&candidate, failed, true) {
             (Verdict::Accept(index), Some(chosen)) => {
                 let accepted = Accepted::Now(Box::new(chosen));
-                (Reply::Accept { machine: name(index) }, Some((candidate, accepted)))
+                Answer::Ours(Reply::Accept { machine: name(index) }, Box::new(candidate), accepted)
             }
             (Verdict::Wait(machines), _) => match (machines.first(), self.place_in_queue(&machines)) {
                 // The first is named to Nix, which cannot be told otherwise later.
                 (Some(first), Some(place)) => {
-                    let machine = name(*first);
-                    (Reply::Accept { machine }, Some((candidate, Accepted::Waiting(machines, place))))
+                    let reply = Reply::Accept { machine: name(*first) };
+                    Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(machines, place))
                 }
-                _ => (Reply::Postpone, None),
+                _ => Answer::Reply(Reply::Postpone),
             },
-            (Verdict::Postpone(_), _) => (Reply::Postpone, None),
-            _ => (Reply::Decline, None),
+            (Verdict::Postpone(_), _) => Answer::Reply(Reply::Postpone),
+            _ => {
+                Answer::from(handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak"))
+            }
         }
     }
 
-    fn candidate(&self, request: Request) -> Result<Candidate, Unfit> {
+    fn candidate(&self, request: &Request) -> Result<Candidate, Unfit> {
         let no_path = || Unfit::NoDrvPath(request.drv_path.clone());
         let drv_path =
             self.location.store_dir.parse_path(request.drv_path.as_bytes()).map_err(|_| no_path())?;
@@ -266,7 +318,7 @@ impl<'a> Hook<'a> {
             return Err(Unfit::Dynamic);
         }
         let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
-        Ok(Candidate { request, drv_path, drv, outputs })
+        Ok(Candidate { request: request.clone(), drv_path, drv, outputs })
     }
 
     /// A derivation of the local store; none if the path is not that of one.
@@ -313,7 +365,10 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => return (decision.verdict, None),
+                _ => {
+                    self.tell_of_own_stores(&candidate.request, &decision);
+                    return (decision.verdict, None);
+                }
             };
             let machine = &self.machines[index];
             if !ask || self.reach.is_warm(machine) {
@@ -419,8 +474,8 @@ impl<'a> Hook<'a> {
             if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
                 return State::Failed(reason.clone());
             }
-            if let Scheme::Other(kind) = &machine.uri.scheme {
-                return State::Unreachable(ReachError::NotSsh(kind.clone()).to_string());
+            if let Some(reason) = self.against(machine) {
+                return State::Unreachable(reason);
             }
             match self.slots.count(&machine.name, machine.max_jobs) {
                 Ok((load, slot)) => {
@@ -505,7 +560,7 @@ impl<'a> Hook<'a> {
         );
         if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
             self.reach.forget(machine);
-            let account = machine.uri.destination.clone();
+            let account = reach::account(machine);
             return Err(ReachError::Untrusted { account });
         }
         Ok(())

@@ -8,7 +8,10 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use super::{MAX_ITEMS, MAX_NAME, MAX_STRING, WireError, read_list, read_string, read_u64};
+use super::{
+    MAX_ITEMS, MAX_NAME, MAX_STRING, WireError, put_str, put_strings, put_u64, read_list, read_string,
+    read_u64,
+};
 use crate::config::Settings;
 use crate::plan::Request;
 use serde_json::{Value, json};
@@ -80,6 +83,25 @@ pub fn read_request(source: &mut impl Read) -> Result<Option<Request>, WireError
     }))
 }
 
+/// Appends settings as Nix sends them, for another hook.
+pub fn put_settings(buffer: &mut Vec<u8>, settings: &Settings) {
+    for (name, value) in &settings.0 {
+        put_u64(buffer, 1);
+        put_str(buffer, name);
+        put_str(buffer, value);
+    }
+    put_u64(buffer, 0);
+}
+
+/// Appends a request as Nix sends it, for another hook.
+pub fn put_request(buffer: &mut Vec<u8>, request: &Request) {
+    put_str(buffer, "try");
+    put_u64(buffer, u64::from(request.am_willing));
+    put_str(buffer, &request.system);
+    put_str(buffer, &request.drv_path);
+    put_strings(buffer, request.required_features.iter());
+}
+
 /// What Nix sends once a build was accepted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Job {
@@ -131,6 +153,33 @@ impl Reply {
             Self::Decline => b"# decline\n".to_vec(),
             Self::DeclinePermanently => b"# decline-permanently\n".to_vec(),
             Self::Postpone => b"# postpone\n".to_vec(),
+        }
+    }
+}
+
+/// A line of another hook before it has answered, as Nix reads it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Said {
+    /// An answer that is whole.
+    Reply(Reply),
+    /// An accept; the next line is the machine's name.
+    AcceptOn,
+    /// For Nix's user.
+    Words,
+    /// A reply that there is not.
+    Unknown,
+}
+
+impl Said {
+    /// Reads a line without its end.
+    pub fn read(line: &[u8]) -> Self {
+        match line.strip_prefix(b"# ") {
+            None => Self::Words,
+            Some(b"accept") => Self::AcceptOn,
+            Some(b"decline") => Self::Reply(Reply::Decline),
+            Some(b"decline-permanently") => Self::Reply(Reply::DeclinePermanently),
+            Some(b"postpone") => Self::Reply(Reply::Postpone),
+            Some(_) => Self::Unknown,
         }
     }
 }
@@ -283,7 +332,6 @@ pub fn one_line(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{put_str, put_strings, put_u64};
     use super::*;
 
     fn settings_bytes(settings: &[(&str, &[u8])]) -> Vec<u8> {
@@ -337,6 +385,29 @@ mod tests {
             assert_eq!(request.required_features, ["big-parallel".to_owned(), "kvm".to_owned()].into());
         }
         assert_eq!(read_request(&mut source).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_written_for_another_hook_is_what_nix_writes() {
+        let request = read_request(&mut try_bytes().as_slice()).unwrap().unwrap();
+        let mut bytes = Vec::new();
+        put_request(&mut bytes, &request);
+        assert_eq!(read_request(&mut bytes.as_slice()).unwrap().unwrap(), request);
+        let settings = read_settings(&mut settings_bytes(&[("a", b"1"), ("b", b"")]).as_slice()).unwrap();
+        bytes.clear();
+        put_settings(&mut bytes, &settings);
+        assert_eq!(bytes, settings_bytes(&[("a", b"1"), ("b", b"")]));
+    }
+
+    #[test]
+    fn the_lines_of_another_hook_are_told_apart() {
+        for reply in [Reply::Decline, Reply::DeclinePermanently, Reply::Postpone] {
+            let line = reply.render();
+            assert_eq!(Said::read(&line[..line.len() - 1]), Said::Reply(reply));
+        }
+        assert_eq!(Said::read(b"# accept"), Said::AcceptOn);
+        assert_eq!(Said::read(b"# frobnicate"), Said::Unknown);
+        assert_eq!(Said::read(b"@nix {}"), Said::Words);
     }
 
     #[test]

@@ -1,0 +1,209 @@
+//! What is left to Nix's own hook: machines of kinds that we do not speak, derivations of experimental kinds, and
+//! client stores that are no local ones.
+//!
+//! Must never ask it for what a machine of ours will do.
+
+use super::{Hook, ServeError};
+use crate::config::{self, Settings};
+use crate::nix_side::NixSide;
+use crate::plan::here::Here;
+use crate::plan::machine::Machine;
+use crate::plan::{self, Decision, Refusal, Request, Verdict};
+use crate::stock::{Stock, StockError};
+use crate::store::Location;
+use crate::wire::hook::{self, Reply, Verbosity};
+use nix_offload_proxy::exit;
+use std::ffi::OsString;
+use std::fs;
+use std::io::Read;
+use std::path::PathBuf;
+
+/// Which machines Nix's own hook may choose from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Among {
+    /// Those that we do not speak to.
+    Foreign,
+    /// All, because it is the derivation or the client's store that we cannot do.
+    All,
+}
+
+/// Nix's own hooks, started when they are first needed. Each keeps to its list of machines.
+pub(super) struct Handover<'a> {
+    nix: &'a NixSide,
+    settings: &'a Settings,
+    verbosity: u64,
+    foreign: Vec<&'a Machine>,
+    all: Vec<&'a Machine>,
+    running: [Option<Stock>; 2],
+    told: bool,
+}
+
+impl<'a> Handover<'a> {
+    pub(super) fn new(
+        nix: &'a NixSide,
+        settings: &'a Settings,
+        verbosity: u64,
+        machines: impl Iterator<Item = &'a Machine>,
+    ) -> Self {
+        let all: Vec<&Machine> = machines.collect();
+        let foreign = all.iter().copied().filter(|machine| !machine.uri.is_ours()).collect();
+        Self { nix, settings, verbosity, foreign, all, running: [None, None], told: false }
+    }
+
+    fn machines(&self, among: Among) -> &[&'a Machine] {
+        match among {
+            Among::Foreign => &self.foreign,
+            Among::All => &self.all,
+        }
+    }
+
+    /// Asks Nix's own hook, if one of its machines could do it. What it accepted is to be carried on by it.
+    pub(super) fn ask(&mut self, among: Among, request: &Request, why: &str) -> (Reply, Option<Stock>) {
+        if !self.machines(among).iter().any(|machine| plan::suits(machine, request).is_ok()) {
+            return (Reply::Decline, None);
+        }
+        match self.try_ask(among, request) {
+            Ok((reply, stock)) => {
+                tracing::info!(
+                    derivation = request.drv_path,
+                    reason = why,
+                    reply = ?reply,
+                    "asked Nix's own hook"
+                );
+                (reply, stock)
+            }
+            Err(error) => {
+                let text = exit::report(&error, None);
+                let text = text.strip_prefix("error: ").unwrap_or(&text);
+                tracing::warn!(derivation = request.drv_path, reason = why, "{text}");
+                if !self.told {
+                    self.told = true;
+                    let text = format!("'{}' is left to Nix's own hook ({why}): {text}", request.drv_path);
+                    self.nix.message(Verbosity::Warn, &format!("nix-offload: {text}"));
+                }
+                (Reply::Decline, None)
+            }
+        }
+    }
+
+    fn try_ask(&mut self, among: Among, request: &Request) -> Result<(Reply, Option<Stock>), StockError> {
+        let mut stock = match self.running[among as usize].take() {
+            Some(stock) => stock,
+            None => {
+                let lines: Vec<String> =
+                    self.machines(among).iter().map(|machine| config::line(machine)).collect();
+                Stock::start(self.verbosity, self.settings, lines.join("\n"))?
+            }
+        };
+        match stock.ask(request, self.nix)? {
+            accept @ Reply::Accept { .. } => Ok((accept, Some(stock))),
+            // Said of its machines only; ours may still do the next one.
+            Reply::DeclinePermanently => Ok((Reply::Decline, None)),
+            other => {
+                self.running[among as usize] = Some(stock);
+                Ok((other, None))
+            }
+        }
+    }
+}
+
+/// Serves Nix for a client store that we cannot write to. Gives the exit status.
+pub(super) fn serve_all(
+    mut handover: Handover<'_>,
+    source: &mut impl Read,
+    why: &str,
+) -> Result<u8, ServeError> {
+    while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
+        let (reply, stock) = handover.ask(Among::All, &request, why);
+        handover.nix.reply(&reply).map_err(ServeError::NixGone)?;
+        if let Some(stock) = stock {
+            return Ok(stock.carry_on(source, handover.nix));
+        }
+    }
+    Ok(exit::OK)
+}
+
+impl Hook<'_> {
+    /// What speaks against a machine whatever is to be built.
+    pub(super) fn against(&self, machine: &Machine) -> Option<String> {
+        if !machine.uri.is_ours() {
+            return Some("it is left to Nix's own hook".into());
+        }
+        is_own_store(machine, &self.location, super::env).then(|| {
+            "its store is this client's own, where the build would wait for the locks that Nix holds".into()
+        })
+    }
+
+    /// Says why a machine that looks right did not get a build which nobody else will do.
+    pub(super) fn tell_of_own_stores(&self, request: &Request, decision: &Decision) {
+        if decision.verdict != Verdict::Decline || self.local.could_build(request) {
+            return;
+        }
+        for (index, refusal) in &decision.refusals {
+            let machine = &self.machines[*index];
+            if let (Refusal::Unreachable(why), true) = (refusal, machine.uri.is_ours()) {
+                let text = format!("cannot build '{}' on '{}': {why}", request.drv_path, machine.name);
+                self.nix.message(Verbosity::Warn, &text);
+            }
+        }
+    }
+}
+
+/// Whether a machine's store is the client's own. Nix holds the locks of the outputs while its hook runs, so a build there
+/// would wait for ever (with the stock hook of Nix 2.8 to 2.34 it does).
+pub(super) fn is_own_store(
+    machine: &Machine,
+    own: &Location,
+    env: impl Fn(&str) -> Option<OsString>,
+) -> bool {
+    let state = |setting: &str| Location::parse(setting, &env).ok().map(|location| location.state_dir);
+    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
+    let theirs = match machine.uri.here() {
+        None => None,
+        Some(Here::Program) => match machine.uri.param("remote-store") {
+            Some(store) => state(store),
+            None => {
+                let named = env("NIX_REMOTE").and_then(|named| named.into_string().ok());
+                state(named.as_deref().filter(|named| *named != "daemon").unwrap_or("auto"))
+            }
+        },
+        Some(Here::Store(base)) => state(&plan::here::store_uri(machine, &base)),
+        Some(Here::Socket(path)) => {
+            let usual = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
+            let socket = path.map(PathBuf::from).or_else(usual);
+            match socket {
+                None => state("auto"),
+                Some(path) => {
+                    return settled(path) == settled(own.state_dir.join("daemon-socket/socket"));
+                }
+            }
+        }
+    };
+    theirs.is_some_and(|theirs| settled(theirs) == settled(own.state_dir.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn a_machine_that_is_the_clients_own_store_is_known() {
+        let env = |_: &str| None;
+        let is_own = |uri: &str, setting: &str| {
+            let machine = Machine::for_uri(uri, BTreeSet::new()).unwrap();
+            is_own_store(&machine, &Location::parse(setting, env).unwrap(), env)
+        };
+        for uri in ["auto", "local", "daemon", "localhost", "unix:///nix/var/nix/daemon-socket/socket"] {
+            assert!(is_own(uri, "auto"), "{uri}");
+            assert!(!is_own(uri, "/root/my-nix"), "{uri}");
+        }
+        for uri in ["/srv/x", "local?root=/srv/x", "ssh-ng://localhost?remote-store=/srv/x"] {
+            assert!(!is_own(uri, "auto"), "{uri}");
+            assert!(is_own(uri, "local:///srv/x"), "{uri}");
+        }
+        for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
+            assert!(!is_own(uri, "auto"), "{uri}");
+        }
+    }
+}
