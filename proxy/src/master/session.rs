@@ -209,11 +209,20 @@ impl SessionStatus {
         }
     }
 
-    /// Waits, at most for `bound`, for the exit status and the end of stderr. To be called once stdout has
+    /// Waits, at most for `bound`, for the end of stderr and the exit status. To be called once stdout has
     /// ended; the exit status is given only once.
     pub fn end(&mut self, bound: Duration) -> SessionEnd {
-        let deadline = Instant::now().checked_add(bound);
-        let exit = lock(&self.session).exit_status(bound);
+        let begin = Instant::now();
+        // What the command has started may keep stderr open for ever, and is not to hide the exit status. But who
+        // has that leaves the master, which then drops what is still under way.
+        self.drain_until(begin.checked_add(bound / 2));
+        let exit = lock(&self.session).exit_status(bound.saturating_sub(begin.elapsed()));
+        self.drain_until(Some(begin));
+        SessionEnd { exit, stderr: String::from_utf8_lossy(&lock(&self.tail).bytes).into_owned() }
+    }
+
+    /// Reads stderr to its end, or until then.
+    fn drain_until(&mut self, deadline: Option<Instant>) {
         let mut tail = lock(&self.tail);
         while let Some(socket) = tail.socket.clone() {
             let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
@@ -224,7 +233,6 @@ impl SessionStatus {
                 Err(_) => break,
             }
         }
-        SessionEnd { exit, stderr: String::from_utf8_lossy(&tail.bytes).into_owned() }
     }
 }
 
