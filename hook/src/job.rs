@@ -20,6 +20,9 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
+/// How long Nix may take to read the end of a log, before we leave.
+const LOG_BOUND: Duration = Duration::from_secs(10);
+
 /// Why an accepted build did not end with valid outputs.
 #[derive(Debug, Error)]
 pub enum JobError {
@@ -133,18 +136,30 @@ impl Task<'_> {
     /// # Errors
     /// If the outputs are not valid in the local store afterwards; see [`JobError::blame`].
     pub fn run(&self, builder: &mut Builder, job: &Job, slot: &mut Option<Held>) -> Result<Report, JobError> {
-        let mut report = Report::default();
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
+        let done = self.steps(builder, job, slot, &mut relay);
+        self.nix.wait_for_log(LOG_BOUND);
+        done
+    }
+
+    fn steps(
+        &self,
+        builder: &mut Builder,
+        job: &Job,
+        slot: &mut Option<Held>,
+        relay: &mut Relay<'_>,
+    ) -> Result<Report, JobError> {
+        let mut report = Report::default();
         let inputs = self.inputs(job)?;
         let clock = Instant::now();
-        self.send_inputs(builder, &inputs, &mut relay, &mut report)?;
+        self.send_inputs(builder, &inputs, relay, &mut report)?;
         report.inputs = clock.elapsed();
         let clock = Instant::now();
-        self.build(builder, &inputs, &mut relay)?;
+        self.build(builder, &inputs, relay)?;
         report.build = clock.elapsed();
         *slot = None;
         let clock = Instant::now();
-        self.fetch_outputs(builder, job, &inputs, &mut relay, &mut report)?;
+        self.fetch_outputs(builder, job, &inputs, relay, &mut report)?;
         report.outputs = clock.elapsed();
         Ok(report)
     }
