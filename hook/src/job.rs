@@ -2,7 +2,7 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Builder, BuilderError, Clocks, Event, MAX_ACTIVITIES};
+use crate::builder::{BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
@@ -138,6 +138,7 @@ impl Task<'_> {
     pub fn run(&self, builder: &mut Builder, job: &Job, slot: &mut Option<Held>) -> Result<Report, JobError> {
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
         let done = self.steps(builder, job, slot, &mut relay);
+        builder.finish(&mut |e| relay.pass(e));
         self.nix.wait_for_log(LOG_BOUND);
         done
     }

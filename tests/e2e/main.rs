@@ -13,5 +13,6 @@ mod packaging;
 mod ping;
 mod protocol;
 mod proxycommand;
+mod serve;
 mod slots;
 mod support;

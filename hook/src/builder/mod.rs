@@ -5,12 +5,16 @@
 mod error;
 mod input;
 mod send;
+mod serve;
+mod store;
 
 use crate::path_info::PathInfo;
 use crate::wire::WireError;
 use crate::wire::hook::{Field, activity, result};
 use crate::wire::worker::{self, BuildResult, Message, Options, Peer, Version};
 pub use error::BuilderError;
+pub use serve::{Aside, ServeStore};
+pub use store::Store;
 
 use input::{Counted, Input};
 use nix_derivation::{Derivation, StoreDir, StorePath};
@@ -128,9 +132,7 @@ impl Builder {
             if matches!(source, WireError::Unexpected { .. }) {
                 return BuilderError::Protocol { doing: DOING, source };
             }
-            const SHOWN: usize = 200;
-            let seen = String::from_utf8_lossy(&seen[..seen.len().min(SHOWN)]).trim().to_owned();
-            BuilderError::NoDaemon { seen, source }
+            BuilderError::no_daemon(&seen, source)
         })?;
         sent.map_err(|e| BuilderError::wire(DOING, WireError::Io { what: "the greeting", source: e }))?;
         let peer = worker::read_peer(&mut input, version).map_err(no_answer)?;

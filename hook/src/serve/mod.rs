@@ -432,7 +432,7 @@ impl<'a> Hook<'a> {
             duration_us = begin.elapsed().as_micros() as u64,
             "reached the daemon"
         );
-        if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
+        if !outputs::is_allowed(drv, reached.builder.trusted()) {
             self.reach.forget(machine);
             let account = machine.uri.destination.clone();
             return Err(ReachError::Untrusted { account });
