@@ -2,7 +2,7 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Ahead, Builder, BuilderError, Clocks, Event, MAX_ACTIVITIES};
+use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
@@ -19,6 +19,9 @@ use std::io::{self, BufWriter, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use thiserror::Error;
+
+/// How long Nix may take to read the end of a log, before we leave.
+const LOG_BOUND: Duration = Duration::from_secs(10);
 
 /// Why an accepted build did not end with valid outputs.
 #[derive(Debug, Error)]
@@ -205,17 +208,31 @@ impl Task<'_> {
         prepared: &Prepared,
         slot: &mut Option<Held>,
     ) -> Result<Report, JobError> {
-        let mut report = Report::default();
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
+        let done = self.steps(builder, job, prepared, slot, &mut relay);
+        builder.finish(&mut |e| relay.pass(e));
+        self.nix.wait_for_log(LOG_BOUND);
+        done
+    }
+
+    fn steps(
+        &self,
+        builder: &mut Builder,
+        job: &Job,
+        prepared: &Prepared,
+        slot: &mut Option<Held>,
+        relay: &mut Relay<'_>,
+    ) -> Result<Report, JobError> {
+        let mut report = Report::default();
         let clock = Instant::now();
-        self.send_inputs(builder, job, prepared, &mut relay, &mut report)?;
+        self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
         let clock = Instant::now();
-        self.build(builder, &prepared.direct, &mut relay)?;
+        self.build(builder, &prepared.direct, relay)?;
         report.build = clock.elapsed();
         *slot = None;
         let clock = Instant::now();
-        self.fetch_outputs(builder, job, &prepared.inputs, &mut relay, &mut report)?;
+        self.fetch_outputs(builder, job, &prepared.inputs, relay, &mut report)?;
         report.outputs = clock.elapsed();
         Ok(report)
     }

@@ -4,10 +4,16 @@
 //! from Nix's own hook.
 
 use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, result};
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Where replies, lines and the log go.
 #[derive(Debug)]
@@ -92,7 +98,59 @@ impl NixSide {
         self.start(Verbosity::Info as u64, activity::COPY_PATH, &text, &[path.into(), from.into(), to.into()])
     }
 
+    /// Waits until Nix has read the build's log, at most for `bound`. It stops reading at the end of descriptor 2, whatever
+    /// is left in the log's pipe (`Worker::waitForInput` and `DerivationGoal::handleEOF` in Nix 2.8
+    /// `src/libstore/build/`).
+    pub fn wait_for_log(&self, bound: Duration) {
+        const PAUSE: Duration = Duration::from_millis(1);
+        let begin = Instant::now();
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        if !log.metadata().is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+            return;
+        }
+        // A reading end of our own, only to see whether there is something to read.
+        let path = format!("/proc/self/fd/{}", log.as_raw_fd());
+        let Ok(end) = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) else {
+            return;
+        };
+        while begin.elapsed() < bound {
+            let mut fds = [PollFd::new(end.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::ZERO) {
+                Ok(1..) if fds[0].any().unwrap_or_default() => thread::sleep(PAUSE),
+                _ => return,
+            }
+        }
+    }
+
     fn write_log(&self, bytes: &[u8]) {
         let _ = self.log.lock().unwrap_or_else(PoisonError::into_inner).write_all(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn the_log_is_waited_for_until_it_is_read_and_no_longer() {
+        const LONG: Duration = Duration::from_secs(60);
+        let (mut reader, writer) = io::pipe().unwrap();
+        let nix = NixSide::new(File::from(OwnedFd::from(writer)));
+        nix.wait_for_log(LONG);
+        nix.log_line(b"a line");
+        let begin = Instant::now();
+        nix.wait_for_log(Duration::from_millis(100));
+        assert!(begin.elapsed() >= Duration::from_millis(100), "nobody has read it");
+        let slow = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(100));
+            let mut line = [0; 7];
+            reader.read_exact(&mut line).unwrap();
+            (reader, line)
+        });
+        nix.wait_for_log(LONG);
+        let (_reader, line) = slow.join().unwrap();
+        assert_eq!(&line, b"a line\n");
     }
 }

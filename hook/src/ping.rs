@@ -8,7 +8,7 @@ use crate::config::{self, Fleet};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::plan::machine::{Machine, UriError};
-use crate::reach::{self, DAEMON_SOCKET, Reach, ReachError, ReachSetupError};
+use crate::reach::{self, DAEMON_SOCKET, Reach, ReachError, ReachSetupError, Way};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use serde_json::{Value, json};
@@ -78,7 +78,7 @@ impl PingError {
 struct Answer {
     version: Option<String>,
     trusted: Option<bool>,
-    way: &'static str,
+    way: Way,
     detour: Option<String>,
     connected: Duration,
     round_trip: Duration,
@@ -197,9 +197,9 @@ fn ask(reach: &Reach, machine: &Machine, bound: Duration) -> Result<Answer, Reac
         round_trip = round_trip.min(reached.builder.round_trip(bound).map_err(ReachError::Daemon)?);
     }
     Ok(Answer {
-        trusted: reached.builder.peer().trusted,
+        trusted: reached.builder.trusted(),
         version: reached.nix_version,
-        way: reached.way.as_str(),
+        way: reached.way,
         detour: reached.detour,
         connected,
         round_trip,
@@ -216,7 +216,7 @@ fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
             "url": machine.name,
             "version": answer.version,
             "trusted": answer.trusted,
-            "way": answer.way,
+            "way": answer.way.as_str(),
             "detour": answer.detour,
             "connectMs": ms(answer.connected),
             "roundTripMs": ms(answer.round_trip),
@@ -250,9 +250,13 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
                 }
                 None => line("Trusted", "unknown"),
             }
-            line("Way", answer.way);
+            line("Way", answer.way.as_str());
             if let Some(detour) = &answer.detour {
-                line("Detour", &format!("the daemon's socket is not open to us: {detour}"));
+                let why = match answer.way {
+                    Way::Serve => "no daemon can be started for us",
+                    _ => "the daemon's socket is not open to us",
+                };
+                line("Detour", &format!("{why}: {detour}"));
             }
             line("Connected in", &format!("{} ms", ms(answer.connected)));
             line("Round trip", &format!("{} ms", ms(answer.round_trip)));

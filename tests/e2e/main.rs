@@ -16,6 +16,7 @@ mod penalties;
 mod ping;
 mod protocol;
 mod proxycommand;
+mod serve;
 mod slots;
 mod support;
 mod waking;

@@ -36,8 +36,8 @@ pub enum BuilderError {
         /// The time given.
         bound: Duration,
     },
-    /// The daemon sent something that the protocol does not allow there.
-    #[error("the daemon broke the worker protocol while {doing}")]
+    /// The far side sent something that the protocol does not allow there.
+    #[error("the builder's Nix broke its protocol while {doing}")]
     Protocol {
         /// What was being done.
         doing: &'static str,
@@ -45,12 +45,12 @@ pub enum BuilderError {
         #[source]
         source: WireError,
     },
-    /// The daemon refused what it was asked for.
+    /// The far side refused what it was asked for.
     #[error("{message}")]
     Refused {
         /// What was being done.
         doing: &'static str,
-        /// The daemon's words.
+        /// Its words.
         message: String,
     },
     /// What was sent ahead is not what is needed now.
@@ -83,6 +83,13 @@ impl BuilderError {
     /// Whether the transport is to blame, so that another connection may do better.
     pub fn is_transport(&self) -> bool {
         matches!(self, Self::Lost { .. } | Self::NoAnswer { .. } | Self::NoDaemon { .. })
+    }
+
+    /// What came instead of a greeting is quoted, shortened.
+    pub(super) fn no_daemon(seen: &[u8], source: WireError) -> Self {
+        const SHOWN: usize = 200;
+        let seen = String::from_utf8_lossy(&seen[..seen.len().min(SHOWN)]).trim().to_owned();
+        Self::NoDaemon { seen, source }
     }
 
     pub(super) fn wire(doing: &'static str, source: WireError) -> Self {

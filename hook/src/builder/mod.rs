@@ -2,16 +2,23 @@
 //!
 //! Owns what is said when. Must never know how the stream was made, nor what the answers are used for.
 
+mod ahead;
 mod error;
 mod input;
 mod send;
+mod serve;
+mod store;
 
 use crate::path_info::PathInfo;
 use crate::wire::WireError;
 use crate::wire::hook::{Field, activity, result};
 use crate::wire::worker::{self, BuildResult, Message, Options, Peer, Version};
+pub use ahead::Ahead;
 pub use error::BuilderError;
+pub use serve::{Aside, ServeStore};
+pub use store::Store;
 
+use ahead::{put_hold_and_query, put_nars, put_path_infos};
 use input::{Counted, Input};
 use nix_derivation::{Derivation, StoreDir, StorePath};
 use nix_offload_proxy::master::{CloseWrite, Stream};
@@ -95,46 +102,6 @@ pub struct Builder {
     ahead: Ahead,
 }
 
-/// Requests to be sent before the answers to those before them are known, so that many cost the time of one.
-///
-/// The verbs of [`Builder`] that come later find their requests in it and only read the answers. It is a guess at what
-/// will be asked: a verb that wants something else fails with [`BuilderError::Guess`].
-#[derive(Debug, Clone, Default)]
-pub struct Ahead(Vec<u8>);
-
-impl Ahead {
-    /// What may be sent at most without reading anything: it must fit the channel's window and the sockets' buffers, for
-    /// a daemon that builds does not read.
-    const MOST: usize = 256 << 10;
-
-    /// [`Builder::hold_and_query`]; of more paths than one batch has it is no use.
-    pub fn hold_and_query(&mut self, store_dir: &StoreDir, paths: &[StorePath], substitute: bool) {
-        put_hold_and_query(&mut self.0, Version::newest(), store_dir, paths, Some((paths, substitute)));
-    }
-
-    /// [`Builder::build`].
-    pub fn build(
-        &mut self,
-        store_dir: &StoreDir,
-        drv_path: &StorePath,
-        drv: &Derivation,
-        inputs: &[StorePath],
-    ) {
-        worker::put_build_derivation(&mut self.0, store_dir, drv_path, drv, inputs.iter());
-    }
-
-    /// [`Builder::path_infos`] and [`Builder::nars`] of the same paths.
-    pub fn fetch(&mut self, store_dir: &StoreDir, paths: &[StorePath]) {
-        put_path_infos(&mut self.0, store_dir, paths.iter());
-        put_nars(&mut self.0, store_dir, paths.iter());
-    }
-
-    /// Nothing, if it is too much to be sent at once.
-    pub fn if_small(self) -> Self {
-        if self.0.len() <= Self::MOST { self } else { Self::default() }
-    }
-}
-
 impl Builder {
     /// Greets the daemon at the other end of the stream, and sends `ahead` without waiting for its answer.
     ///
@@ -163,7 +130,7 @@ impl Builder {
         let mut greeting = Vec::new();
         worker::put_greeting(&mut greeting, offer);
         // A peer that is already gone may still have said why; the reading below finds that.
-        greeting.extend_from_slice(&ahead.0);
+        greeting.extend_from_slice(ahead.bytes());
         let sent = output.write_all(&greeting).and_then(|()| output.flush());
         let version = worker::read_greeting(&mut input, offer).map_err(|(source, seen)| {
             if source.is_timeout() {
@@ -172,9 +139,7 @@ impl Builder {
             if matches!(source, WireError::Unexpected { .. }) {
                 return BuilderError::Protocol { doing: DOING, source };
             }
-            const SHOWN: usize = 200;
-            let seen = String::from_utf8_lossy(&seen[..seen.len().min(SHOWN)]).trim().to_owned();
-            BuilderError::NoDaemon { seen, source }
+            BuilderError::no_daemon(&seen, source)
         })?;
         sent.map_err(|e| BuilderError::wire(DOING, WireError::Io { what: "the greeting", source: e }))?;
         let peer = worker::read_peer(&mut input, version).map_err(no_answer)?;
@@ -284,7 +249,7 @@ impl Builder {
                 DOING,
                 |output| {
                     send_many(output, store_dir, infos, dump, progress)?;
-                    send(output, DOING, &ahead.0)
+                    send(output, DOING, ahead.bytes())
                 },
                 |input| work(input, version, builds, DOING, on),
             )?;
@@ -449,7 +414,7 @@ impl Builder {
     pub fn send_ahead(&mut self, ahead: Ahead) -> Result<(), BuilderError> {
         const DOING: &str = "sending requests";
         self.ahead.take(DOING, &[])?;
-        send(&mut self.output, DOING, &ahead.0)?;
+        send(&mut self.output, DOING, ahead.bytes())?;
         self.ahead = ahead;
         Ok(())
     }
@@ -463,48 +428,6 @@ impl Builder {
     fn work(&mut self, doing: &'static str, on: OnEvent<'_>) -> Result<(), BuilderError> {
         work(&mut self.input, self.peer.version, &mut self.builds, doing, on)
     }
-}
-
-impl Ahead {
-    /// Whether the request has been sent already. If something else has, there is no way back.
-    fn take(&mut self, doing: &'static str, request: &[u8]) -> Result<bool, BuilderError> {
-        if self.0.is_empty() {
-            return Ok(false);
-        }
-        if request.is_empty() || !self.0.starts_with(request) {
-            return Err(BuilderError::Guess { doing });
-        }
-        self.0.drain(..request.len());
-        Ok(true)
-    }
-}
-
-/// Temp roots for a batch of paths and, behind the last batch, the question which of all are valid.
-fn put_hold_and_query(
-    request: &mut Vec<u8>,
-    version: Version,
-    store_dir: &StoreDir,
-    batch: &[StorePath],
-    query: Option<(&[StorePath], bool)>,
-) {
-    for path in batch {
-        worker::put_add_temp_root(request, store_dir, path);
-    }
-    if let Some((paths, substitute)) = query {
-        worker::put_query_valid_paths(request, version, store_dir, paths.iter(), substitute);
-    }
-}
-
-fn put_path_infos<'a>(
-    request: &mut Vec<u8>,
-    store_dir: &StoreDir,
-    paths: impl Iterator<Item = &'a StorePath>,
-) {
-    paths.for_each(|path| worker::put_query_path_info(request, store_dir, path));
-}
-
-fn put_nars<'a>(request: &mut Vec<u8>, store_dir: &StoreDir, paths: impl Iterator<Item = &'a StorePath>) {
-    paths.for_each(|path| worker::put_nar_from_path(request, store_dir, path));
 }
 
 type Output = Box<dyn CloseWrite + Send>;

@@ -1,9 +1,9 @@
-//! Sending paths, in each of the three ways that versions of the worker protocol have.
+//! Sending paths, in each of the ways that the protocols and their versions have.
 
 use super::{BuilderError, Dump, Input, OnEvent, OnUpload, Output, handle, send};
 use crate::path_info::PathInfo;
 use crate::wire::worker::{self, Message, Version};
-use crate::wire::{MAX_STRING, WireError, put_u64};
+use crate::wire::{MAX_STRING, WireError, put_u64, serve};
 use nix_derivation::StoreDir;
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -91,6 +91,90 @@ pub(super) fn send_asked(
             _ => talked,
         }
     })
+}
+
+/// Sends one path to `nix-store --serve` (from 2.5): its metadata and the bare NAR, whose end only its size tells.
+pub(super) fn send_nar(
+    output: &mut Output,
+    store_dir: &StoreDir,
+    info: &PathInfo,
+    dump: Dump<'_>,
+) -> Result<(), BuilderError> {
+    let mut head = Vec::new();
+    serve::put_add_to_store_nar(&mut head, store_dir, info);
+    send(output, "sending inputs", &head)?;
+    let mut nar = Bare { output, sent: 0, broken: None };
+    nar.dump(info, store_dir, dump)?;
+    if nar.sent != info.nar_size {
+        let text = format!("its NAR has {} bytes instead of {}", nar.sent, info.nar_size);
+        let source = io::Error::new(io::ErrorKind::InvalidData, text);
+        return Err(BuilderError::Dump { path: store_dir.render_path(&info.path), source });
+    }
+    output.flush().map_err(lost)
+}
+
+/// Sends paths to `nix-store --serve` before 2.5, as `nix-store --export` writes them.
+pub(super) fn send_export(
+    output: &mut Output,
+    store_dir: &StoreDir,
+    infos: &[PathInfo],
+    dump: Dump<'_>,
+    progress: OnUpload<'_>,
+) -> Result<(), BuilderError> {
+    let mut words = Vec::new();
+    serve::put_import_paths(&mut words);
+    for info in infos {
+        progress(Some(info));
+        put_u64(&mut words, 1);
+        send(output, "sending inputs", &words)?;
+        words.clear();
+        Bare { output, sent: 0, broken: None }.dump(info, store_dir, dump)?;
+        serve::put_export_tail(&mut words, store_dir, info);
+    }
+    put_u64(&mut words, 0);
+    send(output, "sending inputs", &words)
+}
+
+/// Writes a NAR as it is.
+struct Bare<'a> {
+    output: &'a mut Output,
+    sent: u64,
+    /// Why the connection failed, to tell that from a failure to read the path.
+    broken: Option<io::Error>,
+}
+
+impl Bare<'_> {
+    fn dump(&mut self, info: &PathInfo, store_dir: &StoreDir, dump: Dump<'_>) -> Result<(), BuilderError> {
+        let dumped = dump(&info.path, self);
+        match (dumped, self.broken.take()) {
+            (_, Some(source)) => Err(lost(source)),
+            (Err(source), None) => {
+                Err(BuilderError::Dump { path: store_dir.render_path(&info.path), source })
+            }
+            (Ok(()), None) => Ok(()),
+        }
+    }
+}
+
+impl Write for Bare<'_> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match self.output.write(data) {
+            Ok(size) => {
+                self.sent += size as u64;
+                Ok(size)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                let copy = io::Error::new(error.kind(), error.to_string());
+                self.broken = Some(error);
+                Err(copy)
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Writes a framed stream.

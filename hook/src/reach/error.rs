@@ -15,8 +15,8 @@ pub enum ReachError {
     /// Its store is reached in a way we do not speak.
     #[error("stores of the kind '{0}' are not reached over SSH")]
     NotSsh(String),
-    /// A parameter we cannot follow.
-    #[error("the machine's remote-program '{0}' is not a nix-store program, which ssh:// machines need")]
+    /// A program that is to run here and is none we can use here.
+    #[error("the machine's remote-program '{0}' is not a nix-store program, which ssh://localhost needs")]
     RemoteProgram(String),
     /// Its line makes no endpoint for ssh.
     #[error("the machine's address cannot be used")]
@@ -95,6 +95,9 @@ impl ReachError {
                 "install Nix there; if it is installed, make '{program}' known to shells that are not \
                  interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
             )),
+            Self::Ended { command, .. } if command.contains("--serve") => {
+                Some("log in to the builder with ssh and see what 'nix-store --serve --write' says".into())
+            }
             Self::Ended { .. } | Self::Daemon(BuilderError::NoDaemon { .. }) => {
                 Some("log in to the builder with ssh and see what 'nix-daemon --stdio' says".into())
             }
@@ -113,7 +116,7 @@ impl ReachError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Start(error) => error.exit_code(),
-            Self::NotSsh(_) | Self::RemoteProgram(_) | Self::Endpoint(_) => exit::CONFIG,
+            Self::NotSsh(_) | Self::Endpoint(_) => exit::CONFIG,
             Self::Untrusted { .. } => exit::NO_PERMISSION,
             _ => exit::UNAVAILABLE,
         }
@@ -123,6 +126,23 @@ impl ReachError {
     /// earlier (`daemon.cc`, `BuildDerivation`).
     pub fn means_untrusted(refusal: &str) -> bool {
         refusal.contains("not privileged to build")
+    }
+
+    /// Whether that Nix's programs are not found is all that is known.
+    pub(super) fn is_no_nix(&self) -> bool {
+        matches!(self, Self::NoNix { .. })
+    }
+
+    /// Whether there may be a `nix-store --serve` where no daemon could be started: the program is missing, or
+    /// something else answered, as where sshd runs one command whatever is asked for.
+    pub(super) fn may_serve(&self) -> bool {
+        self.is_no_nix() || matches!(self, Self::Ended { .. })
+    }
+
+    /// Whether something of Nix answered that speaks another protocol (`opServe` in `nix-store.cc` and `processConnection`
+    /// in `daemon.cc` say so).
+    pub(super) fn is_other_protocol(&self) -> bool {
+        matches!(self, Self::Ended { stderr, .. } if stderr.contains("protocol mismatch"))
     }
 
     /// Whether the machine is down and has been told to wake up.

@@ -2,11 +2,12 @@
 //!
 //! Must never give a child the descriptors of Nix, nor let it live on without us.
 
-use super::{MORE_DIRECTORIES, ReachError, Way, program, shell_word};
+use super::session::{MORE_DIRECTORIES, shell_word};
+use super::{ReachError, Way};
 use crate::builder::{Ahead, Builder, BuilderError};
 use crate::config::Settings;
 use crate::plan::here::{self, Here};
-use crate::plan::machine::Machine;
+use crate::plan::machine::{Machine, Scheme};
 use crate::programs;
 use crate::wire::worker::Version;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -140,7 +141,7 @@ pub(super) fn connect(
             return Ok((greet(stream).map_err(ReachError::Daemon)?, Way::LocalSocket));
         }
         Here::Program => {
-            let mut command = format!("{} --stdio", program(machine)?.words.join(" "));
+            let mut command = format!("{} --stdio", program(machine)?);
             if let Some(store) = machine.uri.param("remote-store") {
                 command.push_str(&format!(" --store {}", shell_word(store)));
             }
@@ -160,6 +161,23 @@ pub(super) fn connect(
             Err(LocalError::Ended { command, status, stderr, source: Box::new(error) }.into())
         }
         Err(error) => Err(ReachError::Daemon(error)),
+    }
+}
+
+/// The daemon's program, by the machine's `remote-program`. That of an `ssh://` machine is `nix-store`; the daemon is its
+/// neighbour.
+fn program(machine: &Machine) -> Result<String, ReachError> {
+    let Some(named) = machine.uri.param("remote-program") else { return Ok("nix-daemon".into()) };
+    let refused = || ReachError::RemoteProgram(named.to_owned());
+    let words: Vec<String> = named.split_whitespace().map(shell_word).collect();
+    match (words.as_slice(), &machine.uri.scheme) {
+        ([], _) => Ok("nix-daemon".into()),
+        ([only], Scheme::Ssh) => {
+            let directory = only.strip_suffix("nix-store").ok_or_else(refused)?;
+            Ok(format!("{directory}nix-daemon"))
+        }
+        (_, Scheme::Ssh) => Err(refused()),
+        (words, _) => Ok(words.join(" ")),
     }
 }
 
@@ -359,5 +377,23 @@ impl CloseWrite for Socket {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
             other => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_remote_program_is_followed_here() {
+        let words = |uri: &str| program(&Machine::for_uri(uri, Default::default()).unwrap());
+        assert_eq!(words("ssh-ng://localhost").unwrap(), "nix-daemon");
+        assert_eq!(words("ssh-ng://localhost?remote-program=%20").unwrap(), "nix-daemon");
+        assert_eq!(words("ssh-ng://localhost?remote-program=nix%20daemon").unwrap(), "nix daemon");
+        assert_eq!(words("ssh://localhost?remote-program=/o/bin/nix-store").unwrap(), "/o/bin/nix-daemon");
+        assert!(matches!(
+            words("ssh://localhost?remote-program=/o/wrapper"),
+            Err(ReachError::RemoteProgram(_))
+        ));
     }
 }

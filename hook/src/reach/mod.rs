@@ -6,18 +6,20 @@
 mod error;
 mod local;
 mod seen;
+mod session;
 
 pub use error::{ReachError, ReachSetupError};
 pub use seen::Seen;
 
-use crate::builder::{Ahead, Builder, BuilderError};
+use crate::builder::{Ahead, Builder, BuilderError, Store};
 use crate::config::Settings;
 use crate::plan::machine::{Machine, Scheme};
 use crate::slots::Slots;
 use crate::wire::worker::Version;
 use nix_derivation::{HashAlgorithm, StoreDir, hash_bytes};
 use nix_offload_proxy::exit;
-use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, SessionStatus, Stream};
+use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Stream};
+use session::Session;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
@@ -34,6 +36,9 @@ pub const WARM: Duration = Duration::from_secs(60);
 /// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. Each
 /// refusal leaves a small process behind until the master ends.
 const SOCKET_AGAIN: Duration = Duration::from_secs(600);
+
+/// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
+const DAEMON_AGAIN: Duration = Duration::from_secs(600);
 
 /// Channels to one daemon's socket that are being opened at a time. Daemons up to 2.8 let five wait, and each one
 /// refused for that costs a small process.
@@ -54,12 +59,7 @@ const OPEN_BOUND: Duration = Duration::from_secs(3);
 
 /// The first command on a new master: tells the builder's version of Nix, and ends the delay of small packets
 /// that OpenSSH up to 10.0 has until a session was opened.
-const FIRST_COMMAND: &str = "nix-daemon --version";
-
-/// Where Nix's programs may be when a shell that is not interactive does not find them.
-const MORE_DIRECTORIES: &str = "/nix/var/nix/profiles/default/bin:/run/current-system/sw/bin:\
-                                $HOME/.nix-profile/bin:$HOME/.local/state/nix/profile/bin:\
-                                /etc/profiles/per-user/$USER/bin:/usr/local/bin";
+const FIRST_COMMAND: &str = "nix-daemon --version || nix-store --version";
 
 /// How a connection came about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +68,8 @@ pub enum Way {
     Socket,
     /// A daemon of our own, started in a session.
     Session,
+    /// `nix-store --serve`, started in a session.
+    Serve,
     /// A daemon's socket on this machine.
     LocalSocket,
     /// A daemon of our own on this machine.
@@ -80,6 +82,7 @@ impl Way {
         match self {
             Self::Socket => "daemon socket",
             Self::Session => "nix-daemon --stdio",
+            Self::Serve => "nix-store --serve",
             Self::LocalSocket => "daemon socket here",
             Self::Child => "nix-daemon --stdio here",
         }
@@ -89,7 +92,7 @@ impl Way {
 /// A connection and how it came about.
 pub struct Reached {
     /// The connection.
-    pub builder: Builder,
+    pub builder: Store,
     /// How.
     pub way: Way,
     /// Why a better way could not be taken.
@@ -220,7 +223,7 @@ impl Reach {
         if let Some(here) = machine.uri.here() {
             let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound, ahead)?;
             let nix_version = builder.peer().nix_version.clone();
-            return Ok(Reached { builder, way, detour: None, nix_version });
+            return Ok(Reached { builder: Store::Daemon(builder.into()), way, detour: None, nix_version });
         }
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
@@ -250,30 +253,74 @@ impl Reach {
         deadline: Instant,
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
-        let named =
-            machine.uri.param("remote-program").is_some() || machine.uri.param("remote-store").is_some();
+        let session = Session { master, machine, store_dir, deadline, ahead };
+        let named = machine.uri.param("remote-program").is_some_and(|words| !words.trim().is_empty());
+        let elsewhere = machine.uri.param("remote-store").is_some();
+        let serves = machine.uri.scheme == Scheme::Ssh;
+        let no_daemon = self.stamp(machine).with_extension("serve");
+        let reached = |builder: Store, way, detour| {
+            let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
+            Reached { builder, way, detour, nix_version }
+        };
+        if serves && named {
+            let error = match session.serve() {
+                Ok(store) => return Ok(reached(store, Way::Serve, None)),
+                Err(error) => error,
+            };
+            // Where sshd runs one command whatever is asked for, that may be a daemon.
+            if error.is_other_protocol()
+                && let Ok(builder) = session.daemon()
+            {
+                return Ok(reached(builder, Way::Session, Some(said(&error))));
+            }
+            return Err(error);
+        }
+        if serves && let Some(reason) = noted_lately(&no_daemon, DAEMON_AGAIN) {
+            match session.serve() {
+                Ok(store) => return Ok(reached(store, Way::Serve, Some(reason))),
+                Err(ReachError::Open(error)) => return Err(error.into()),
+                // Things have changed there; perhaps the other ways are open now.
+                Err(_) => drop(fs::remove_file(&no_daemon)),
+            }
+        }
         let refusal = self.stamp(machine).with_extension("refused");
-        let mut detour = if named { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
-        let (builder, way) = if named || detour.is_some() {
-            (self.by_session(master, machine, store_dir, deadline, ahead)?, Way::Session)
-        } else {
+        let mut detour = if named || elsewhere { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
+        if !(named || elsewhere || detour.is_some()) {
             match self.by_socket(master, machine, store_dir, deadline, ahead) {
-                Ok(builder) => (builder, Way::Socket),
+                Ok(builder) => return Ok(reached(Store::Daemon(builder.into()), Way::Socket, None)),
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
-                    let reason = exit::report(&error, None).trim_start_matches("error: ").to_owned();
+                    let reason = said(&error);
                     tracing::info!(builder = machine.name, reason, "the daemon's socket is not open to us");
                     if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
                         note(&refusal, &reason);
                     }
                     detour = Some(reason);
-                    (self.by_session(master, machine, store_dir, deadline, ahead)?, Way::Session)
                 }
             }
+        }
+        let error = match session.daemon() {
+            Ok(builder) => return Ok(reached(builder, Way::Session, detour)),
+            Err(error) if serves && error.may_serve() => error,
+            Err(error) => return Err(error),
         };
-        let peer = builder.peer();
-        let nix_version = peer.nix_version.clone().or_else(|| version_in(&master.first_output()?));
-        Ok(Reached { builder, way, detour, nix_version })
+        match session.serve() {
+            Ok(store) => {
+                let reason = said(&error);
+                tracing::info!(builder = machine.name, reason, "no daemon can be started for us");
+                note(&no_daemon, &reason);
+                Ok(reached(store, Way::Serve, Some(reason)))
+            }
+            Err(lost @ ReachError::Open(_)) => Err(lost),
+            Err(slow @ ReachError::Daemon(BuilderError::NoAnswer { .. })) => {
+                // A slow shell, and this one was the last of several; next time it is the first.
+                note(&no_daemon, &said(&error));
+                Err(slow)
+            }
+            // What is said of a program that is there tells more than that another one is not.
+            Err(other) if error.is_no_nix() && !other.is_no_nix() => Err(other),
+            Err(_) => Err(error),
+        }
     }
 
     fn by_socket(
@@ -313,34 +360,6 @@ impl Reach {
         }
     }
 
-    fn by_session(
-        &self,
-        master: &Master,
-        machine: &Machine,
-        store_dir: &StoreDir,
-        deadline: Instant,
-        ahead: &Ahead,
-    ) -> Result<Builder, ReachError> {
-        let program = program(machine)?;
-        let mut command = format!("{} --stdio", program.words.join(" "));
-        if let Some(store) = machine.uri.param("remote-store") {
-            command.push_str(&format!(" --store {}", shell_word(store)));
-        }
-        match in_session(master, &command, store_dir, deadline, ahead) {
-            Err(ReachError::NoNix { .. }) if !program.named => {
-                let wider = format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}");
-                in_session(master, &format!("/bin/sh -c {}", shell_word(&wider)), store_dir, deadline, ahead)
-                    .map_err(|error| match error {
-                        ReachError::NoNix { stderr, .. } => {
-                            ReachError::NoNix { stderr, program: program.words.join(" ") }
-                        }
-                        other => other,
-                    })
-            }
-            other => other,
-        }
-    }
-
     fn stamp(&self, machine: &Machine) -> PathBuf {
         let identity = format!("{}\0{}", machine.name, machine.identity.as_deref().unwrap_or_default());
         let digest = hash_bytes(HashAlgorithm::Sha256, identity.as_bytes()).to_nix_base16_string();
@@ -370,42 +389,13 @@ fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
     if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
 }
 
+/// An error with its causes as one line.
+fn said(error: &ReachError) -> String {
+    exit::report(error, None).trim_start_matches("error: ").to_owned()
+}
+
 fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
-}
-
-fn in_session(
-    master: &Master,
-    command: &str,
-    store_dir: &StoreDir,
-    deadline: Instant,
-    ahead: &Ahead,
-) -> Result<Builder, ReachError> {
-    let (stream, status) = master.open_session(command, left(deadline).min(OPEN_BOUND))?.into_stream();
-    match Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline), ahead.clone()) {
-        Ok(builder) => Ok(builder),
-        Err(error @ (BuilderError::NoDaemon { .. } | BuilderError::Lost { .. })) => {
-            Err(explain(command, status, error))
-        }
-        Err(error) => Err(ReachError::Daemon(error)),
-    }
-}
-
-/// Asks the session how it ended.
-fn explain(command: &str, mut status: SessionStatus, source: BuilderError) -> ReachError {
-    const STATUS_BOUND: Duration = Duration::from_secs(1);
-    // What POSIX shells answer for a command that is not there, or cannot be run.
-    const NOT_FOUND: [u32; 2] = [127, 126];
-    let end = status.end(STATUS_BOUND);
-    if end.exit.is_some_and(|code| NOT_FOUND.contains(&code)) {
-        return ReachError::NoNix { stderr: end.stderr, program: command.to_owned() };
-    }
-    ReachError::Ended {
-        command: command.to_owned(),
-        exit: end.exit,
-        stderr: end.stderr,
-        source: Box::new(source),
-    }
 }
 
 /// The account by which the machine's daemon knows us, as far as that is known here.
@@ -438,44 +428,7 @@ fn endpoint(machine: &Machine, ssh_options: &[String]) -> Result<Endpoint, Reach
     Ok(endpoint)
 }
 
-struct Program {
-    words: Vec<String>,
-    named: bool,
-}
-
-/// The daemon's program on the builder, by the machine's `remote-program`.
-///
-/// That of an `ssh://` machine is `nix-store`; the daemon is its neighbour.
-fn program(machine: &Machine) -> Result<Program, ReachError> {
-    let Some(named) = machine.uri.param("remote-program") else {
-        return Ok(Program { words: vec!["nix-daemon".into()], named: false });
-    };
-    let mut words: Vec<String> = named.split_whitespace().map(shell_word).collect();
-    if machine.uri.scheme == Scheme::Ssh {
-        let daemon =
-            words.first().and_then(|w| w.strip_suffix("nix-store")).map(|d| format!("{d}nix-daemon"));
-        match (daemon, words.len()) {
-            (Some(daemon), 1) => words = vec![daemon],
-            _ => return Err(ReachError::RemoteProgram(named.to_owned())),
-        }
-    }
-    if words.is_empty() {
-        return Err(ReachError::RemoteProgram(named.to_owned()));
-    }
-    Ok(Program { words, named: true })
-}
-
-/// Quotes a word for the builder's shell, where it needs that. A leading `~` keeps its meaning, as it has in
-/// stock's unquoted command.
-fn shell_word(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_./~+=:@%,-".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
-}
-
-/// The version in the output of `nix-daemon --version`, for instance `nix-daemon (Nix) 2.8.0`.
+/// The version in the output of a program's `--version`, for instance `nix-daemon (Nix) 2.8.0`.
 fn version_in(output: &str) -> Option<String> {
     output.lines().find_map(|line| line.rsplit_once("(Nix) ")).map(|(_, version)| version.trim().to_owned())
 }
@@ -487,25 +440,6 @@ mod tests {
 
     fn machine(uri: &str) -> Machine {
         Machine::for_uri(uri, BTreeSet::new()).unwrap()
-    }
-
-    #[test]
-    fn words_are_quoted_for_the_far_shell_where_needed() {
-        assert_eq!(shell_word("/nix/bin/nix-daemon"), "/nix/bin/nix-daemon");
-        assert_eq!(shell_word("~/bin/nix"), "~/bin/nix");
-        assert_eq!(shell_word("/a?b=c&d"), "'/a?b=c&d'");
-        assert_eq!(shell_word("it's"), r"'it'\''s'");
-        assert_eq!(shell_word(""), "''");
-    }
-
-    #[test]
-    fn the_remote_program_is_followed() {
-        let words = |uri: &str| program(&machine(uri)).map(|p| p.words.join(" "));
-        assert_eq!(words("ssh-ng://m").unwrap(), "nix-daemon");
-        assert_eq!(words("ssh-ng://m?remote-program=nix%20daemon").unwrap(), "nix daemon");
-        assert_eq!(words("ssh-ng://m?remote-program=/o/nix-daemon").unwrap(), "/o/nix-daemon");
-        assert_eq!(words("ssh://m?remote-program=/o/bin/nix-store").unwrap(), "/o/bin/nix-daemon");
-        assert!(matches!(words("ssh://m?remote-program=/o/wrapper"), Err(ReachError::RemoteProgram(_))));
     }
 
     #[test]

@@ -558,7 +558,7 @@ impl<'a> Hook<'a> {
             version = reached.nix_version,
             "reached the daemon"
         );
-        if !outputs::is_allowed(drv, reached.builder.peer().trusted) {
+        if !outputs::is_allowed(drv, reached.builder.trusted()) {
             self.reach.forget(machine);
             let account = reach::account(machine);
             return Err(ReachError::Untrusted { account });

@@ -11,6 +11,7 @@
 
 mod greeting;
 
+pub(super) use greeting::find_magic;
 pub use greeting::{
     MAX_BANNER, NEWEST_MINOR, OLDEST_MINOR, Peer, Version, put_greeting, read_greeting, read_peer,
 };
@@ -29,9 +30,9 @@ use std::io::Read;
 const MAX_MESSAGE: u64 = MAX_STRING + (1 << 20);
 const MAX_FIELDS: u64 = 64;
 const MAX_TRACES: u64 = 1000;
-const MAX_SIGNATURES: u64 = 1000;
+pub(super) const MAX_SIGNATURES: u64 = 1000;
 const MAX_OUTPUTS: u64 = 1000;
-const MAX_REFERENCES: u64 = 1 << 20;
+pub(super) const MAX_REFERENCES: u64 = 1 << 20;
 /// Longest identity or realisation of an output; both are read and dropped.
 const MAX_REALISATION: u64 = 1 << 20;
 
@@ -257,6 +258,18 @@ pub fn put_build_derivation<'a>(
     inputs: impl ExactSizeIterator<Item = &'a StorePath>,
 ) {
     put_u64(buffer, OP_BUILD_DERIVATION);
+    put_derivation(buffer, store_dir, drv_path, drv, inputs);
+    put_u64(buffer, 0); // build mode: normal
+}
+
+/// Appends a derivation as both protocols have it (`writeDerivation` in Nix 2.34 `src/libstore/derivations.cc`).
+pub(super) fn put_derivation<'a>(
+    buffer: &mut Vec<u8>,
+    store_dir: &StoreDir,
+    drv_path: &StorePath,
+    drv: &Derivation,
+    inputs: impl ExactSizeIterator<Item = &'a StorePath>,
+) {
     put_str(buffer, &store_dir.render_path(drv_path));
     let outputs: Vec<_> = drv
         .outputs()
@@ -288,7 +301,6 @@ pub fn put_build_derivation<'a>(
         put_str(buffer, name);
         put_bytes(buffer, value);
     }
-    put_u64(buffer, 0); // build mode: normal
 }
 
 /// Method with algorithm, and digest in base 16, as they stand in a derivation.
@@ -352,7 +364,7 @@ pub fn read_paths(
         .collect())
 }
 
-fn read_path(
+pub(super) fn read_path(
     source: &mut (impl Read + ?Sized),
     store_dir: &StoreDir,
     what: &'static str,
@@ -361,7 +373,7 @@ fn read_path(
     store_dir.parse_path(&bytes).map_err(|_| not_a_path(what, &bytes))
 }
 
-fn not_a_path(what: &'static str, bytes: &[u8]) -> WireError {
+pub(super) fn not_a_path(what: &'static str, bytes: &[u8]) -> WireError {
     const SHOWN: usize = 100;
     let text = String::from_utf8_lossy(&bytes[..bytes.len().min(SHOWN)]).escape_debug().to_string();
     WireError::Unexpected { what, got: format!("'{text}'"), expected: "a store path" }
@@ -459,11 +471,7 @@ pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<Bui
     let status = read_u64(source, "a build's status")?;
     let message = String::from_utf8_lossy(&read_bytes(source, "a build's message", MAX_STRING)?).into_owned();
     if version.minor() >= 29 {
-        for what in
-            ["how often it was built", "whether it is deterministic", "a build's begin", "a build's end"]
-        {
-            read_u64(source, what)?;
-        }
+        read_build_times(source)?;
     }
     if version.minor() >= 37 {
         for what in ["a build's user time", "a build's system time"] {
@@ -481,12 +489,27 @@ pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<Bui
         }
     }
     if version.minor() >= 28 {
-        read_list(source, "a build's outputs", MAX_OUTPUTS, |source| {
-            read_bytes(source, "an output's identity", MAX_REALISATION)?;
-            read_bytes(source, "an output's realisation", MAX_REALISATION).map(drop)
-        })?;
+        read_built_outputs(source)?;
     }
     Ok(BuildResult { status, message })
+}
+
+/// Reads how often and when it was built, and drops it.
+pub(super) fn read_build_times(source: &mut impl Read) -> Result<(), WireError> {
+    for what in ["how often it was built", "whether it is deterministic", "a build's begin", "a build's end"]
+    {
+        read_u64(source, what)?;
+    }
+    Ok(())
+}
+
+/// Reads what was made of each output, and drops it: the paths are known.
+pub(super) fn read_built_outputs(source: &mut impl Read) -> Result<(), WireError> {
+    read_list(source, "a build's outputs", MAX_OUTPUTS, |source| {
+        read_bytes(source, "an output's identity", MAX_REALISATION)?;
+        read_bytes(source, "an output's realisation", MAX_REALISATION).map(drop)
+    })
+    .map(drop)
 }
 
 /// Reads the number some operations answer with.

@@ -1,7 +1,8 @@
-//! The worker protocol against a real `nix-daemon --stdio`, in every version we speak, and against a peer that
-//! breaks off or lies.
+//! Both protocols against a real `nix-daemon --stdio` and a real `nix-store --serve`, in every version we speak, and
+//! against peers that break off or lie.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on is to panic")]
 
 mod real;
 mod scripted;
+mod serving;

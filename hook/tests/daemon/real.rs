@@ -59,15 +59,17 @@ pub(crate) fn stream(socket: UnixStream) -> Stream {
 }
 
 /// A store directory with what Nix needs around it.
-struct Store {
-    root: PathBuf,
-    location: Location,
+pub(crate) struct Store {
+    pub(crate) root: PathBuf,
+    pub(crate) location: Location,
+    /// A root whose programs are run instead of this system's.
+    pub(crate) programs: Option<PathBuf>,
     daemons: Vec<Child>,
 }
 
 impl Store {
     /// Both stores of a test have the same logical directory, as a client and its builders must.
-    fn new(root: PathBuf, store_dir: &Path) -> Self {
+    pub(crate) fn new(root: PathBuf, store_dir: &Path) -> Self {
         fs::create_dir_all(root.join("etc")).unwrap();
         let settings = "sandbox = false\nsubstituters =\nbuild-users-group =\nmax-jobs = 4\n\
                         experimental-features = nix-command\n";
@@ -77,11 +79,20 @@ impl Store {
             real_store_dir: store_dir.to_owned(),
             state_dir: root.join("var"),
         };
-        Self { root, location, daemons: Vec::new() }
+        Self { root, location, programs: None, daemons: Vec::new() }
     }
 
-    fn nix(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
+    pub(crate) fn nix(&self, program: &str) -> Command {
+        let mut command = match &self.programs {
+            None => Command::new(program),
+            Some(root) => {
+                let mut loader = Command::new(root.join("lib64/ld-linux-x86-64.so.2"));
+                let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|d| root.join(d));
+                loader.arg("--library-path").arg(std::env::join_paths(libraries).unwrap());
+                loader.arg("--argv0").arg(program).arg(root.join("usr/bin").join(program));
+                loader
+            }
+        };
         command
             .env_remove("NIX_REMOTE")
             .env("NIX_STORE_DIR", &self.location.real_store_dir)
@@ -93,7 +104,7 @@ impl Store {
         command
     }
 
-    fn output(&self, program: &str, args: &[&str]) -> String {
+    pub(crate) fn output(&self, program: &str, args: &[&str]) -> String {
         let output = self.nix(program).args(args).output().unwrap();
         assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
@@ -116,7 +127,7 @@ impl Store {
             .unwrap()
     }
 
-    fn instantiate(&self, expression: &str) -> (StorePath, Derivation) {
+    pub(crate) fn instantiate(&self, expression: &str) -> (StorePath, Derivation) {
         let path = self.output("nix-instantiate", &["-E", expression]);
         let drv_path = self.location.store_dir.parse_path(path.as_bytes()).unwrap();
         let name = drv_path.name().strip_suffix(".drv").unwrap().to_owned();
@@ -136,14 +147,14 @@ impl Drop for Store {
 }
 
 /// Derivation of a script with one input file.
-fn expression(name: &str, script: &str) -> String {
+pub(crate) fn expression(name: &str, script: &str) -> String {
     format!(
         r#"derivation {{ name = "{name}"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/bin:/usr/bin";
             input = builtins.toFile "input-{name}" "from {name}"; args = [ "-c" ''{script}'' ]; }}"#
     )
 }
 
-fn events(log: &mut Vec<String>) -> impl FnMut(Event<'_>) {
+pub(crate) fn events(log: &mut Vec<String>) -> impl FnMut(Event<'_>) {
     |event| match event {
         Event::LogLine(line) => log.push(String::from_utf8_lossy(line).into_owned()),
         Event::Phase(phase) => log.push(format!("phase {}", String::from_utf8_lossy(phase))),
@@ -153,7 +164,7 @@ fn events(log: &mut Vec<String>) -> impl FnMut(Event<'_>) {
 
 /// A path that the store had and has forgotten, to be sent to it: two stores of the same logical directory would
 /// need namespaces.
-fn forgotten(store: &Store, name: &str, content: &[u8]) -> (PathInfo, Vec<u8>) {
+pub(crate) fn forgotten(store: &Store, name: &str, content: &[u8]) -> (PathInfo, Vec<u8>) {
     let file = store.root.join(name);
     fs::write(&file, content).unwrap();
     let rendered = store.output("nix-store", &["--add", file.to_str().unwrap()]);

@@ -1,9 +1,11 @@
 //! The data plane of one session: sockets whose other ends the master holds.
 //!
-//! Plain blocking I/O. Stderr is drained while stdout is read, and its end is kept for error messages.
+//! Plain blocking I/O. Stderr is drained while stdout is read, and its end is kept for error messages; all of it for
+//! who wants to hear it.
 
 use std::{
     io::{self, Read, Write},
+    mem,
     net::Shutdown,
     os::{
         fd::{AsFd, OwnedFd},
@@ -23,6 +25,12 @@ use super::{CloseWrite, OpenError, Stream, TimedRead, mux::OpenSession};
 
 /// How much of stderr's end is kept, in bytes.
 const STDERR_KEPT: usize = 16 * 1024;
+
+/// How much of it waits to be heard while nobody listens, in bytes. Of more the oldest is lost.
+const STDERR_UNHEARD: usize = 4 * 1024 * 1024;
+
+/// How much of it is read before it is heard, in bytes.
+const STDERR_PIECE: usize = 64 * 1024;
 
 /// A command on the far side. It is ended when all its parts are dropped.
 #[derive(Debug)]
@@ -51,9 +59,11 @@ impl Session {
         let (stderr, stderr_far) = UnixStream::pair().map_err(gone)?;
         stderr.set_nonblocking(true).map_err(gone)?;
         let stdin_too = stdin.try_clone().map_err(gone)?;
+        let stdout_too = stdout.try_clone().map_err(gone)?;
         let fds = [stdin_far, stdout_far, stderr_far].map(OwnedFd::from);
         let session = Arc::new(Mutex::new(OpenSession::open(control, command, fds, bound)?));
-        let tail = Arc::new(Mutex::new(Tail { socket: Some(stderr), bytes: Vec::new() }));
+        let tail =
+            Arc::new(Mutex::new(Tail { socket: Some(Arc::new(stderr)), bytes: Vec::new(), unheard: None }));
         Ok(Session {
             reader: SessionReader {
                 stdout,
@@ -63,7 +73,7 @@ impl Session {
                 _session: Arc::clone(&session),
             },
             writer: SessionWriter { stdin, _session: Arc::clone(&session) },
-            status: SessionStatus { session, tail },
+            status: SessionStatus { session, tail, stdout: stdout_too },
         })
     }
 
@@ -106,7 +116,7 @@ impl Read for SessionReader {
                 }
             };
             if ready[1] {
-                tail.drain();
+                tail.drain(STDERR_PIECE);
             }
             drop(tail);
             if ready[0] {
@@ -160,25 +170,69 @@ impl CloseWrite for SessionWriter {
 pub struct SessionStatus {
     session: Arc<Mutex<OpenSession>>,
     tail: Arc<Mutex<Tail>>,
+    /// Only to see whether there is something to read.
+    stdout: UnixStream,
 }
 
 impl SessionStatus {
-    /// Waits, at most for `bound`, for the exit status and the end of stderr. To be called once stdout has
+    /// Has everything on stderr kept from now on, until it is heard by [`SessionStatus::listen`]. What the command
+    /// wrote while nobody listened is kept up to 4 MiB.
+    pub fn keep_stderr(&mut self) {
+        lock(&self.tail).unheard.get_or_insert_default();
+    }
+
+    /// Passes on what the command writes to stderr, as it comes, until there is something to read from stdout or
+    /// its end. False if `timeout` was over before. What comes on stderr alone does not make it longer.
+    ///
+    /// # Errors
+    /// When the kernel refuses to wait.
+    pub fn listen(&mut self, timeout: Option<Duration>, hear: &mut dyn FnMut(&[u8])) -> io::Result<bool> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            let (heard, socket) = {
+                let mut tail = lock(&self.tail);
+                // Piece by piece, so that nothing is lost of a command that writes faster than is heard.
+                tail.drain(STDERR_PIECE);
+                (tail.unheard.as_mut().map(mem::take), tail.socket.clone())
+            };
+            if let Some(heard) = heard.filter(|heard| !heard.is_empty()) {
+                hear(&heard);
+            }
+            let mut fds = vec![PollFd::new(self.stdout.as_fd(), PollFlags::POLLIN)];
+            fds.extend(socket.as_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
+            match poll(&mut fds, until(deadline)) {
+                Ok(0) => return Ok(false),
+                Ok(_) if fds.first().and_then(PollFd::any).unwrap_or_default() => return Ok(true),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    /// Waits, at most for `bound`, for the end of stderr and the exit status. To be called once stdout has
     /// ended; the exit status is given only once.
     pub fn end(&mut self, bound: Duration) -> SessionEnd {
-        let deadline = Instant::now().checked_add(bound);
-        let exit = lock(&self.session).exit_status(bound);
+        let begin = Instant::now();
+        // What the command has started may keep stderr open for ever, and is not to hide the exit status. But who
+        // has that leaves the master, which then drops what is still under way.
+        self.drain_until(begin.checked_add(bound / 2));
+        let exit = lock(&self.session).exit_status(bound.saturating_sub(begin.elapsed()));
+        self.drain_until(Some(begin));
+        SessionEnd { exit, stderr: String::from_utf8_lossy(&lock(&self.tail).bytes).into_owned() }
+    }
+
+    /// Reads stderr to its end, or until then.
+    fn drain_until(&mut self, deadline: Option<Instant>) {
         let mut tail = lock(&self.tail);
-        while let Some(socket) = &tail.socket {
+        while let Some(socket) = tail.socket.clone() {
             let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, until(deadline)) {
                 Ok(0) => break,
-                Ok(_) => tail.drain(),
+                Ok(_) => tail.drain(STDERR_PIECE),
                 Err(Errno::EINTR) => {}
                 Err(_) => break,
             }
         }
-        SessionEnd { exit, stderr: String::from_utf8_lossy(&tail.bytes).into_owned() }
     }
 }
 
@@ -186,20 +240,31 @@ impl SessionStatus {
 #[derive(Debug)]
 struct Tail {
     /// Non-blocking; none after its end.
-    socket: Option<UnixStream>,
+    socket: Option<Arc<UnixStream>>,
     bytes: Vec<u8>,
+    /// What somebody is still to hear; none if nobody wants to.
+    unheard: Option<Vec<u8>>,
 }
 
 impl Tail {
-    fn drain(&mut self) {
+    /// Reads what is there, about `most` bytes.
+    fn drain(&mut self, most: usize) {
         let mut chunk = [0; 4096];
-        while let Some(socket) = &mut self.socket {
-            match socket.read(&mut chunk) {
+        let mut got = 0;
+        while let (Some(socket), true) = (&self.socket, got < most) {
+            match (&**socket).read(&mut chunk) {
                 Ok(0) => self.socket = None,
                 Ok(len) => {
+                    got += len;
                     self.bytes.extend_from_slice(&chunk[..len]);
                     let surplus = self.bytes.len().saturating_sub(STDERR_KEPT);
                     self.bytes.drain(..surplus);
+                    if let Some(unheard) = &mut self.unheard {
+                        unheard.extend_from_slice(&chunk[..len]);
+                        if unheard.len() > STDERR_UNHEARD {
+                            unheard.drain(..STDERR_UNHEARD / 2);
+                        }
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,

@@ -317,6 +317,48 @@ fn a_session_tells_exit_status_and_stderr() {
 }
 
 #[test]
+fn stderr_is_heard_as_it_is_written_and_all_of_it() {
+    let world = World::new();
+    let master = world.start();
+    let command = "echo begin; read go; echo first >&2; read go; seq 1000000 >&2; echo done; read end; seq 300000 >&2; echo last >&2";
+    let (mut reader, mut writer, mut status) = master.open_session(command, BOUND).unwrap().split();
+    status.keep_stderr();
+    let mut line = [0; 6];
+    reader.read_exact(&mut line).unwrap();
+    let mut heard = Vec::new();
+    assert!(!status.listen(Some(Duration::ZERO), &mut |bytes| heard.extend_from_slice(bytes)).unwrap());
+    assert_eq!(heard, b"");
+    writer.write_all(b"go\n").unwrap();
+    let mut live = false;
+    while !live {
+        let answers = status.listen(Some(Duration::from_millis(50)), &mut |bytes| live = bytes == b"first\n");
+        assert!(!answers.unwrap());
+    }
+    writer.write_all(b"go\n").unwrap();
+    // A slow listener loses nothing of what is far more than any buffer holds.
+    let mut pauses = 20;
+    let mut hear = |bytes: &[u8]| {
+        heard.extend_from_slice(bytes);
+        if pauses > 0 {
+            pauses -= 1;
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    assert!(status.listen(Some(BOUND), &mut hear).unwrap());
+    let mut line = [0; 5];
+    reader.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"done\n");
+    writer.write_all(b"end\n").unwrap();
+    writer.shutdown().unwrap();
+    let end = status.end(BOUND);
+    assert_eq!(end.exit, Some(0));
+    assert!(end.stderr.ends_with("300000\nlast\n"));
+    assert!(status.listen(Some(Duration::ZERO), &mut hear).unwrap(), "the end is something to read");
+    let expected: String = (1..=1_000_000).chain(1..=300_000).map(|number| format!("{number}\n")).collect();
+    assert!(heard == (expected + "last\n").into_bytes(), "lines are missing or twice");
+}
+
+#[test]
 fn a_session_reads_with_a_timeout_and_ends_when_dropped() {
     let world = World::new();
     let master = world.start();

@@ -76,7 +76,23 @@ pub fn put_greeting(buffer: &mut Vec<u8>, offer: Version) {
 /// # Errors
 /// If the stream ends, no greeting is found within [`MAX_BANNER`] bytes, or the daemon is too old.
 pub fn read_greeting(source: &mut impl Read, offer: Version) -> Result<Version, (WireError, Vec<u8>)> {
-    let magic = DAEMON_MAGIC.to_le_bytes();
+    find_magic(source, DAEMON_MAGIC)?;
+    let version = read_u64(source, "the daemon's version").map_err(|e| (e, Vec::new()))?;
+    let minor = (version & 0xff) as u8;
+    if version >> 8 != 1 || minor < OLDEST_MINOR {
+        let error = WireError::Unexpected {
+            what: "the daemon's protocol version",
+            got: format!("{}.{}", version >> 8, minor),
+            expected: "1.21 or newer (Nix 2.0 or newer)",
+        };
+        return Err((error, Vec::new()));
+    }
+    Ok(Version(minor.min(offer.0)))
+}
+
+/// Reads up to and with a magic number, skipping what login scripts print before it.
+pub(in crate::wire) fn find_magic(source: &mut impl Read, magic: u64) -> Result<(), (WireError, Vec<u8>)> {
+    let magic = magic.to_le_bytes();
     let mut seen = Vec::new();
     while !seen.ends_with(&magic) {
         if seen.len() >= MAX_BANNER {
@@ -92,17 +108,7 @@ pub fn read_greeting(source: &mut impl Read, offer: Version) -> Result<Version, 
         }
         seen.push(byte[0]);
     }
-    let version = read_u64(source, "the daemon's version").map_err(|e| (e, Vec::new()))?;
-    let minor = (version & 0xff) as u8;
-    if version >> 8 != 1 || minor < OLDEST_MINOR {
-        let error = WireError::Unexpected {
-            what: "the daemon's protocol version",
-            got: format!("{}.{}", version >> 8, minor),
-            expected: "1.21 or newer (Nix 2.0 or newer)",
-        };
-        return Err((error, Vec::new()));
-    }
-    Ok(Version(minor.min(offer.0)))
+    Ok(())
 }
 
 /// Reads what follows the version in the greeting. The message loop after it is the caller's.
