@@ -53,14 +53,14 @@ pub struct SshSettings {
     /// seconds.
     #[serde(deserialize_with = "duration")]
     pub connect_timeout: Duration,
-    /// New SSH connections to one host in a second, of all processes of a user together; after a pause as many at
-    /// once. 5: sshd begins to turn connections away when ten are not yet logged in (MaxStartups).
+    /// New SSH connections to one host in a second, of all processes of a user together; after a pause half as
+    /// many at once. 20. Besides, no more than eight log in at a time.
     pub connections_per_second: NonZeroU32,
 }
 
 impl Default for SshSettings {
     fn default() -> Self {
-        let connections_per_second = NonZeroU32::MIN.saturating_add(4);
+        let connections_per_second = NonZeroU32::MIN.saturating_add(19);
         SshSettings {
             idle: Duration::from_secs(600),
             connect_timeout: Duration::from_secs(5),

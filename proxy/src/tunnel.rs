@@ -40,7 +40,9 @@ pub use error::TunnelError;
 const UNASKED_BOUND: Duration = Duration::from_secs(3);
 /// How long a waiting process leaves a host alone between two attempts; chance makes it up to half longer.
 const WAIT_INTERVAL: Duration = Duration::from_secs(1);
-/// How long to wait for a turn at least: two hundred connections at five in a second.
+/// How long a connection counts as one that is logging in.
+const LOGIN_TIME: Duration = Duration::from_secs(2);
+/// How long to wait for a turn at least: two hundred that take their time to log in.
 const TURN_BOUND: Duration = Duration::from_secs(45);
 /// What is copied at once, in bytes.
 const CHUNK: usize = 128 * 1024;
@@ -228,17 +230,34 @@ fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<L
 
 /// Not all at once: see [`Pace`]. A start of a master has had its turn already.
 fn take_turn(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
-    let (host, port, bound) = (&request.host, request.port, request.bound);
+    let (host, port) = (&request.host, request.port);
     if pool.serves_a_start() {
         return Ok(());
     }
-    let per_second = pool.settings().of_host(host).connections_per_second;
     // Others before us are no fault of the host's, so this is not part of its time.
-    let turns = TURN_BOUND.max(bound);
-    if !Pace::of(pool.directory(), host, port, per_second).take_turn(Instant::now() + turns) {
-        return Err(TunnelError::Crowded { host: host.clone(), port, bound: turns });
+    let bound = TURN_BOUND.max(request.bound);
+    let deadline = Instant::now() + bound;
+    let crowded = || TunnelError::Crowded { host: host.clone(), port, bound };
+    let pace = pace(pool, request);
+    if !pace.take_turn(deadline) {
+        return Err(crowded());
     }
+    if request.fdpass {
+        // Nobody is left to hold a place, so it goes slower.
+        return pace.take_turn(deadline).then_some(()).ok_or_else(crowded);
+    }
+    let login = pace.log_in(deadline).ok_or_else(crowded)?;
+    // When the process ends sooner the place is free sooner.
+    thread::spawn(move || {
+        thread::sleep(LOGIN_TIME);
+        drop(login);
+    });
     Ok(())
+}
+
+fn pace(pool: &Pool, request: &Request) -> Pace {
+    let per_second = pool.settings().of_host(&request.host).connections_per_second;
+    Pace::of(pool.directory(), &request.host, request.port, per_second)
 }
 
 fn reached(memory: &Memory, pool: &Pool, host: &str) {
@@ -390,8 +409,7 @@ fn serve(pool: &Pool, request: &Request, stream: TcpStream) -> io::Result<()> {
     let again = || {
         let pause = pauses.next()?.mul_f64(1.0 + dice() / 2.0);
         tracing::info!(host, port, "a connection was turned away");
-        let per_second = pool.settings().of_host(host).connections_per_second;
-        let pace = Pace::of(pool.directory(), host, port, per_second);
+        let pace = pace(pool, request);
         pace.hold_off(pause);
         pace.take_turn(Instant::now() + TURN_BOUND).then(|| dial(host, port, request.bound).ok())?
     };

@@ -1,23 +1,32 @@
 //! How fast new connections to one host are made, by all processes of a user together.
 //!
 //! sshd turns connections away when too many are not yet logged in (MaxStartups), and keeps those out that did so
-//! too often (PerSourcePenalties). So each process takes a turn before it connects, and after a connection was turned
-//! away nobody connects for a while.
+//! too often (PerSourcePenalties). So each process takes a turn before it connects, and holds one of a few places while
+//! it may not be logged in yet. After a connection was turned away nobody connects for a while.
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, Read, Seek, Write},
     num::NonZeroU32,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use nix::fcntl::Flock;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, Flock, fcntl},
+    libc,
+};
 use sha2::{Digest, Sha256};
 
 use super::lock::lock;
 
+/// So many connections may be on their way to being logged in: sshd begins to turn some away when there are ten.
+const LOGINS: i64 = 8;
+/// How often a place is looked for when all are taken.
+const LOGIN_INTERVAL: Duration = Duration::from_millis(10);
 /// How long to wait for the file. It is held for microseconds.
 const LOCK_BOUND: Duration = Duration::from_millis(500);
 /// A shorter pause is none.
@@ -26,6 +35,10 @@ const LEAST_PAUSE: Duration = Duration::from_millis(1);
 const FURTHEST: Duration = Duration::from_secs(60);
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
+
+/// A place among those who are logging in. It is free again when this is dropped, or when the process ends.
+#[derive(Debug)]
+pub(crate) struct Login(#[expect(dead_code, reason = "held, not read")] Option<File>);
 
 /// The turns at one host.
 #[derive(Debug, Clone)]
@@ -36,14 +49,14 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// At a host and port, `per_second` new connections, and as many at once after a pause.
+    /// At a host and port, `per_second` new connections, and half as many at once after a pause.
     pub(crate) fn of(directory: &Path, host: &str, port: u16, per_second: NonZeroU32) -> Self {
         let hash = Sha256::digest(format!("{} {port}", host.to_ascii_lowercase()));
         let name: String = hash.iter().take(NAME_BYTES).map(|byte| format!("{byte:02x}")).collect();
         Pace {
             path: directory.join(format!("{name}.pace")),
             interval: Duration::from_secs(1) / per_second.get(),
-            burst: per_second.get(),
+            burst: per_second.get().div_ceil(2),
         }
     }
 
@@ -60,6 +73,22 @@ impl Pace {
             Err(error) => {
                 tracing::debug!(path = %self.path.display(), %error, "no turn can be taken");
                 true
+            }
+        }
+    }
+
+    /// Waits for a place among those who are logging in. None if there is none before the deadline. Without the file
+    /// everybody has one.
+    pub(crate) fn log_in(&self, deadline: Instant) -> Option<Login> {
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&self.path);
+        let Ok(file) = opened else { return Some(Login(None)) };
+        loop {
+            match take_place(&file) {
+                Ok(true) => return Some(Login(Some(file))),
+                Ok(false) if Instant::now() < deadline => thread::sleep(LOGIN_INTERVAL),
+                Ok(false) => return None,
+                Err(_) => return Some(Login(None)),
             }
         }
     }
@@ -98,6 +127,26 @@ impl Pace {
     }
 }
 
+/// The places are locks on bytes far behind the content, which nobody writes. Each belongs to the open file.
+fn take_place(file: &File) -> io::Result<bool> {
+    const FAR: i64 = 1 << 20;
+    for place in 0..LOGINS {
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: FAR + place,
+            l_len: 1,
+            l_pid: 0,
+        };
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
+            Ok(_) => return Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(false)
+}
+
 fn read(file: &mut File) -> io::Result<SystemTime> {
     let mut text = String::new();
     file.take(64).read_to_string(&mut text)?;
@@ -123,13 +172,13 @@ mod tests {
     #[test]
     fn after_a_burst_turns_come_at_the_pace() {
         let directory = tempfile::tempdir().unwrap();
-        let pace = pace(directory.path(), 4);
+        let pace = pace(directory.path(), 8);
         let now = SystemTime::now();
         let turn = |at| {
             pace.reserve(at, Duration::from_secs(5)).unwrap().map(|pause| pause.as_millis().div_ceil(10) * 10)
         };
         let first: Vec<_> = (0..6).map(|_| turn(now).unwrap()).collect();
-        assert_eq!(first, [0, 0, 0, 0, 250, 500]);
+        assert_eq!(first, [0, 0, 0, 0, 130, 250]);
         // A second later the pause is over, and one turn more is free.
         assert_eq!(turn(now + Duration::from_secs(1)), Some(0));
         assert_eq!(turn(now + Duration::from_secs(60)), Some(0));
@@ -137,11 +186,25 @@ mod tests {
         let none = Duration::ZERO;
         let later = now + Duration::from_secs(120);
         assert_eq!((0..8).filter(|_| pace.reserve(later, none).unwrap().is_some()).count(), 4);
-        assert_eq!(turn(later).map(|pause| pause / 10), Some(25));
+        assert_eq!(turn(later), Some(130));
         // A clock that was set back does not lock anybody out.
         assert_eq!(turn(now - Duration::from_secs(100_000)), Some(0));
         assert_ne!(Pace::of(directory.path(), "h", 23, NonZeroU32::MIN).path, pace.path);
         assert_eq!(Pace::of(directory.path(), "H", 22, NonZeroU32::MIN).path, pace.path);
+    }
+
+    #[test]
+    fn only_so_many_log_in_at_a_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let pace = pace(directory.path(), 4);
+        let soon = || Instant::now() + Duration::from_millis(30);
+        let mut all: Vec<Login> = (0..LOGINS).map(|_| pace.log_in(soon()).unwrap()).collect();
+        assert!(pace.log_in(soon()).is_none());
+        drop(all.pop());
+        let again = pace.log_in(soon());
+        assert!(again.is_some() && pace.log_in(soon()).is_none());
+        // Turns are another matter.
+        assert!(pace.take_turn(soon()));
     }
 
     #[test]

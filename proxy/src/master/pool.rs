@@ -338,6 +338,9 @@ impl Pool {
                     None => Err(StartError::Crowded { destination: endpoint.destination.clone(), bound }),
                 };
             }
+            let Some(_login) = pace.log_in(deadline) else {
+                return Err(StartError::Crowded { destination: endpoint.destination.clone(), bound });
+            };
             let began = Instant::now();
             let left = deadline.saturating_duration_since(began);
             match start::attempt(endpoint, files, left, first_command, self.settings.ssh.idle)? {
