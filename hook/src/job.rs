@@ -147,6 +147,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// The same with nothing sent in advance.
+    pub fn step_by_step(self) -> Self {
+        Self { ahead: Ahead::default(), ..self }
+    }
+
     /// Paths that the machine has once the build is over.
     pub fn direct_inputs(&self) -> impl Iterator<Item = &StorePath> {
         self.direct.iter()

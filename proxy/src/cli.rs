@@ -226,6 +226,18 @@ struct Failure {
     code: u8,
 }
 
+impl Failure {
+    /// Both, one below the other.
+    fn after(self, before: Option<Failure>) -> Failure {
+        match before {
+            Some(before) => {
+                Failure { report: format!("{}\n{}", before.report, self.report), code: before.code }
+            }
+            None => self,
+        }
+    }
+}
+
 /// Runs a command line, with the program's name as its first word, and returns the exit code.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(words) {
@@ -375,7 +387,7 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
     for master in &masters {
         match pool.stop(master) {
             Ok(()) => stopped.push(master.destination.clone()),
-            Err(error) => failed = Some(Failure::from(error)),
+            Err(error) => failed = Some(Failure::from(error).after(failed)),
         }
     }
     let unlisted = if args.all { removal::stop_unlisted(pool.directory()) } else { Vec::new() };
@@ -384,7 +396,7 @@ fn stop(args: &StopArgs) -> Result<String, Failure> {
             stopped.push(format!("process {pid}"));
         } else {
             let report = format!("error: the master with process {pid} does not end");
-            failed = Some(Failure { report, code: exit::FAILURE });
+            failed = Some(Failure { report, code: exit::FAILURE }.after(failed));
         }
     }
     let report = if args.json {

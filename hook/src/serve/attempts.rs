@@ -157,6 +157,7 @@ impl Hook<'_> {
         let begin = Instant::now();
         let mut lost = String::new();
         let mut attempt = 0;
+        let mut guessed_wrong = false;
         while attempt < TRIES {
             attempt += 1;
             let ahead = prepared.ahead.clone();
@@ -200,9 +201,14 @@ impl Hook<'_> {
                 Blame::Guess => {
                     tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
                     seen.forget();
-                    attempt -= 1;
+                    if !guessed_wrong {
+                        attempt -= 1;
+                    }
+                    guessed_wrong = true;
+                    lost = one_report(&error);
                     prepared = match task.prepare(job, direct.clone(), |_| false) {
-                        Ok(prepared) => prepared,
+                        // Step by step: an old daemon may have another form even for the first question.
+                        Ok(prepared) => prepared.step_by_step(),
                         Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
                     };
                 }

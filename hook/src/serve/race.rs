@@ -5,6 +5,7 @@ use crate::builder::Ahead;
 use crate::plan::machine::Machine;
 use crate::reach::{Reach, ReachError, Reached};
 use nix_derivation::StoreDir;
+use nix_offload_proxy::master::OpenError;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::Duration;
@@ -48,15 +49,15 @@ pub(super) fn race(
     let (done, results) = mpsc::channel();
     let longest = runners.iter().map(|runner| runner.bound).max().unwrap_or_default() + GRACE;
     let mut waiting = runners.iter();
-    let mut running = 0;
+    let mut running: Vec<&Runner<'_>> = Vec::new();
     loop {
-        let next = if has_other && running + raced.failed.len() > 0 { None } else { waiting.next() };
+        let next = if has_other && running.len() + raced.failed.len() > 0 { None } else { waiting.next() };
         match next {
             Some(runner) => {
-                running += 1;
+                running.push(runner);
                 start(reach, store_dir, runner, done.clone());
             }
-            None if running == 0 => return raced,
+            None if running.is_empty() => return raced,
             None => {}
         }
         let is_followed = has_other || waiting.len() > 0;
@@ -64,9 +65,18 @@ pub(super) fn race(
             match results.recv_timeout(if is_followed { STAGGER } else { longest }) {
                 Ok(arrival) => arrival,
                 Err(_) if is_followed && !has_other => continue,
-                Err(_) => return raced,
+                Err(_) => {
+                    if !has_other {
+                        // They had their time, or met with a fault of ours.
+                        raced.failed.extend(running.iter().map(|runner| {
+                            let late = OpenError::TimedOut { bound: runner.bound, master_answers: false };
+                            (runner.index, late.into())
+                        }));
+                    }
+                    return raced;
+                }
             };
-        running -= 1;
+        running.retain(|runner| runner.index != index);
         match reached.and_then(|reached| good(index, &reached).map(|()| reached)) {
             Ok(reached) => {
                 raced.winner = Some((index, Box::new(reached)));

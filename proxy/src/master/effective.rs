@@ -115,7 +115,9 @@ fn read(stdout: &str, stderr: &str, main: &[PathBuf]) -> Effective {
         if let Some((_, file)) = line.split_once(READING) {
             let file = PathBuf::from(file.trim());
             // A file beside one that was included may be included next time.
-            let beside = (!main.contains(&file)).then(|| file.parent().map(Path::to_owned)).flatten();
+            // Where ssh keeps other things, too, there is always something new.
+            let is_busy = |directory: &Path| main.iter().any(|file| file.parent() == Some(directory));
+            let beside = file.parent().filter(|directory| !is_busy(directory)).map(Path::to_owned);
             paths.extend([Some(file), beside].into_iter().flatten());
         } else if let Some((_, rest)) = line.split_once(": include ")
             && let Some(pattern) = rest.strip_suffix(" matched no files")

@@ -13,6 +13,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,10 +24,11 @@ use nix::{
 };
 
 use super::{
-    OpenError, connect,
+    OpenError, POLL_INTERVAL, connect,
     liveness::{self, Liveness},
-    mux,
+    mux, process,
     proxy_mode::{self, MAX_MUX_MESSAGE},
+    record::Record,
     stdio_forward::{self, MAX_HOST, Reply},
 };
 use crate::passing::send_descriptor;
@@ -34,6 +36,8 @@ use crate::passing::send_descriptor;
 /// The extension of the sockets on which a master listens for a moment.
 const EXTENSION: &str = "fwd";
 
+/// How long a process may be seen that has closed its descriptors because it dies.
+const DYING: Duration = Duration::from_millis(30);
 /// How long a master may take to show that it is alive when a stream has ended.
 const ANSWER_BOUND: Duration = Duration::from_secs(5);
 
@@ -42,6 +46,8 @@ const ANSWER_BOUND: Duration = Duration::from_secs(5);
 pub struct Forward {
     control: UnixStream,
     master: PathBuf,
+    /// The master's process and when it began, if that is written down.
+    process: Option<(u32, String)>,
 }
 
 impl Forward {
@@ -77,7 +83,9 @@ impl Forward {
             }
         }
         socket.set_read_timeout(None).map_err(gone)?;
-        Ok(Forward { control: socket, master: control.to_owned() })
+        let recorded = Record::read_at(&control.with_extension("json")).and_then(|record| record.process);
+        let process = recorded.and_then(|(pid, born)| Some((pid, born?)));
+        Ok(Forward { control: socket, master: control.to_owned(), process })
     }
 
     /// Waits until both directions have ended.
@@ -89,16 +97,32 @@ impl Forward {
         // The master says nothing more, and closes the connection when the stream is over. When it dies the
         // kernel closes its descriptors in any order, so that one can still connect to it: it must answer.
         match self.control.read(&mut [0; 64]) {
-            Ok(0) => match liveness::ask(&self.master, ANSWER_BOUND) {
-                Liveness::Alive { .. } => Ok(()),
-                Liveness::Absent | Liveness::Hung => Err(gone(io::ErrorKind::UnexpectedEof.into())),
-            },
+            Ok(0) if self.master_is_there() => Ok(()),
+            Ok(0) => Err(gone(io::ErrorKind::UnexpectedEof.into())),
             Ok(_) => Err(OpenError::Protocol(proxy_mode::ProtocolError::Unexpected {
                 number: 0,
                 expected: "the end of the stream",
             })),
             Err(error) => Err(gone(error)),
         }
+    }
+}
+
+impl Forward {
+    /// Whether the master that carried the stream has outlived it. Another one may listen in its place by now.
+    fn master_is_there(&self) -> bool {
+        let Some((pid, born)) = &self.process else {
+            return matches!(liveness::ask(&self.master, ANSWER_BOUND), Liveness::Alive { .. });
+        };
+        // The kernel closes the descriptors of a process that dies a moment before the process is gone.
+        let deadline = Instant::now() + DYING;
+        while process::birth(*pid).as_ref() == Some(born) {
+            if Instant::now() >= deadline {
+                return true;
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+        false
     }
 }
 

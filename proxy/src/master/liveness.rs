@@ -47,9 +47,14 @@ pub(super) fn ask(control: &Path, patience: Duration) -> Liveness {
             Health::Absent => return Liveness::Absent,
             Health::Silent => {}
         }
-        let (Some((pid, _)), Some(before), Some(after)) = (&recorded, before, activity()) else {
+        let Some((pid, _)) = &recorded else {
+            // Somebody else's: nothing is known of its process, so time is all there is.
+            if Instant::now() < deadline {
+                continue;
+            }
             return Liveness::Hung;
         };
+        let (Some(before), Some(after)) = (before, activity()) else { return Liveness::Hung };
         if !is_at_work(before, after) {
             return Liveness::Hung;
         }

@@ -45,6 +45,8 @@ const MOST_MASTERS: u32 = 8;
 const LEAST_TIME: Duration = Duration::from_secs(1);
 /// A far side that refuses on so many masters which were made for it has nothing to give at all.
 const MOST_REFUSALS: u32 = 2;
+/// How long ssh may take to say what its configuration says. It connects nowhere for that.
+const ASK_BOUND: Duration = Duration::from_secs(2);
 /// How long nobody connects after sshd turned a connection away; doubled each time.
 const REBUFF: Duration = Duration::from_millis(300);
 
@@ -219,7 +221,8 @@ impl Pool {
         if let Some(files) = self.foreign(endpoint)
             && avoided(&files).is_none()
         {
-            let liveness = liveness::ask(&files.socket, bound);
+            // Enough is left to make one of ours.
+            let liveness = liveness::ask(&files.socket, bound / 2);
             let master = Master::foreign(files, endpoint.destination.clone());
             match liveness {
                 Liveness::Alive { .. } => return Ok(master),
@@ -251,7 +254,8 @@ impl Pool {
             return found();
         }
         start::write_hosts(endpoint, &files).map_err(at(&files.hosts))?;
-        let effective = effective::ask(endpoint, &files, deadline.saturating_duration_since(Instant::now()));
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let effective = effective::ask(endpoint, &files, (left() / 3).min(ASK_BOUND));
         match liveness {
             Liveness::Alive { .. } => {
                 let record = Record::read(&files);
@@ -282,8 +286,13 @@ impl Pool {
             .filter(|now| Some(now) != failed_before.as_ref())
             .as_deref()
             .and_then(record::read_failure)
+            // That somebody with less time ran out of it says little.
+            .filter(|setback| !setback.timed_out || left() < LEAST_TIME)
         {
             return Err(setback.explain(endpoint, &files, bound, effective.known_hosts));
+        }
+        if left().is_zero() {
+            return Err(StartError::Busy { destination: endpoint.destination.clone(), bound });
         }
         for path in [&files.socket, &files.avoid] {
             remove(path).map_err(at(path))?;
@@ -330,15 +339,17 @@ impl Pool {
         first_command: &str,
     ) -> Result<Attempt, StartError> {
         let bound = deadline.saturating_duration_since(Instant::now());
+        // Without time to connect in there is no use in a turn.
+        let latest = deadline.checked_sub(LEAST_TIME).unwrap_or(deadline);
         let mut rebuff: Option<(Duration, Setback)> = None;
         loop {
-            if !pace.take_turn(deadline) {
+            if !pace.take_turn(latest) {
                 return match rebuff {
                     Some((_, setback)) => Ok(Attempt::Failed(setback)),
                     None => Err(StartError::Crowded { destination: endpoint.destination.clone(), bound }),
                 };
             }
-            let Some(_login) = pace.log_in(deadline) else {
+            let Some(_login) = pace.log_in(latest) else {
                 return Err(StartError::Crowded { destination: endpoint.destination.clone(), bound });
             };
             let began = Instant::now();

@@ -122,6 +122,9 @@ impl Read for SessionReader {
             if ready[0] {
                 return (&self.stdout).read(out);
             }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
         }
     }
 }
@@ -203,6 +206,8 @@ impl SessionStatus {
             match poll(&mut fds, until(deadline)) {
                 Ok(0) => return Ok(false),
                 Ok(_) if fds.first().and_then(PollFd::any).unwrap_or_default() => return Ok(true),
+                // There is always something on stderr of a command that never stops to complain.
+                Ok(_) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(false),
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
