@@ -117,3 +117,23 @@ fn nothing_secret_is_told() {
         assert!(!entry.to_string().contains("open-sesame"), "{entry}");
     }
 }
+
+#[test]
+fn the_proxy_tells_what_it_started_and_what_failed() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).journald().knows(&mac).start();
+    let proxy = |words: &[&str]| client.command("/opt/nix-offload/bin/nix-offload-proxy").args(words).run();
+    proxy(&["start", "mac"]).assert_success();
+    proxy(&["stop", "mac"]).assert_success();
+    proxy(&["127.0.0.1", "1"]).assert_failure();
+    let entries = client.journal("-t nix-offload-proxy");
+    for message in ["SSH master started", "SSH master stopped"] {
+        let found = said(&entries, message);
+        assert_eq!(found.len(), 1, "{message}: {entries:?}");
+        assert_eq!(found[0]["DESTINATION"], "mac", "{message}");
+    }
+    let failed = said(&entries, "no connection");
+    assert_eq!((&failed[0]["HOST"], &failed[0]["PORT"]), (&"127.0.0.1".into(), &"1".into()));
+    assert!(failed[0]["ERROR"].as_str().unwrap().contains("refused"), "{failed:?}");
+}
