@@ -1,11 +1,12 @@
 //! More sessions than sshd gives on one connection, and masters that nobody uses.
 
 use std::{
+    io::{ErrorKind, Read},
     thread,
     time::{Duration, Instant},
 };
 
-use nix_offload_proxy::master::{Master, MasterInfo, OpenError};
+use nix_offload_proxy::master::{Master, MasterInfo, OpenError, TimedRead};
 
 use crate::world::{BOUND, Echo, Trouble, World, gone, session_on_any, wait_until};
 
@@ -70,4 +71,20 @@ fn a_master_that_nobody_uses_ends_by_itself_and_not_before() {
     assert!(pool.live(&world.endpoint()).is_none());
     pool.start(&world.endpoint(), BOUND, "true").unwrap().open_session("true", BOUND).unwrap();
     assert_eq!(world.logins(), 2);
+}
+
+#[test]
+fn a_flood_on_stderr_does_not_stop_the_clock() {
+    let world = World::new();
+    let master = world.start();
+    let (mut reader, _writer, mut status) = master.open_session("yes >&2", BOUND).unwrap().split();
+    reader.set_timeout(Some(Duration::from_millis(300))).unwrap();
+    let begin = Instant::now();
+    let error = reader.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    status.keep_stderr();
+    let mut heard = 0;
+    let ended = status.listen(Some(Duration::from_millis(300)), &mut |bytes| heard += bytes.len()).unwrap();
+    assert!(!ended && heard > 0, "{ended} {heard}");
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
