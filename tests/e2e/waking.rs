@@ -1,6 +1,6 @@
 //! Builders that sleep: /etc/nix/offload.toml says how they are woken, and builds wait for them if that is best.
 
-use std::{fs, thread::sleep, time::Duration};
+use std::{collections::HashSet, fs, time::Duration};
 
 use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
@@ -32,7 +32,14 @@ fn woken(client: &Client) -> String {
 /// Comes up some time after it was woken.
 fn come_up_when_woken(client: &Client, mac: &mut Builder) {
     wait_until("the command ran", SOON, || !woken(client).is_empty());
-    sleep(Duration::from_secs(3));
+    let mut notes = HashSet::new();
+    // Each attempt in vain is noted anew.
+    wait_until("it was tried again", SOON, || {
+        let names = client.entries("/run/nix-offload").into_iter().filter(|name| name.ends_with(".down"));
+        notes
+            .extend(names.filter_map(|name| fs::read(client.path(&format!("/run/nix-offload/{name}"))).ok()));
+        notes.len() > 1
+    });
     mac.start_sshd();
 }
 
@@ -65,7 +72,9 @@ fn five_builds_wait_for_one_sleeping_builder() {
     assert_eq!(built.out_paths().len(), 5);
     assert_eq!(woken(&client), "mac\n");
     assert_eq!(built.stderr().matches("waking 'ssh-ng://mac'").count(), 1, "{built}");
-    built.assert_stderr_lacks("cannot build on").assert_stderr_lacks("error");
+    built.assert_stderr_lacks("cannot build on");
+    // Not what Nix warns of when five register at the same moment: that its database is busy.
+    assert!(!built.stderr().lines().any(|line| line.trim_start().starts_with("error")), "{built}");
     // They waited in their hooks, which know at once, not in Nix, which asks again every five seconds.
     let entries = client.journal("-t nix-offload");
     let waited = entries.iter().filter(|entry| entry["MESSAGE"] == "waited for a slot").count();

@@ -2,7 +2,6 @@
 
 use std::{
     io::{ErrorKind, Read},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -28,8 +27,9 @@ fn as_many_masters_are_made_as_the_sessions_need_and_they_are_used_again() {
     assert_eq!((paths.len(), world.logins(), world.pool.list().unwrap().len()), (3, 3, 3));
     let is_idle = |master: &MasterInfo| master.channels == Some(0);
     wait_until("the masters have no clients", || world.pool.list().unwrap().iter().all(is_idle));
-    // sshd counts a session as long as it has not cleared it away, which nobody can see.
-    thread::sleep(Duration::from_millis(300));
+    // sshd counts a session until it has cleared it away.
+    let count = |words: &str| world.sshd_log().matches(words).count();
+    wait_until("sshd has closed all sessions", || count("Close session:") == count("Starting session:"));
     let again = open();
     assert_eq!((again, world.logins()), (paths, 3));
 }
@@ -53,15 +53,12 @@ fn a_master_that_nobody_uses_ends_by_itself_and_not_before() {
     let pool = world.pool_with("[ssh]\nidle = 2\n");
     let master = pool.start(&world.endpoint(), BOUND, "true").unwrap();
     let pid = world.only_master().pid;
-    let mut echo = Echo::of(master.open_session("cat", BOUND).unwrap());
-    // More than twice as long as it would live without a stream.
-    let until = Instant::now() + Duration::from_secs(5);
-    while Instant::now() < until {
-        assert!(!gone(pid));
-        thread::sleep(Duration::from_millis(100));
-    }
-    echo.says("hello");
-    echo.ends();
+    let (mut reader, writer, status) = master.open_session("cat", BOUND).unwrap().split();
+    // More than twice as long as it would live without a stream, whose end would be read.
+    reader.set_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert_eq!(reader.read(&mut [0]).unwrap_err().kind(), ErrorKind::TimedOut);
+    assert!(!gone(pid));
+    drop((reader, writer, status));
     let begin = Instant::now();
     wait_until("the master ends", || gone(pid));
     // Stated: two seconds after its last use, as it was set.

@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
     process::{Child, Command, Stdio},
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use crate::world::{Said, World, free_port, wait_until};
@@ -75,8 +75,7 @@ fn a_connection_that_sshd_turns_away_is_made_again_without_a_word_to_the_user() 
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    wait_until("it was turned away", || sshd.turned_away() > 0);
-    thread::sleep(Duration::from_millis(500));
+    wait_until("it was turned away twice", || sshd.turned_away() > 1);
     drop(silent);
     let said: Said = ssh.wait_with_output().unwrap().into();
     assert!(said.code == Some(0) && said.out == "there\n", "{said:?}");

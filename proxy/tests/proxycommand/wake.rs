@@ -1,10 +1,10 @@
 //! Hosts that are down and woken by a command of offload.toml, which here starts their sshd.
 
 use std::{
+    collections::HashSet,
     fs,
     os::unix::{fs::PermissionsExt, process::CommandExt},
     process::{Child, Command, Stdio},
-    thread::sleep,
     time::{Duration, Instant},
 };
 
@@ -89,6 +89,17 @@ impl<'a> Sleeper<'a> {
         fs::read_to_string(self.world.path("runs")).unwrap_or_default()
     }
 
+    /// Somebody has tried again and again: each attempt in vain is noted anew.
+    fn is_waited_for(&self) {
+        let mut notes = HashSet::new();
+        wait_until("attempts in vain are noted", || {
+            let files = fs::read_dir(self.world.pool.directory()).unwrap().flatten();
+            let down = files.filter(|file| file.path().extension().is_some_and(|e| e == "down"));
+            notes.extend(down.filter_map(|file| fs::read(file.path()).ok()));
+            notes.len() > 2
+        });
+    }
+
     fn wakes_up(&self) {
         fs::write(self.world.path("go"), "").unwrap();
     }
@@ -97,7 +108,7 @@ impl<'a> Sleeper<'a> {
     fn assert_all_there(&self, all: Vec<Child>, host: &str) {
         wait_until("the command runs", || !self.runs().is_empty());
         // Some are waiting now, and none has given up.
-        sleep(Duration::from_secs(1));
+        self.is_waited_for();
         self.wakes_up();
         for one in all {
             let said = said(one);
@@ -168,7 +179,7 @@ fn check_and_start_wait_for_a_host_that_is_being_woken() {
         let config = world.path("ssh_config").display().to_string();
         let waiting = sleeper.proxy(&[action, "-F", &config, "plain"]);
         wait_until("the command runs", || !sleeper.runs().is_empty());
-        sleep(Duration::from_secs(1));
+        sleeper.is_waited_for();
         sleeper.wakes_up();
         let said = said(waiting);
         assert_eq!(said.code, Some(0), "{action}: {said:?}");
@@ -185,7 +196,7 @@ fn a_command_that_fails_is_told_to_all_who_wait() {
     let sleeper = Sleeper::deep(&world, "127.0.0.1", 60, &script);
     let port = sleeper.port.to_string();
     let all: Vec<Child> = (0..5).map(|_| sleeper.proxy(&["127.0.0.1", &port])).collect();
-    sleep(Duration::from_secs(1));
+    sleeper.is_waited_for();
     sleeper.wakes_up();
     let begin = Instant::now();
     let mut all: Vec<Said> = all.into_iter().map(said).collect();
