@@ -2,6 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A build hook for Nix: runs builds on remote machines over shared SSH connections.
@@ -44,6 +45,16 @@ enum Command {
         /// Nix's verbosity, 0 to 7.
         verbosity: u64,
     },
+    /// Keep streams ready on a master. Hooks start it. Not for people.
+    #[command(hide = true)]
+    Keep {
+        /// The master's control socket.
+        control: PathBuf,
+        /// Where to listen.
+        door: PathBuf,
+        /// What to lock.
+        lock: PathBuf,
+    },
 }
 
 /// What the program is to do.
@@ -53,6 +64,15 @@ pub enum Action {
     Hook {
         /// Nix's verbosity.
         verbosity: u64,
+    },
+    /// Keep streams ready.
+    Keep {
+        /// The master's control socket.
+        control: PathBuf,
+        /// Where to listen.
+        door: PathBuf,
+        /// What to lock.
+        lock: PathBuf,
     },
     /// Connect to machines and tell what answers.
     Ping {
@@ -92,6 +112,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
     }
     Ok(match Arguments::try_parse_from(arguments)?.command {
         Command::Hook { verbosity } => Action::Hook { verbosity },
+        Command::Keep { control, door, lock } => Action::Keep { control, door, lock },
         Command::PingStore { store, builders, timeout, json } => {
             let targets = match builders {
                 Some(text) => Targets::Builders(text),

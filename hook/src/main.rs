@@ -2,9 +2,14 @@
 
 use nix_offload::cli::{self, Action};
 use nix_offload::{ping, serve};
-use nix_offload_proxy::exit;
+use nix_offload_proxy::{
+    exit,
+    log::{self, Fallback},
+    master,
+};
 use std::io::{self, Write};
 use std::process::ExitCode;
+use tracing::level_filters::LevelFilter;
 
 fn main() -> ExitCode {
     let (code, text) = match cli::parse(std::env::args_os()) {
@@ -14,6 +19,14 @@ fn main() -> ExitCode {
             // It may end up in the journal of Nix's daemon, so it says whose it is.
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
+        Ok(Action::Keep { control, door, lock }) => {
+            let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
+            log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
+            match master::keep(&control, &door, &lock) {
+                Ok(()) => (exit::OK, None),
+                Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
             Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),

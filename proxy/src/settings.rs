@@ -56,6 +56,10 @@ pub struct SshSettings {
     /// New SSH connections to one host in a second, of all processes of a user together; after a pause half as
     /// many at once. 20. Besides, no more than eight log in at a time.
     pub connections_per_second: NonZeroU32,
+    /// Streams to a builder's daemon that are opened in advance while one build follows another, at most; 0 for none,
+    /// 16 are the limit. Four.
+    #[serde(deserialize_with = "ready")]
+    pub ready_streams: u8,
 }
 
 impl Default for SshSettings {
@@ -65,6 +69,7 @@ impl Default for SshSettings {
             idle: Duration::from_secs(600),
             connect_timeout: Duration::from_secs(5),
             connections_per_second,
+            ready_streams: 4,
         }
     }
 }
@@ -292,6 +297,13 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
 
 fn some_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     duration(deserializer).map(Some)
+}
+
+fn ready<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u8, D::Error> {
+    match u8::deserialize(deserializer)? {
+        number @ 0..=16 => Ok(number),
+        _ => Err(D::Error::custom("it must be between 0 and 16")),
+    }
 }
 
 fn some_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Relay, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{
@@ -123,4 +123,41 @@ fn a_killed_client_leaves_the_builds_of_others_alone() {
     assert_eq!(begun(&client, "stays"), ["mac"], "it was begun again");
     assert_eq!(mac.logins(), 1);
     assert_only_masters_left(&client, 1);
+}
+
+/// What the builder says while its client goes away must not end the master, which others use.
+#[test]
+fn killing_nix_build_of_a_build_that_talks_leaves_the_master_alive() {
+    for settings in ["", "[ssh]\nready-streams = 0\n"] {
+        let world = World::new();
+        let mac = world.builder("mac").start();
+        let relay = Relay::to(mac.port(), Duration::from_millis(20));
+        let alias = format!(
+            "Host far\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  HostKeyAlias [127.0.0.1]:{}\n",
+            relay.port(),
+            mac.login(),
+            mac.port()
+        );
+        let client = world
+            .client()
+            .hook(Hook::Ours)
+            .knows(&mac)
+            .ssh_config(&alias)
+            .machines("ssh-ng://far x86_64-linux - 4 1")
+            .start();
+        client.write("/etc/nix/offload.toml", settings);
+        client.nix_build(&drv::trivial("first"), &["-j0"]).assert_success();
+        for time in 0..TIMES {
+            let talker = drv::expression(&format!(
+                r#"d "talker-{time}" "i=0; while :; do echo line $i; i=$((i + 1)); done" {{ }}"#
+            ));
+            let build = client.spawn_nix_build(&talker, &["-j0"]);
+            wait_until("the build talks", SOON, || build.stderr_so_far().contains("line 100"));
+            build.signal(Signal::SIGKILL);
+            let _ = build.wait();
+            let next = client.nix_build(&drv::where_built(&format!("after-{time}")), &["-j0"]);
+            assert_eq!(client.read(&next.assert_success().out_path()), "mac\n");
+        }
+        assert_eq!(mac.logins(), 1, "the master did not live through it with {settings:?}");
+    }
 }

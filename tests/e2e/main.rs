@@ -7,6 +7,7 @@ mod faults;
 mod flights;
 mod installing;
 mod journal;
+mod keeper;
 mod logs;
 mod many;
 mod masters;

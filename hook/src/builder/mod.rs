@@ -114,6 +114,39 @@ impl Builder {
         bound: Duration,
         ahead: Ahead,
     ) -> Result<Self, BuilderError> {
+        let mut greeting = Vec::new();
+        worker::put_greeting(&mut greeting, offer);
+        Self::begin(stream, store_dir, offer, greeting, bound, ahead)
+    }
+
+    /// The same for a stream on which [`Builder::first_words`] were said already.
+    ///
+    /// # Errors
+    /// As [`Builder::connect`].
+    pub fn resume(
+        stream: Stream,
+        store_dir: StoreDir,
+        bound: Duration,
+        ahead: Ahead,
+    ) -> Result<Self, BuilderError> {
+        Self::begin(stream, store_dir, Version::newest(), Vec::new(), bound, ahead)
+    }
+
+    /// The greeting by which the newest version is offered.
+    pub fn first_words() -> Vec<u8> {
+        let mut greeting = Vec::new();
+        worker::put_greeting(&mut greeting, Version::newest());
+        greeting
+    }
+
+    fn begin(
+        stream: Stream,
+        store_dir: StoreDir,
+        offer: Version,
+        mut greeting: Vec<u8>,
+        bound: Duration,
+        ahead: Ahead,
+    ) -> Result<Self, BuilderError> {
         const DOING: &str = "greeting the daemon";
         let Stream { reader, writer } = stream;
         let mut input =
@@ -127,8 +160,6 @@ impl Builder {
                 BuilderError::wire(DOING, source)
             }
         };
-        let mut greeting = Vec::new();
-        worker::put_greeting(&mut greeting, offer);
         // A peer that is already gone may still have said why; the reading below finds that.
         greeting.extend_from_slice(ahead.bytes());
         let sent = output.write_all(&greeting).and_then(|()| output.flush());

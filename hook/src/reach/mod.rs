@@ -18,12 +18,14 @@ use crate::slots::Slots;
 use crate::wire::worker::Version;
 use nix_derivation::{HashAlgorithm, StoreDir, hash_bytes};
 use nix_offload_proxy::exit;
-use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Stream};
+use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Recipe, Stream};
 use session::Session;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -227,6 +229,9 @@ impl Reach {
         }
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
+        if let Some(reached) = self.by_keeper(&endpoint, machine, store_dir, deadline, ahead) {
+            return Ok(reached);
+        }
         self.pool.with_master(
             &endpoint,
             deadline,
@@ -245,6 +250,52 @@ impl Reach {
         )
     }
 
+    /// By a stream that was opened in advance, if there is one. If anything is amiss with it the usual way will tell.
+    fn by_keeper(
+        &self,
+        endpoint: &Endpoint,
+        machine: &Machine,
+        store_dir: &StoreDir,
+        deadline: Instant,
+        ahead: &Ahead,
+    ) -> Option<Reached> {
+        if !uses_socket(machine) || self.ready_streams() == 0 {
+            return None;
+        }
+        let (master, channel) = self.pool.take_kept(endpoint, &recipe(), left(deadline).min(OPEN_BOUND))?;
+        let bound = left(deadline) / 2;
+        match Builder::resume(Stream::from(channel), store_dir.clone(), bound, ahead.clone()) {
+            Ok(builder) => {
+                let nix_version =
+                    builder.peer().nix_version.clone().or_else(|| version_in(&master.first_output()?));
+                tracing::debug!(builder = machine.name, "by a stream that was opened in advance");
+                let builder = Store::Daemon(builder.into());
+                Some(Reached { builder, way: Way::Socket, detour: None, nix_version })
+            }
+            Err(error) => {
+                let reason = exit::report(&error, None);
+                tracing::debug!(builder = machine.name, reason, "not reached by a stream opened in advance");
+                None
+            }
+        }
+    }
+
+    /// Has streams opened in advance from now on, if one build has followed another.
+    fn keep(&self, master: &Master, machine: &Machine) {
+        if self.ready_streams() == 0 || noted_lately(&self.stamp(machine), WARM).is_none() {
+            return;
+        }
+        let mut program = Command::new("/proc/self/exe");
+        program.arg0("nix-offload").arg("keep");
+        if let Err(error) = master.keep(program, &recipe(), self.ready_streams()) {
+            tracing::warn!(builder = machine.name, %error, "cannot have streams opened in advance");
+        }
+    }
+
+    fn ready_streams(&self) -> u8 {
+        self.pool.settings().ssh.ready_streams
+    }
+
     fn on_master(
         &self,
         master: &Master,
@@ -254,8 +305,7 @@ impl Reach {
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         let session = Session { master, machine, store_dir, deadline, ahead };
-        let named = machine.uri.param("remote-program").is_some_and(|words| !words.trim().is_empty());
-        let elsewhere = machine.uri.param("remote-store").is_some();
+        let named = is_named(machine);
         let serves = machine.uri.scheme == Scheme::Ssh;
         let no_daemon = self.stamp(machine).with_extension("serve");
         let reached = |builder: Store, way, detour| {
@@ -284,10 +334,13 @@ impl Reach {
             }
         }
         let refusal = self.stamp(machine).with_extension("refused");
-        let mut detour = if named || elsewhere { None } else { noted_lately(&refusal, SOCKET_AGAIN) };
-        if !(named || elsewhere || detour.is_some()) {
+        let mut detour = noted_lately(&refusal, SOCKET_AGAIN).filter(|_| uses_socket(machine));
+        if uses_socket(machine) && detour.is_none() {
             match self.by_socket(master, machine, store_dir, deadline, ahead) {
-                Ok(builder) => return Ok(reached(Store::Daemon(builder.into()), Way::Socket, None)),
+                Ok(builder) => {
+                    self.keep(master, machine);
+                    return Ok(reached(Store::Daemon(builder.into()), Way::Socket, None));
+                }
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
                     let reason = said(&error);
@@ -366,6 +419,21 @@ impl Reach {
         let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
         self.pool.directory().join("answered").join(name)
     }
+}
+
+/// Streams to a daemon's socket, the greeting said.
+fn recipe() -> Recipe {
+    Recipe { socket_path: DAEMON_SOCKET.to_owned(), words: Builder::first_words() }
+}
+
+/// Whether the machine's line names the program to speak to.
+fn is_named(machine: &Machine) -> bool {
+    machine.uri.param("remote-program").is_some_and(|words| !words.trim().is_empty())
+}
+
+/// Whether the daemon that listens there is the one to speak to.
+fn uses_socket(machine: &Machine) -> bool {
+    !is_named(machine) && machine.uri.param("remote-store").is_none()
 }
 
 fn is_younger(time: SystemTime, bound: Duration) -> bool {

@@ -6,24 +6,22 @@
 use std::{
     io::{self, IoSlice, Read, Write},
     os::unix::net::UnixStream,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use super::{
     CloseWrite, OpenError, TimedRead, connect,
+    dialogue::{Broken, Confirmed, Dialogue, Incoming, WINDOW, is_timeout},
     holder::Holder,
-    proxy_mode::{self as codec, MuxMessage, Packet, ProtocolError},
+    kept::Hold,
+    parting::Parting,
+    proxy_mode::{self as codec, Packet, ProtocolError},
 };
 
-/// What the peer may send before we have consumed anything, in bytes. 8 MiB fill 145 MB/s at a round trip of
-/// 50 ms, and 64 MiB were far slower.
-const WINDOW: u32 = 8 * 1024 * 1024;
 /// The window is opened again whenever this much has been consumed; half a window would halve the speed.
 const ADJUST_AFTER: u32 = WINDOW / 32;
-/// What one read of the socket may bring, in bytes.
-const BUFFER: usize = 256 * 1024;
 /// A master that takes nothing for this long is hung: it reads its clients' sockets whatever the link does,
 /// and its own keep-alive would have ended it before.
 const MASTER_STALL: Duration = Duration::from_secs(60);
@@ -39,6 +37,36 @@ pub struct Channel {
 }
 
 impl Channel {
+    /// A channel that has just been confirmed. `incoming` is what came behind the confirmation.
+    pub(super) fn new(
+        socket: UnixStream,
+        control: &Path,
+        incoming: Incoming,
+        confirmed: Confirmed,
+        guard: Option<Guard>,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            socket,
+            control: control.to_owned(),
+            channel: confirmed.channel,
+            max_data: codec::MAX_DATA.min(confirmed.max_packet as usize).max(1),
+            sending: Mutex::new(Sending::Open),
+            flow: Mutex::new(Flow { window: confirmed.window, over: false }),
+            changed: Condvar::new(),
+            guard: Mutex::new(guard),
+        });
+        let reader = ChannelReader {
+            shared: Arc::clone(&shared),
+            incoming,
+            data_left: 0,
+            window: WINDOW,
+            consumed: 0,
+            finished: false,
+            timeout: None,
+        };
+        Channel { reader, writer: ChannelWriter { shared, ended: false } }
+    }
+
     /// The halves, for two threads if need be. A write of more than the peer's window (2 MiB with OpenSSH)
     /// goes on only while another thread reads.
     pub fn split(self) -> (ChannelReader, ChannelWriter) {
@@ -48,17 +76,14 @@ impl Channel {
 
 /// Opens a channel to a unix socket on the far side (`direct-streamlocal@openssh.com`).
 pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result<Channel, OpenError> {
-    if socket_path.is_empty() || socket_path.contains('\0') || socket_path.len() > codec::MAX_MUX_MESSAGE {
-        return Err(OpenError::Argument { what: "socket path" });
-    }
+    let opening = Dialogue::opening(socket_path)?;
     let deadline = Instant::now() + bound;
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let mut socket = connect(control, deadline).map_err(gone)?;
     socket.set_write_timeout(Some(MASTER_STALL)).map_err(gone)?;
     let holder = Holder::spawn(&socket).map_err(|error| tracing::warn!(%error, "cannot run /bin/sh")).ok();
-    let mut incoming = Incoming::new();
-    let dialogue = dialogue(&mut socket, &mut incoming, &codec::opening(socket_path, WINDOW), deadline);
-    let confirmed = match dialogue {
+    let mut dialogue = Dialogue::default();
+    let confirmed = match dialogue.run(&mut socket, &opening, deadline) {
         Ok(confirmed) => confirmed,
         Err(reason) => {
             match (holder, &reason) {
@@ -79,127 +104,29 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
             });
         }
     };
-    let holder = holder.map(|mut holder| {
+    let guard = holder.map(|mut holder| {
         holder.opened(&codec::close(confirmed.channel));
-        holder
+        Guard::Shell(holder)
     });
     socket.set_read_timeout(None).map_err(gone)?;
-    let shared = Arc::new(Shared {
-        socket,
-        channel: confirmed.channel,
-        max_data: codec::MAX_DATA.min(confirmed.max_packet as usize).max(1),
-        sending: Mutex::new(Sending::Open),
-        flow: Mutex::new(Flow { window: confirmed.window, over: false }),
-        changed: Condvar::new(),
-        holder: Mutex::new(holder),
-    });
-    let reader = ChannelReader {
-        shared: Arc::clone(&shared),
-        incoming,
-        data_left: 0,
-        window: WINDOW,
-        consumed: 0,
-        finished: false,
-        timeout: None,
-    };
-    Ok(Channel { reader, writer: ChannelWriter { shared, ended: false } })
+    Ok(Channel::new(socket, control, dialogue.into_rest(), confirmed, guard))
 }
 
-/// What the far side says when it agrees.
-struct Confirmed {
-    channel: u32,
-    window: u32,
-    max_packet: u32,
-}
-
-/// How the opening dialogue can fail.
-enum Broken {
-    Lost(io::Error),
-    Late { master_answers: bool },
-    Refused { reason: String },
-    Protocol(ProtocolError),
-}
-
-impl From<io::Error> for Broken {
-    fn from(error: io::Error) -> Self {
-        Broken::Lost(error)
-    }
-}
-
-impl From<ProtocolError> for Broken {
-    fn from(error: ProtocolError) -> Self {
-        Broken::Protocol(error)
-    }
-}
-
-/// Says all at once, for the master takes its messages one by one whatever their packing, and hears the answers.
-fn dialogue(
-    socket: &mut UnixStream,
-    incoming: &mut Incoming,
-    opening: &[u8],
-    deadline: Instant,
-) -> Result<Confirmed, Broken> {
-    socket.write_all(opening)?;
-    let mut master_answers = false;
-    loop {
-        match next_while_opening(incoming, master_answers)? {
-            Some(Opening::Hello) => {}
-            Some(Opening::Answered) => master_answers = true,
-            Some(Opening::Confirmed(confirmed)) => return Ok(confirmed),
-            None => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(Broken::Late { master_answers });
-                }
-                socket.set_read_timeout(Some(left))?;
-                match incoming.fill(socket) {
-                    Err(error) if is_timeout(&error) => {}
-                    other => other?,
-                }
-            }
-        }
-    }
-}
-
-enum Opening {
-    Hello,
-    Answered,
-    Confirmed(Confirmed),
-}
-
-/// Takes the next complete message of the opening dialogue.
-fn next_while_opening(incoming: &mut Incoming, proxying: bool) -> Result<Option<Opening>, Broken> {
-    let limit = if proxying { codec::MAX_PACKET } else { codec::MAX_MUX_MESSAGE };
-    let Some(len) = codec::length(incoming.bytes(), "message", limit)? else { return Ok(None) };
-    let Some(body) = incoming.bytes().get(4..4 + len) else { return Ok(None) };
-    let step = if proxying {
-        match codec::packet(body)? {
-            Packet::Confirmation { channel, window, max_packet } => {
-                Opening::Confirmed(Confirmed { channel, window, max_packet })
-            }
-            Packet::OpenFailure { reason, .. } => return Err(Broken::Refused { reason }),
-            _ => {
-                let number = body.get(1).copied().unwrap_or_default().into();
-                return Err(
-                    ProtocolError::Unexpected { number, expected: "the channel's confirmation" }.into()
-                );
-            }
-        }
-    } else {
-        match codec::mux_message(body)? {
-            MuxMessage::Hello => Opening::Hello,
-            MuxMessage::Proxy => Opening::Answered,
-            MuxMessage::Refused { reason } => return Err(Broken::Refused { reason }),
-        }
-    };
-    incoming.take(4 + len);
-    Ok(Some(step))
+/// Who closes the channel if we do not.
+#[derive(Debug)]
+pub(super) enum Guard {
+    /// A small process of ours.
+    Shell(Holder),
+    /// The keeper that handed the channel over.
+    Keeper(Hold),
 }
 
 /// What both halves need.
 #[derive(Debug)]
 struct Shared {
     socket: UnixStream,
+    /// The master's socket.
+    control: PathBuf,
     /// The peer's number of the channel.
     channel: u32,
     max_data: usize,
@@ -207,21 +134,28 @@ struct Shared {
     flow: Mutex<Flow>,
     changed: Condvar,
     /// Closes the channel if we do not.
-    holder: Mutex<Option<Holder>>,
+    guard: Mutex<Option<Guard>>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // A master that hangs is not waited for; if the channel is closed already, this does nothing.
-        let _ = self.socket.set_write_timeout(Some(CLOSE_BOUND));
-        let _ = self.send(&codec::close(self.channel), &[], true);
+        match lock(&self.guard).take() {
+            // It closes the channel while we have other things to do.
+            Some(Guard::Keeper(hold)) if hold.is_watched() => return,
+            Some(Guard::Shell(holder)) => holder.release(),
+            _ => {}
+        }
+        // A master that hangs is not waited for.
+        if let Ok(socket) = self.socket.try_clone() {
+            Parting::begin(socket).finish(&self.control, Instant::now() + CLOSE_BOUND);
+        }
     }
 }
 
 #[derive(Debug, PartialEq, Eq)]
 enum Sending {
     Open,
-    /// Our close is sent: another packet would make sshd drop the whole connection.
+    /// The far side has closed it: nobody takes anything any more.
     Closed,
     /// A packet went out in part; nothing can follow it.
     Broken,
@@ -237,22 +171,15 @@ struct Flow {
 
 impl Shared {
     /// Sends one whole packet, from whichever half.
-    fn send(&self, header: &[u8], data: &[u8], last: bool) -> io::Result<()> {
+    fn send(&self, header: &[u8], data: &[u8]) -> io::Result<()> {
         let mut sending = lock(&self.sending);
         if *sending != Sending::Open {
             return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        if last && let Some(holder) = lock(&self.holder).take() {
-            // First, for a second closing packet would make sshd drop the whole connection.
-            holder.release();
         }
         if let Err(error) = write_both(&self.socket, header, data) {
             *sending = Sending::Broken;
             let kind = if is_timeout(&error) { io::ErrorKind::TimedOut } else { error.kind() };
             return Err(io::Error::new(kind, "the SSH master does not take data"));
-        }
-        if last {
-            *sending = Sending::Closed;
         }
         Ok(())
     }
@@ -327,14 +254,15 @@ impl ChannelReader {
             }
             Packet::Eof => self.finish(),
             Packet::Close => {
-                let _ = self.shared.send(&codec::close(channel), &[], true);
+                // The master answers for us when we go: see `parting`.
+                *lock(&self.shared.sending) = Sending::Closed;
                 self.finish();
             }
             Packet::ChannelRequest { want_reply: true } => {
-                let _ = self.shared.send(&codec::channel_failure(channel), &[], false);
+                let _ = self.shared.send(&codec::channel_failure(channel), &[]);
             }
             Packet::GlobalRequest { want_reply: true } => {
-                let _ = self.shared.send(&codec::request_failure(), &[], false);
+                let _ = self.shared.send(&codec::request_failure(), &[]);
             }
             Packet::ChannelRequest { .. } | Packet::GlobalRequest { .. } => {}
             Packet::Confirmation { .. } | Packet::OpenFailure { .. } => {
@@ -355,7 +283,7 @@ impl ChannelReader {
         self.consumed += bytes;
         if self.consumed >= ADJUST_AFTER {
             let packet = codec::window_adjust(self.shared.channel, self.consumed);
-            if self.shared.send(&packet, &[], false).is_ok() {
+            if self.shared.send(&packet, &[]).is_ok() {
                 self.window += self.consumed;
             }
             self.consumed = 0;
@@ -457,7 +385,7 @@ impl Write for ChannelWriter {
         }
         let len = self.shared.reserve(data.len())?;
         let header = codec::data_header(self.shared.channel, len);
-        self.shared.send(&header, &data[..len as usize], false)?;
+        self.shared.send(&header, &data[..len as usize])?;
         Ok(len as usize)
     }
 
@@ -473,58 +401,7 @@ impl CloseWrite for ChannelWriter {
             return Ok(());
         }
         self.ended = true;
-        self.shared.send(&codec::eof(self.shared.channel), &[], false)
-    }
-}
-
-/// Bytes from the master that were not looked at yet.
-struct Incoming {
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-}
-
-impl std::fmt::Debug for Incoming {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Incoming({} bytes)", self.end - self.start)
-    }
-}
-
-impl Incoming {
-    fn new() -> Self {
-        Incoming { buffer: vec![0; BUFFER].into_boxed_slice(), start: 0, end: 0 }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &self.buffer[self.start..self.end]
-    }
-
-    fn take(&mut self, len: usize) {
-        self.start += len;
-    }
-
-    /// Adds what one read brings. Every packet fits, so there is room as long as packets are taken.
-    fn fill(&mut self, socket: &mut impl Read) -> io::Result<()> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.buffer.len() - self.end < codec::MAX_PACKET {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
-        }
-        loop {
-            match socket.read(&mut self.buffer[self.end..]) {
-                Ok(0) => {
-                    let text = "the SSH master closed the connection";
-                    return Err(io::Error::new(io::ErrorKind::ConnectionReset, text));
-                }
-                Ok(len) => {
-                    self.end += len;
-                    return Ok(());
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        self.shared.send(&codec::eof(self.shared.channel), &[])
     }
 }
 
@@ -542,10 +419,6 @@ fn write_both(mut socket: &UnixStream, mut header: &[u8], mut data: &[u8]) -> io
         }
     }
     Ok(())
-}
-
-fn is_timeout(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -7,11 +7,12 @@ use std::{
         unix::{fs::MetadataExt, net::UnixStream},
     },
     path::Path,
+    process::Command,
     time::{Duration, Instant, SystemTime},
 };
 
 use super::{
-    Channel, Forward, OpenError, Session, channel, forward,
+    Channel, Forward, OpenError, Recipe, Session, channel, forward, kept,
     liveness::{self, Liveness},
     lock::lock,
     process,
@@ -93,6 +94,18 @@ impl Master {
     /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
     pub fn open_unix_socket(&self, path: &str, bound: Duration) -> Result<Channel, OpenError> {
         channel::open(&self.files.socket, path, bound)
+    }
+
+    /// Has a process open streams in advance from now on, up to `most`, for [`Pool::take_kept`]. It ends 15
+    /// seconds after the last one was wanted. `program` is one that calls [`super::keep`] with its last three arguments.
+    ///
+    /// [`Pool::take_kept`]: super::Pool::take_kept
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn keep(&self, program: Command, recipe: &Recipe, most: u8) -> io::Result<()> {
+        let Files { socket, keeper, keeping, .. } = &self.files;
+        kept::start(program, [socket, keeper, keeping], recipe, most)
     }
 
     /// Has the far side connect to a host (`ssh -W`), and the master carry `input` there and what comes back

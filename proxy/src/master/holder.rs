@@ -7,7 +7,10 @@
 //! - Afterwards the master closes the channel only when it next looks at it, which can be many seconds later if
 //!   its place in the master's table is below that of the connection. A cancelled build would run on.
 //!
-//! So a small process holds the connection too, and closes the channel in our place.
+//! - If the connection ends while the master has something to write to it, the master forgets to part it from its
+//!   channels, uses what it has freed, and dies: a build that talks when it is cancelled would end all others.
+//!
+//! So a small process holds the connection too, closes the channel in our place, and throws away what still comes.
 
 use std::{
     io::{self, Write},
@@ -30,7 +33,7 @@ open)
     read -r word
     case $word in
     release) ;;
-    *) printf "$packet" ;;
+    *) printf "$packet"; exec timeout 5 cat <&1 >/dev/null ;;
     esac ;;
 keep) while read -r word <&1; do :; done ;;
 *) exec sleep 20 ;;

@@ -13,6 +13,7 @@
 mod channel;
 mod clients;
 mod diagnosis;
+mod dialogue;
 mod directory;
 mod effective;
 mod error;
@@ -20,11 +21,14 @@ mod everybody;
 mod forward;
 mod handle;
 mod holder;
+mod keeper;
+mod kept;
 mod liveness;
 mod lock;
 mod mux;
 mod name;
 pub(crate) mod pace;
+mod parting;
 mod pool;
 mod process;
 mod proxy_mode;
@@ -55,6 +59,8 @@ pub use error::StartError;
 pub use everybody::{Place, Survivor, places, survivors};
 pub use forward::Forward;
 pub use handle::Master;
+pub use keeper::keep;
+pub use kept::Recipe;
 pub use name::{Endpoint, EndpointError};
 pub use pool::{Pool, SetupError};
 pub use proxy_mode::ProtocolError;
@@ -157,10 +163,15 @@ impl OpenError {
 /// Connects to a control socket. Blocking afterwards, but never while connecting: the queue of a stopped
 /// master fills up, and a blocking connect would wait for ever.
 fn connect(control: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    connect_as(SockType::Stream, control, deadline)
+}
+
+/// The same to a socket of another type.
+fn connect_as(kind: SockType, control: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let address = UnixAddr::new(control)?;
     loop {
-        let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        let socket = socket::socket(AddressFamily::Unix, kind, flags, None)?;
         match socket::connect(socket.as_raw_fd(), &address) {
             Ok(()) => {
                 let stream = UnixStream::from(socket);

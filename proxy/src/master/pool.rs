@@ -13,13 +13,14 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    OpenError, connect,
+    Channel, OpenError, Recipe, connect,
     diagnosis::{CURE_OF_PROXY, Fault, SAID_BY_PROXY},
     directory::{self, DirectoryError},
     effective,
     error::StartError,
     forward,
     handle::{Avoid, Master, avoided, kill_recorded, remove},
+    kept,
     liveness::{self, ALIVE_BOUND, Liveness},
     lock::lock,
     mux,
@@ -146,6 +147,30 @@ impl Pool {
             return None;
         }
         Some(Master::of(files, endpoint.destination.clone()))
+    }
+
+    /// A stream that a keeper has opened in advance ([`Master::keep`]), if there is one and its master is one that
+    /// [`Pool::live`] would give. Without a keeper this takes microseconds.
+    pub fn take_kept(
+        &self,
+        endpoint: &Endpoint,
+        recipe: &Recipe,
+        bound: Duration,
+    ) -> Option<(Master, Channel)> {
+        let foreign = self.foreign(endpoint);
+        let (files, is_foreign) =
+            foreign.map_or_else(|| (self.files(endpoint), false), |files| (files, true));
+        if avoided(&files).is_some() || !files.keeper.exists() {
+            return None;
+        }
+        if !is_foreign && !Record::read(&files)?.is_current() {
+            return None;
+        }
+        let channel = kept::take(&files.keeper, &files.socket, recipe, bound)?;
+        let destination = endpoint.destination.clone();
+        let master =
+            if is_foreign { Master::foreign(files, destination) } else { Master::of(files, destination) };
+        Some((master, channel))
     }
 
     /// The master, started if there is none that answers within a second. Concurrent calls, of whatever

@@ -170,8 +170,8 @@ impl Pool {
         tracing::info!(destination = master.destination, pid = master.pid, "SSH master stopped");
         forward::remove_all(&files.socket);
         // The lock last, and while it is held: see `lock`.
-        let Files { socket, record, output, hosts, failure, avoid, .. } = &files;
-        for path in [socket, record, output, hosts, failure, avoid, &files.lock] {
+        let Files { socket, record, output, hosts, failure, avoid, keeper, keeping, .. } = &files;
+        for path in [socket, record, output, hosts, failure, avoid, keeper, keeping, &files.lock] {
             remove(path).map_err(io_error(path))?;
         }
         Ok(())

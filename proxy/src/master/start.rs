@@ -67,6 +67,9 @@ pub(super) struct Files {
     pub(super) failure: PathBuf,
     /// Why it is to be left alone for a moment.
     pub(super) avoid: PathBuf,
+    /// Where its keeper of streams listens, and what that locks.
+    pub(super) keeper: PathBuf,
+    pub(super) keeping: PathBuf,
 }
 
 impl Files {
@@ -82,6 +85,8 @@ impl Files {
             hosts: file("hosts"),
             failure: file("failed"),
             avoid: file("avoid"),
+            keeper: file("keeper"),
+            keeping: file("keeping"),
         }
     }
 }

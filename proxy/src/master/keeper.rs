@@ -1,0 +1,451 @@
+//! The keeper: a process that has streams of one kind ready on one master, for other processes of the same user, and
+//! closes them for those that die.
+//!
+//! A stream is handed out once. The keeper ends by itself soon after the last demand. It must never know what the
+//! streams are for, and never end while a channel is being confirmed: the master would end with it (see `holder`).
+
+use std::{
+    collections::VecDeque,
+    fs::{self, File},
+    io::{self, ErrorKind, Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::Flock,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+    unistd,
+};
+
+use super::{
+    connect,
+    dialogue::{Broken, Confirmed, Dialogue},
+    holder::Holder,
+    kept::{MAX_PACKET, Recipe, Word},
+    lock::lock,
+    parting::Parting,
+    proxy_mode::{self as codec, Packet},
+};
+use crate::passing;
+
+/// Streams are kept so long after somebody wanted one.
+const IDLE: Duration = Duration::from_secs(15);
+/// Streams that are being opened at a time. Some servers let no more than five connections wait.
+const MOST_OPENING: usize = 4;
+/// How long the far side may take to confirm a channel and to answer the first words.
+const OPENING: Duration = Duration::from_secs(20);
+/// After a failure nothing is opened for so long.
+const PAUSE: Duration = Duration::from_millis(500);
+/// How long the master may take to part with a stream.
+const LEAVING: Duration = Duration::from_secs(20);
+/// How long a write to the master or to a client may take.
+const WRITE_BOUND: Duration = Duration::from_millis(500);
+/// What the far side may say in answer to the first words, in bytes.
+const MOST_HEARD: usize = MAX_PACKET / 2;
+
+/// Is the keeper, until nobody has wanted a stream for a while and all who have one are gone. Reads what is wanted
+/// from standard input. `control` is the master's socket, `door` the keeper's own, and `lock` held for that; if another
+/// process holds it already, this does nothing.
+///
+/// # Errors
+/// If the door cannot be made.
+pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
+    let mut told = Vec::new();
+    io::stdin().take(MAX_PACKET as u64).read_to_end(&mut told)?;
+    let told = told.split_first().and_then(|(most, recipe)| Some((*most, Recipe::from_bytes(recipe)?)));
+    let no_recipe = || io::Error::new(ErrorKind::InvalidInput, "no description of streams on standard input");
+    let (most, recipe) = told.ok_or_else(no_recipe)?;
+    let opening = Dialogue::opening(&recipe.socket_path).map_err(io::Error::other)?;
+    detach();
+    let Some(door) = Door::open(door, lock)? else { return Ok(()) };
+    let keeper = Keeper {
+        control: control.to_owned(),
+        recipe,
+        opening,
+        most: most.into(),
+        target: 1,
+        streams: VecDeque::new(),
+        waiting: VecDeque::new(),
+        guarded: Vec::new(),
+        leaving: Vec::new(),
+        paused_until: None,
+        wanted_at: Instant::now(),
+        is_closing: false,
+    };
+    keeper.run(door);
+    Ok(())
+}
+
+/// Leaves the session of whoever started us, and every descriptor that others may wait for the end of.
+fn detach() {
+    let _ = unistd::setsid();
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        let _ = unistd::close(number);
+    }
+}
+
+/// Where streams are asked for. Its files are removed with it.
+struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+    lock_path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Door {
+    /// None if another keeper has it.
+    fn open(path: &Path, lock_path: &Path) -> io::Result<Option<Self>> {
+        let Some(_lock) = lock(lock_path, Instant::now())? else { return Ok(None) };
+        let _ = fs::remove_file(path);
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        socket::listen(&socket, Backlog::new(64)?)?;
+        let listener = UnixListener::from(socket);
+        Ok(Some(Door { listener, path: path.to_owned(), lock_path: lock_path.to_owned(), _lock }))
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        // The lock last, and while it is held: see `lock`.
+        let _ = fs::remove_file(&self.lock_path);
+    }
+}
+
+/// A stream that nobody has yet.
+struct Prepared {
+    socket: UnixStream,
+    dialogue: Dialogue,
+    confirmed: Option<Confirmed>,
+    /// The far side answered the first words.
+    answered: bool,
+    since: Instant,
+}
+
+impl Prepared {
+    /// Takes in what came. False when the stream is lost or was ended by the far side.
+    fn advance(&mut self, words: &[u8]) -> Result<bool, Broken> {
+        self.dialogue.fill(&mut self.socket)?;
+        if self.confirmed.is_none()
+            && let Some(mut confirmed) = self.dialogue.advance()?
+        {
+            let len = words.len() as u32;
+            if !words.is_empty() && len <= confirmed.max_packet && len <= confirmed.window {
+                self.socket.write_all(&[&codec::data_header(confirmed.channel, len), words].concat())?;
+                confirmed.window -= len;
+            }
+            self.answered = words.is_empty();
+            self.confirmed = Some(confirmed);
+        }
+        if self.confirmed.is_none() {
+            return Ok(true);
+        }
+        if self.dialogue.rest().len() > MOST_HEARD {
+            return Ok(false);
+        }
+        // They stay where they are, for whoever gets the stream.
+        let mut rest = self.dialogue.rest();
+        while let Some(len) = codec::length(rest, "packet", codec::MAX_PACKET)? {
+            let Some(packet) = rest.get(..4 + len) else { break };
+            if let Some(header) = packet.first_chunk()
+                && codec::data_length(header)?.is_some()
+            {
+                self.answered = true;
+            } else if matches!(codec::packet(&packet[4..])?, Packet::Eof | Packet::Close) {
+                return Ok(false);
+            }
+            rest = &rest[4 + len..];
+        }
+        Ok(true)
+    }
+
+    fn is_ready(&self) -> bool {
+        self.answered
+    }
+
+    /// Nothing to be done while it is not confirmed.
+    fn close(self) -> Option<Leaving> {
+        self.confirmed.map(|_| Leaving::new(self.socket))
+    }
+}
+
+/// A stream that somebody has: until he closes this connection, or dies.
+struct Guarded {
+    client: UnixStream,
+    socket: UnixStream,
+}
+
+/// A stream that is being closed.
+struct Leaving {
+    parting: Parting,
+    since: Instant,
+}
+
+impl Leaving {
+    fn new(socket: UnixStream) -> Self {
+        Leaving { parting: Parting::begin(socket), since: Instant::now() }
+    }
+}
+
+/// Somebody who connected.
+struct Client {
+    connection: UnixStream,
+    /// He said what he wants, and it is what we have.
+    asked: bool,
+}
+
+struct Keeper {
+    control: PathBuf,
+    recipe: Recipe,
+    opening: Vec<u8>,
+    /// So many streams are to be ready or being opened, at most and now.
+    most: usize,
+    target: usize,
+    streams: VecDeque<Prepared>,
+    waiting: VecDeque<Client>,
+    guarded: Vec<Guarded>,
+    leaving: Vec<Leaving>,
+    paused_until: Option<Instant>,
+    wanted_at: Instant,
+    /// There are to be no more streams.
+    is_closing: bool,
+}
+
+impl Keeper {
+    fn run(mut self, door: Door) {
+        tracing::debug!(control = %self.control.display(), "keeping streams ready");
+        let mut door = Some(door);
+        loop {
+            let now = Instant::now();
+            if self.is_closing || (!self.is_wanted() && now >= self.wanted_at + IDLE) {
+                door = None;
+                self.waiting.clear();
+            }
+            self.give_up_late_ones(now);
+            if door.is_some() {
+                self.hand_out();
+                self.refill(now);
+            } else {
+                // Those that are being opened must be waited for.
+                let (opened, opening): (Vec<Prepared>, Vec<Prepared>) =
+                    self.streams.drain(..).partition(|stream| stream.confirmed.is_some());
+                self.leaving.extend(opened.into_iter().filter_map(Prepared::close));
+                self.streams = opening.into();
+                if self.streams.is_empty() && self.guarded.is_empty() && self.leaving.is_empty() {
+                    tracing::debug!(control = %self.control.display(), "no more streams are wanted");
+                    return;
+                }
+            }
+            if let Err(error) = self.wait(door.as_ref(), now) {
+                tracing::error!(%error, "cannot wait for events");
+                return;
+            }
+        }
+    }
+
+    /// Sleeps until something happens and takes it in.
+    fn wait(&mut self, door: Option<&Door>, now: Instant) -> Result<(), Errno> {
+        let until = self
+            .streams
+            .iter()
+            .filter(|stream| !stream.is_ready())
+            .map(|stream| stream.since + OPENING)
+            .chain(self.leaving.iter().map(|leaving| leaving.since + LEAVING))
+            .chain(door.and(self.paused_until))
+            .chain(door.filter(|_| !self.is_wanted()).map(|_| self.wanted_at + IDLE))
+            .min();
+        let timeout = until.map_or(PollTimeout::NONE, |until| {
+            // Rounded up, or the last millisecond would be spent in a loop.
+            let left = until.saturating_duration_since(now) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds: Vec<PollFd<'_>> = Vec::new();
+        let watch = |socket| PollFd::new(socket, PollFlags::POLLIN);
+        fds.extend(self.streams.iter().map(|stream| watch(stream.socket.as_fd())));
+        fds.extend(self.guarded.iter().map(|guarded| watch(guarded.client.as_fd())));
+        fds.extend(self.leaving.iter().map(|leaving| watch(leaving.parting.as_fd())));
+        fds.extend(self.waiting.iter().map(|client| watch(client.connection.as_fd())));
+        fds.extend(door.map(|door| watch(door.listener.as_fd())));
+        match poll(&mut fds, timeout) {
+            Err(Errno::EINTR) => return Ok(()),
+            other => other?,
+        };
+        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect::<Vec<_>>().into_iter();
+        drop(fds);
+        let mut is_ready = || ready.next().unwrap_or(false);
+        self.streams = std::mem::take(&mut self.streams)
+            .into_iter()
+            .filter_map(|stream| if is_ready() { self.advance(stream) } else { Some(stream) })
+            .collect();
+        let (gone, guarded): (Vec<Guarded>, Vec<Guarded>) =
+            self.guarded.drain(..).partition(|guarded| is_ready() && has_ended(&guarded.client));
+        self.guarded = guarded;
+        let control = &self.control;
+        self.leaving.retain_mut(|leaving| !(is_ready() && leaving.parting.is_over(control)));
+        self.leaving.extend(gone.into_iter().map(|guarded| Leaving::new(guarded.socket)));
+        self.waiting = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .filter_map(|client| if is_ready() { self.listen(client) } else { Some(client) })
+            .collect();
+        if let Some(door) = door.filter(|_| is_ready()) {
+            while let Ok((connection, _)) = door.listener.accept() {
+                let _ = connection.set_write_timeout(Some(WRITE_BOUND));
+                let _ = connection.set_nonblocking(true);
+                self.waiting.push_back(Client { connection, asked: false });
+            }
+        }
+        Ok(())
+    }
+
+    /// Something came for a stream that nobody has.
+    fn advance(&mut self, mut stream: Prepared) -> Option<Prepared> {
+        match stream.advance(&self.recipe.words) {
+            Ok(true) => return Some(stream),
+            Ok(false) => self.leaving.extend(stream.close()),
+            Err(Broken::Lost(error)) => tracing::debug!(%error, "a stream was lost"),
+            Err(Broken::Refused { reason }) => {
+                tracing::debug!(reason, "no stream");
+                // The master needs the connection for the rest of its life.
+                if let Ok(holder) = Holder::spawn(&stream.socket) {
+                    holder.keep();
+                }
+                // Each refusal costs, so there are not to be more.
+                self.is_closing = true;
+                return None;
+            }
+            Err(reason) => tracing::debug!(?reason, "a stream was broken"),
+        }
+        self.fail();
+        None
+    }
+
+    /// Whoever waits may have better luck without us.
+    fn fail(&mut self) {
+        self.paused_until = Some(Instant::now() + PAUSE);
+        let (asked, rest): (Vec<Client>, Vec<Client>) =
+            self.waiting.drain(..).partition(|client| client.asked);
+        self.waiting = rest.into();
+        for client in asked {
+            let _ = (&client.connection).write_all(&Word::None.to_packet());
+        }
+    }
+
+    /// Hears what a client wants. None if he has left, or wants something else.
+    fn listen(&mut self, mut client: Client) -> Option<Client> {
+        let mut packet = vec![0; MAX_PACKET];
+        match client.connection.read(&mut packet) {
+            Ok(len) if len > 0 && !client.asked => {
+                if Recipe::from_bytes(&packet[..len]).as_ref() != Some(&self.recipe) || self.is_paused() {
+                    let _ = client.connection.write_all(&Word::None.to_packet());
+                    return None;
+                }
+                client.asked = true;
+                self.wanted_at = Instant::now();
+                let ahead = self.waiting.iter().filter(|client| client.asked).count();
+                if self.streams.iter().filter(|stream| stream.is_ready()).count() <= ahead {
+                    self.target = (self.target + 1).min(self.most);
+                    client.connection.write_all(&Word::Wait.to_packet()).ok()?;
+                }
+                Some(client)
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Some(client)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether somebody waits for a stream.
+    fn is_wanted(&self) -> bool {
+        self.waiting.iter().any(|client| client.asked)
+    }
+
+    fn is_paused(&self) -> bool {
+        self.paused_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Gives ready streams, oldest first, to those who have waited longest.
+    fn hand_out(&mut self) {
+        while let Some(next) = self.waiting.iter().position(|client| client.asked)
+            && let Some(ready) = self.streams.iter().position(Prepared::is_ready)
+        {
+            let (Some(client), Some(stream)) = (self.waiting.remove(next), self.streams.remove(ready)) else {
+                return;
+            };
+            let Some(confirmed) = stream.confirmed else { continue };
+            let packet = Word::Stream { confirmed, heard: stream.dialogue.rest() }.to_packet();
+            match passing::send_with_descriptor(&client.connection, &packet, stream.socket.as_fd()) {
+                Ok(()) => {
+                    self.guarded.push(Guarded { client: client.connection, socket: stream.socket });
+                }
+                // He has left.
+                Err(_) => self.streams.push_front(stream),
+            }
+        }
+    }
+
+    /// Opens as many as are wanted.
+    fn refill(&mut self, now: Instant) {
+        if self.is_paused() {
+            return;
+        }
+        self.paused_until = None;
+        let opening = self.streams.iter().filter(|stream| stream.confirmed.is_none()).count();
+        let wanted = self.target.saturating_sub(self.streams.len());
+        for _ in 0..wanted.min(MOST_OPENING.saturating_sub(opening)) {
+            let opened = connect(&self.control, now).and_then(|mut socket| {
+                socket.set_write_timeout(Some(WRITE_BOUND))?;
+                socket.write_all(&self.opening)?;
+                Ok(socket)
+            });
+            match opened {
+                Ok(socket) => self.streams.push_back(Prepared {
+                    socket,
+                    dialogue: Dialogue::default(),
+                    confirmed: None,
+                    answered: false,
+                    since: now,
+                }),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot connect to the master");
+                    self.is_closing =
+                        matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+                    self.fail();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A far side that does not answer in time is not asked again at once.
+    fn give_up_late_ones(&mut self, now: Instant) {
+        let before = self.streams.len();
+        let late = |stream: &Prepared| !stream.is_ready() && now >= stream.since + OPENING;
+        let (late, rest): (Vec<Prepared>, Vec<Prepared>) = self.streams.drain(..).partition(late);
+        self.streams = rest.into();
+        self.leaving.extend(late.into_iter().filter_map(Prepared::close));
+        self.leaving.retain(|leaving| now < leaving.since + LEAVING);
+        if self.streams.len() < before {
+            self.fail();
+        }
+    }
+}
+
+/// Whether nobody is at the other end any more. Who has a stream has nothing to say.
+fn has_ended(mut client: &UnixStream) -> bool {
+    match client.read(&mut [0]) {
+        Err(error) => !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
+        Ok(len) => len == 0,
+    }
+}
