@@ -1,13 +1,15 @@
 //! The second-best ways to a builder's store: each one taken because a real sshd refuses the better one, remembered,
 //! and given up again once the better one is open.
 
-use harness::{Builder, BuilderPlan, Client, Hook, Output, Running, World, drv};
+use harness::{Builder, BuilderPlan, Client, Hook, Output, Running, World, drv, wait_until};
 
-use crate::support::{gated, hide, open, wait_for_begin};
+use crate::support::{SOON, begun, gated, hide, open, wait_for_begin};
 
 const SOCKET: &str = "daemon socket";
 const SESSION: &str = "nix-daemon --stdio";
 const SERVE: &str = "nix-store --serve";
+const CLOSED: &str = "the daemon's socket is not open to us";
+const NO_DAEMON: &str = "no daemon can be started for us";
 /// Where the hook notes which ways are closed.
 const NOTES: &str = "/run/nix-offload/answered";
 
@@ -36,7 +38,8 @@ fn assert_taken_until_the_socket_is_open(
         assert_built_there(&client, name);
     }
     assert_way(&client, protocol, way);
-    assert_eq!(told_closed(&client), 1, "a hook asked again though it was noted");
+    assert_eq!(told(&client, CLOSED), 1, "a hook asked again though it was noted");
+    assert_eq!(told(&client, NO_DAEMON), usize::from(way == SERVE), "a hook tried again though it was noted");
     let refused = usize::from(closed == Closed::Refused);
     assert_eq!(mac.refused_channels(), refused, "{}", mac.log("sshd"));
     assert_eq!(holders(&client), 1, "{:?}", client.processes());
@@ -71,10 +74,9 @@ fn assert_way(client: &Client, protocol: &str, way: &str) {
     assert_eq!(output.stdout().contains("\nDetour: "), way != SOCKET, "{output}");
 }
 
-/// How often a hook found the socket closed.
-fn told_closed(client: &Client) -> usize {
-    let entries = client.journal("-t nix-offload");
-    entries.iter().filter(|entry| entry["MESSAGE"] == "the daemon's socket is not open to us").count()
+/// How often hooks told this.
+fn told(client: &Client, message: &str) -> usize {
+    client.journal("-t nix-offload").iter().filter(|entry| entry["MESSAGE"] == message).count()
 }
 
 /// Each refused channel leaves one process until its master ends.
@@ -273,7 +275,7 @@ fn one_session_for_each_connection_and_no_sockets() {
     }
     // A connection for each build, and only the first was asked for the socket.
     assert!(mac.logins() >= 3, "{} logins", mac.logins());
-    assert_eq!((mac.refused_channels(), told_closed(&client)), (1, 1), "{}", mac.log("sshd"));
+    assert_eq!((mac.refused_channels(), told(&client, CLOSED)), (1, 1), "{}", mac.log("sshd"));
     assert_way(&client, "ssh-ng", SESSION);
     let before = mac.logins();
     mac.restart_sshd_with(&["MaxSessions 1"]);
@@ -285,6 +287,38 @@ fn one_session_for_each_connection_and_no_sockets() {
     assert_way(&client, "ssh-ng", SOCKET);
     assert_eq!(mac.refused_channels(), 1);
     client.verify_store();
+}
+
+/// Eight hooks want a session at the same moment, when there is no connection yet. A connection that was made for one
+/// may be taken by another, and sshd counts the command that began it for a moment longer.
+#[test]
+fn as_many_builds_as_there_may_be_connections_with_one_session() {
+    let world = World::new();
+    let mac = world.builder("mac").refusing_forwarding().max_sessions(1).start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 8).start();
+    // Eight logins one after the other take their time on a machine that has much to do.
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 60\n");
+    // Eight that make Nix's database at once get in each other's way.
+    client.run("nix-store --init");
+    let names: Vec<String> = (0..8).map(|number| format!("crowd-{number}")).collect();
+    let mut builds: Vec<Running> = names
+        .iter()
+        .map(|name| client.nix_build_command(&gated(name), &["-j0"]).limit(SOON * 4).spawn())
+        .collect();
+    wait_until("all are begun", SOON * 3, || {
+        for build in &mut builds {
+            assert!(build.is_running(), "{}", build.stderr_so_far());
+        }
+        names.iter().all(|name| !begun(&client, name).is_empty())
+    });
+    for name in &names {
+        open(&client, name);
+    }
+    for build in builds {
+        build.wait().assert_success();
+    }
+    client.verify_store();
+    mac.verify_store();
 }
 
 /// A program that is named is what is meant: the socket, whose daemon may be another one, is not asked for.
@@ -304,7 +338,7 @@ fn a_remote_program_of_several_words() {
     open(&client, "gate");
     build.wait().assert_success();
     assert!(ping(&client, uri).stdout().contains(&format!("\nWay: {SESSION}\n")));
-    assert_eq!((mac.refused_channels(), told_closed(&client), holders(&client)), (0, 0, 0));
+    assert_eq!((mac.refused_channels(), told(&client, CLOSED), holders(&client)), (0, 0, 0));
 }
 
 /// The daemon behind the socket has another store.
@@ -319,7 +353,7 @@ fn a_remote_store() {
         let path = client.nix_build(&drv::trivial("elsewhere"), &["-j0"]).assert_success().out_path();
         assert!(mac.exists(&format!("/srv/store{path}")) && !mac.exists(&path), "{path}");
         assert!(ping(&client, &uri).stdout().contains(&format!("\nWay: {way}\n")));
-        assert_eq!((mac.refused_channels(), told_closed(&client), holders(&client)), (0, 0, 0));
+        assert_eq!((mac.refused_channels(), told(&client, CLOSED), holders(&client)), (0, 0, 0));
         client.verify_store();
     }
 }
