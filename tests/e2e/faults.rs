@@ -124,8 +124,9 @@ fn answers(client: &Client) -> Vec<f64> {
 #[test]
 fn one_dead_machine_holds_up_one_build_for_the_connect_timeout_once_per_cool_down() {
     const TIMEOUT_MS: f64 = 1000.0;
-    // Far more than an answer takes that waits for nobody, even on a machine with much to do.
+    // Far more than an answer takes that waits for nobody; the machine may have much to do.
     const WAITED_MS: f64 = 700.0;
+    const BUSY_MS: f64 = 1000.0;
     let world = World::new();
     let mac = world.builder("mac").start();
     let (_hole, port, _queue) = black_hole();
@@ -161,7 +162,7 @@ fn one_dead_machine_holds_up_one_build_for_the_connect_timeout_once_per_cool_dow
         }
         let (asked, waited) = since();
         assert!(asked >= 6 && waited.len() == 1, "{asked} answers, {waited:?}");
-        assert!(waited[0] < TIMEOUT_MS * 1.5, "{waited:?}");
+        assert!(waited[0] < TIMEOUT_MS + BUSY_MS, "{waited:?}");
         assert_told(&built, "'ssh-ng://hole'", "cannot connect to hole", "is up");
 
         // Other processes of Nix know it already: the daemon's for another client, and root's own.
