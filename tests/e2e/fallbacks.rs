@@ -206,7 +206,7 @@ fn a_key_for_a_store() {
     );
 }
 
-/// All of these are Debian's own words for an account of builds.
+/// A block of sshd_config for an account that runs one command whatever is asked for.
 fn account(command: &str) -> String {
     format!("Match User root\n  ForceCommand {command}\n  DisableForwarding yes")
 }
