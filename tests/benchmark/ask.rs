@@ -1,52 +1,114 @@
 //! From Nix's question to the hook's answer: all other builds of that Nix wait for it.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
-use harness::drv;
+use harness::{Command, drv, wait_until};
 
 use crate::{
-    BENCH,
-    report::{Figure, Section},
-    scene::{Contender, Scene},
+    BENCH, big,
+    report::{Bound, Figure, Section},
+    scene::{Contender, Link, Scene},
 };
 
 const SETTINGS: &str = "/tmp/settings";
 const LIMIT: Duration = Duration::from_secs(300);
 /// Stock connects before it answers; so many answers of it are enough.
 const STOCK_SHARE: u32 = 10;
+/// So many questions are asked while one input is sent; fewer where that takes less time.
+const WHILE_SENDING: u32 = 25;
+const MEDIAN_GOAL_MS: f64 = 1.0;
+const SLOWEST_GOAL_MS: f64 = 3.0;
 
 /// Asks each hook for one derivation, in a new process each time.
 pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
-    let expression = drv::trivial(&scene.fresh("asked-for"));
-    let instantiated = scene.client.nix("nix-instantiate").args(["-E", &expression]).run();
-    let drv = instantiated.assert_success().out_path();
+    let drv = derivation(scene);
     let mut figures = Vec::new();
     for contender in Contender::REMOTE {
         let times = if contender == Contender::Ours { times } else { times.div_ceil(STOCK_SHARE) };
-        // The words `nix` sends are those it shows.
-        let shown = scene.client.run("nix --extra-experimental-features nix-command show-config 2>/dev/null");
-        let others =
-            shown.lines().filter(|line| !line.starts_with("builders =")).collect::<Vec<_>>().join("\n");
-        scene.client.write(SETTINGS, &format!("{others}\nbuilders = {}\n", Scene::builders(contender)));
-        let (_, hook) = scene.hook_words(contender);
-        let output = scene
-            .client
-            .command(BENCH)
-            .args(["ask", SETTINGS, &drv, &times.to_string()])
-            .args(hook)
-            .limit(LIMIT)
-            .run();
-        output.assert_success();
-        let figure = |what| Figure::new(&format!("{}: {what}", contender.label()), "ms");
-        let mut warm = figure("from `try`");
-        let mut cold = figure("from the start of the process");
-        for line in output.stdout().lines() {
-            let (kind, milliseconds) = line.split_once(' ').expect("two words");
-            let sample = milliseconds.parse().expect("a number");
-            if kind == "warm" { warm.push(sample) } else { cold.push(sample) }
-        }
-        figures.extend([warm, cold]);
+        let mut both = figures_of(contender.label());
+        questions(scene, contender, &drv, times, &mut both);
+        figures.push(both);
     }
     let title = format!("Nix's question to the hook's reply, live master, {times} questions (stock: fewer)");
-    Section::new(title, figures)
+    section(title, "reply", figures)
+}
+
+/// The same of our hook while another one sends a large input to the same builder.
+pub(crate) fn reply_while_sending(scene: &Scene, times: u32, mebibytes: u32) -> Section {
+    let drv = derivation(scene);
+    let input = big::add(scene, mebibytes);
+    let size = u64::from(mebibytes) << 20;
+    let mut both = figures_of(Contender::Ours.label());
+    let (mut sendings, mut each) = (0, WHILE_SENDING);
+    while both[0].count() < times as usize {
+        let arrived = || fs::metadata(scene.builder.path(&input)).map_or(0, |file| file.len());
+        let sending = scene.spawn(Contender::Ours, &big::user_of(scene, &input));
+        wait_until("the input is on its way", LIMIT, || arrived() > 0);
+        let mut taken = figures_of(Contender::Ours.label());
+        questions(scene, Contender::Ours, &drv, each, &mut taken);
+        if arrived() < size {
+            sendings += 1;
+            both[0].append(&taken[0]);
+            both[1].append(&taken[1]);
+        } else {
+            assert!(each > 1, "{mebibytes} MiB are sent before one question is answered");
+            each = each.div_ceil(2);
+        }
+        sending.wait().assert_success();
+        big::delete(&scene.builder, &input);
+    }
+    let title = format!(
+        "The same while {mebibytes} MiB are sent to that builder by another hook, {} questions in {sendings} sendings",
+        both[0].count()
+    );
+    section(title, "reply while sending", vec![both])
+}
+
+fn derivation(scene: &Scene) -> String {
+    let expression = drv::trivial(&scene.fresh("asked-for"));
+    let instantiated = scene.client.nix("nix-instantiate").args(["-E", &expression]).run();
+    instantiated.assert_success().out_path()
+}
+
+fn figures_of(label: &str) -> [Figure; 2] {
+    ["from `try`", "from the start of the process"].map(|what| Figure::new(&format!("{label}: {what}"), "ms"))
+}
+
+/// The last ones are ours.
+fn section(title: String, name: &str, figures: Vec<[Figure; 2]>) -> Section {
+    let (mut median, mut slowest) = (f64::NAN, f64::NAN);
+    if let Some([warm, _]) = figures.last() {
+        (median, slowest) = (warm.median(), warm.quantile(0.99));
+    }
+    Section::new(title, figures.into_iter().flatten().collect())
+        .goal(&format!("{name}: median, ms"), median, Bound::Below(MEDIAN_GOAL_MS))
+        .goal(&format!("{name}: 99 % are below, ms"), slowest, Bound::Below(SLOWEST_GOAL_MS))
+}
+
+fn questions(scene: &Scene, contender: Contender, drv: &str, times: u32, both: &mut [Figure; 2]) {
+    let (_, hook) = scene.hook_words(contender);
+    let output = inside(scene, contender, &["ask", SETTINGS, drv, &times.to_string()]).args(hook).run();
+    output.assert_success();
+    for line in output.stdout().lines() {
+        let (kind, milliseconds) = line.split_once(' ').expect("two words");
+        both[usize::from(kind == "cold")].push(milliseconds.parse().expect("a number"));
+    }
+}
+
+/// Processor time, in milliseconds, of each of `times` hooks that get their settings and are asked nothing.
+pub(crate) fn starts(scene: &Scene, contender: Contender, times: u32) -> Vec<f64> {
+    let (_, hook) = scene.hook_words(contender);
+    let output = inside(scene, contender, &["start", SETTINGS, &times.to_string()]).args(hook).run();
+    output.assert_success();
+    output.stdout().lines().map(|line| line.parse().expect("a number")).collect()
+}
+
+/// This program inside the client, which finds there what `nix` would send to the hook.
+fn inside(scene: &Scene, contender: Contender, words: &[&str]) -> Command {
+    // The words `nix` sends are those it shows.
+    let shown = scene.client.run("nix --extra-experimental-features nix-command show-config 2>/dev/null");
+    let others = shown.lines().filter(|line| !line.starts_with("builders =")).collect::<Vec<_>>().join("\n");
+    let builders = scene.builders(contender, Link::Direct);
+    scene.client.write(SETTINGS, &format!("{others}\nbuilders = {builders}\n"));
+    scene.client.command(BENCH).args(words).limit(LIMIT)
 }

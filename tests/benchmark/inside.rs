@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{BufRead, BufReader, Write},
+    os::fd::OwnedFd,
     path::Path,
     process::{Child, ChildStdin, Command, ExitCode, Stdio},
     thread,
@@ -21,12 +22,37 @@ use nix::{
 /// How long a started hook is left alone with its settings until it is asked.
 const SETTLE: Duration = Duration::from_millis(10);
 
+/// Starts `times` hooks, gives each its settings and no request, and prints the processor time of each.
+pub(crate) fn starts(settings: &Path, times: u32, hook: &[String]) {
+    let _log = open_log();
+    let settings = settings_frame(&fs::read_to_string(settings).unwrap());
+    for _ in 0..times {
+        let before = children_cpu_us();
+        let (child, mut stdin) = start(hook);
+        stdin.write_all(&settings).unwrap();
+        end(child, stdin);
+        println!("{}", (children_cpu_us() - before) as f64 / 1000.0);
+    }
+}
+
+/// The hook writes the build's log to descriptor 4, which therefore must be open; nothing is written here.
+fn open_log() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = pipe().unwrap();
+    fcntl(&writer, FcntlArg::F_DUPFD(4)).unwrap();
+    (reader, writer)
+}
+
+/// User and system time of all children that were waited for, in microseconds.
+fn children_cpu_us() -> i64 {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
+    usage.user_time().num_microseconds() + usage.system_time().num_microseconds()
+}
+
 /// Runs a hook with this process's descriptors; appends a line about what it used; ends as it did.
 pub(crate) fn measure(file: &Path, hook: &[String]) -> ExitCode {
     let status = Command::new(&hook[0]).args(&hook[1..]).status().expect("the hook can be started");
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
-    let cpu = usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-    let line = format!("{{\"cpu_us\": {cpu}, \"max_rss_kib\": {}}}\n", usage.max_rss());
+    let line = format!("{{\"cpu_us\": {}, \"max_rss_kib\": {}}}\n", children_cpu_us(), usage.max_rss());
     let mut file = File::options().append(true).open(file).unwrap();
     file.write_all(line.as_bytes()).unwrap();
     ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
@@ -35,9 +61,7 @@ pub(crate) fn measure(file: &Path, hook: &[String]) -> ExitCode {
 /// Asks `times` times in two ways and prints a line for each: `warm` from the question, which comes
 /// when the process has read its settings, and `cold` from the start of the process, which gets both at once.
 pub(crate) fn ask(settings: &Path, drv: &str, times: u32, hook: &[String]) {
-    // The hook writes the build's log to descriptor 4, which therefore must be open; nothing is written here.
-    let (_reader, writer) = pipe().unwrap();
-    fcntl(&writer, FcntlArg::F_DUPFD(4)).unwrap();
+    let _log = open_log();
     let settings = settings_frame(&fs::read_to_string(settings).unwrap());
     let request = request_frame(drv);
     for _ in 0..times {

@@ -9,7 +9,9 @@
 
 mod ask;
 mod big;
+mod cancel;
 mod inside;
+mod link;
 mod many;
 mod proxy;
 mod report;
@@ -58,12 +60,18 @@ enum Part {
     Independent,
     /// 20 builds, each with the one before as its input
     Chain,
-    /// From Nix's question to the hook's answer
+    /// From Nix's question to the hook's answer, also while a large input is sent
     Reply,
     /// A large output and a large input: time, and memory of the hook
     Big,
-    /// Processor time of one trivial build at the client
+    /// Processor time of one trivial build at the client, and of starting a hook
     Cpu,
+    /// A chain of builds over a link with a round trip of 50 ms
+    Link,
+    /// 20 builds that sleep a second, with a slot for each
+    Wide,
+    /// From the end of nix-build to the end of its build, by every way to a builder
+    Cancel,
     /// `ssh HOST true` through a bastion
     Jump,
     /// Processor time of one ProxyCommand
@@ -95,6 +103,14 @@ enum Inside {
     Ask {
         settings: PathBuf,
         drv: String,
+        times: u32,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        hook: Vec<String>,
+    },
+    /// Starts a hook again and again, with settings and no request; prints the processor times.
+    #[command(hide = true)]
+    Start {
+        settings: PathBuf,
         times: u32,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         hook: Vec<String>,
@@ -138,6 +154,10 @@ fn main() -> ExitCode {
             inside::ask(&settings, &drv, times, &hook);
             return ExitCode::SUCCESS;
         }
+        Some(Inside::Start { settings, times, hook }) => {
+            inside::starts(&settings, times, &hook);
+            return ExitCode::SUCCESS;
+        }
         Some(Inside::Proxy { inside }) => {
             inside.run();
             return ExitCode::SUCCESS;
@@ -147,6 +167,22 @@ fn main() -> ExitCode {
     let mut report = Report::default();
     if arguments.wants_any(&Part::BUILDS) {
         builds(&arguments, &mut report);
+    }
+    if arguments.wants(Part::Wide) {
+        let scene = Scene::wide(arguments.release);
+        report.describe(|| describe(&scene.client));
+        report.add(many::wide(&scene, 20, arguments.rounds()));
+    }
+    if arguments.wants(Part::Link) {
+        let scene = Scene::linked(arguments.release, link::ROUND_TRIP);
+        report.describe(|| describe(&scene.client));
+        let stock_count = if arguments.quick { 4 } else { 20 };
+        report.add(link::link(&scene, 20, stock_count, arguments.rounds().min(3)));
+    }
+    if arguments.wants(Part::Cancel) {
+        let times = if arguments.quick { 2 } else { 10 };
+        let section = cancel::cancel(arguments.release, times, |client| report.describe(|| describe(client)));
+        report.add(section);
     }
     if arguments.wants_any(&Part::WARM_PROXY) {
         warm_proxy(&arguments, &mut report);
@@ -174,10 +210,12 @@ fn builds(arguments: &Arguments, report: &mut Report) {
         report.add(many::chain(&scene, 20, rounds));
     }
     if arguments.wants(Part::Reply) {
-        report.add(ask::reply(&scene, if quick { 20 } else { 200 }));
+        let times = if quick { 20 } else { 200 };
+        report.add(ask::reply(&scene, times));
+        report.add(ask::reply_while_sending(&scene, times, arguments.mebibytes()));
     }
     if arguments.wants(Part::Cpu) {
-        report.add(many::cpu(&scene, 20, rounds));
+        report.add(many::cpu(&scene, 20, rounds, if quick { 5 } else { 40 }));
     }
     if arguments.wants(Part::Big) {
         // Two copies of it are in memory, and each transfer takes seconds.

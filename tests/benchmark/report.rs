@@ -22,6 +22,21 @@ impl Figure {
         self.samples.push(sample);
     }
 
+    /// All measurements of another one.
+    pub(crate) fn append(&mut self, other: &Self) {
+        self.samples.extend_from_slice(&other.samples);
+    }
+
+    /// How many measurements there are.
+    pub(crate) fn count(&self) -> usize {
+        self.samples.len()
+    }
+
+    /// What the tables call it.
+    pub(crate) fn label(&self) -> &str {
+        &self.label
+    }
+
     /// The value below which this share (0 to 1) of the samples lies.
     pub(crate) fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.samples.clone();
@@ -71,6 +86,8 @@ pub(crate) enum Bound {
     AtLeast(f64),
     /// Not more than this.
     AtMost(f64),
+    /// Less than this.
+    Below(f64),
     /// This, neither more nor less.
     Exactly(f64),
 }
@@ -81,6 +98,7 @@ impl Bound {
         match *self {
             Self::AtLeast(bound) => ("at least", bound),
             Self::AtMost(bound) => ("at most", bound),
+            Self::Below(bound) => ("below", bound),
             Self::Exactly(bound) => ("exactly", bound),
         }
     }
@@ -98,6 +116,7 @@ impl Goal {
         match self.bound {
             Bound::AtLeast(bound) => self.value >= bound,
             Bound::AtMost(bound) => self.value <= bound,
+            Bound::Below(bound) => self.value < bound,
             Bound::Exactly(bound) => (self.value - bound).abs() < f64::EPSILON,
         }
     }

@@ -1,11 +1,11 @@
-//! The world of the builds: one client, one builder with 8 slots, and those who compete.
+//! The world of the builds: one client, one builder, and those who compete.
 
 use std::{
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
-use harness::{Builder, Client, Hook, Output, Release, World, drv};
+use harness::{Builder, Client, Command, Hook, Output, Relay, Release, Running, World, drv};
 use serde_json::Value;
 
 use crate::BENCH;
@@ -14,6 +14,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 const OURS: &str = "/opt/nix-offload/bin/nix-offload";
 const USAGE: &str = "/tmp/hook-usage";
 const SLOTS: u32 = 8;
+const MANY_SLOTS: u32 = 20;
 
 /// Who gets the builds done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +25,7 @@ pub(crate) enum Contender {
     StockMaster,
     /// nix-offload.
     Ours,
-    /// No hook: the client itself, 8 at once.
+    /// No hook: the client itself, as many at once as the builder has slots.
     Local,
 }
 
@@ -44,8 +45,29 @@ impl Contender {
         }
     }
 
-    fn alias(self) -> &'static str {
-        if self == Self::StockMaster { "shared" } else { "mac" }
+    fn alias(self, link: Link) -> String {
+        format!("{}{}", if self == Self::StockMaster { "shared" } else { "mac" }, link.suffix())
+    }
+}
+
+/// What lies between the client and the builder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Link {
+    /// The loopback network alone.
+    Direct,
+    /// A relay that passes everything on at once.
+    Near,
+    /// The same relay with a delay.
+    Far,
+}
+
+impl Link {
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::Direct => "",
+            Self::Near => "-near",
+            Self::Far => "-far",
+        }
     }
 }
 
@@ -63,33 +85,68 @@ pub(crate) struct Scene {
     pub(crate) client: Client,
     /// Where it is to be built.
     pub(crate) builder: Builder,
+    slots: u32,
+    relays: Vec<(Link, Relay)>,
     salt: AtomicU32,
     _world: World,
 }
 
 impl Scene {
-    /// Starts both machines and makes a build with every contender.
+    /// Starts both machines, the builder with 8 slots, and makes a build with every contender.
     pub(crate) fn new(release: Release) -> Self {
+        Self::start(release, SLOTS, &[])
+    }
+
+    /// The same with 20 slots.
+    pub(crate) fn wide(release: Release) -> Self {
+        Self::start(release, MANY_SLOTS, &[])
+    }
+
+    /// The same as the first, with links besides: one with this round trip, and one like it without a delay.
+    pub(crate) fn linked(release: Release, round_trip: Duration) -> Self {
+        Self::start(release, SLOTS, &[(Link::Near, Duration::ZERO), (Link::Far, round_trip)])
+    }
+
+    fn start(release: Release, slots: u32, links: &[(Link, Duration)]) -> Self {
         let world = World::new();
-        let builder = world.builder("mac").release(release).start();
-        // The same builder by another name, so that one client can do both.
-        let shared = format!(
-            "Host shared\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  ControlMaster auto\n  \
-             ControlPath /root/.ssh/master-%C\n  ControlPersist 3600\n",
-            builder.port(),
-            builder.login()
-        );
+        let plan = world.builder("mac").release(release).nix_conf(&format!("max-jobs = {slots}"));
+        let builder = plan.start();
+        let relays: Vec<(Link, Relay)> =
+            links.iter().map(|(link, round_trip)| (*link, Relay::to(builder.port(), *round_trip))).collect();
+        // The same builder by other names, so that one client can do everything.
+        let host = |alias: &str, port: u16, more: &str| {
+            format!(
+                "Host {alias}\n  HostName 127.0.0.1\n  Port {port}\n  HostKeyAlias [127.0.0.1]:{}\n  User {}\n{more}\n",
+                builder.port(),
+                builder.login()
+            )
+        };
+        let shares = "  ControlMaster auto\n  ControlPath /root/.ssh/master-%C\n  ControlPersist 3600\n";
+        let mut ssh_config = host(&Contender::StockMaster.alias(Link::Direct), builder.port(), shares);
+        for (link, relay) in &relays {
+            for (contender, more) in [(Contender::StockMaster, shares), (Contender::Ours, "")] {
+                ssh_config.push_str(&host(&contender.alias(*link), relay.port(), more));
+            }
+        }
         let client =
-            world.client().release(release).hook(Hook::Ours).knows(&builder).ssh_config(&shared).start();
-        client.command("ssh").args(["shared", "true"]).run().assert_success();
-        let scene = Self { client, builder, salt: AtomicU32::new(0), _world: world };
-        for contender in Contender::ALL {
-            let (plain, _) = scene.hook_words(contender);
-            let measured = format!("#!/bin/sh\nexec {BENCH} measure {USAGE} {plain} \"$@\"\n");
-            scene.client.write_mode(&measured_hook(contender), &measured, 0o755);
-            let _ = scene.build(contender, &drv::trivial(&scene.fresh("warm-up")));
+            world.client().release(release).hook(Hook::Ours).knows(&builder).ssh_config(&ssh_config).start();
+        let scene = Self { client, builder, slots, relays, salt: AtomicU32::new(0), _world: world };
+        for link in links.iter().map(|(link, _)| *link).chain([Link::Direct]) {
+            let alias = Contender::StockMaster.alias(link);
+            scene.client.command("ssh").args([&alias, "true"]).run().assert_success();
+            for contender in Contender::ALL {
+                let (plain, _) = scene.hook_words(contender);
+                let measured = format!("#!/bin/sh\nexec {BENCH} measure {USAGE} {plain} \"$@\"\n");
+                scene.client.write_mode(&measured_hook(contender), &measured, 0o755);
+                let _ = scene.build_over(contender, link, &drv::trivial(&scene.fresh("warm-up")));
+            }
         }
         scene
+    }
+
+    /// How many flights have been made so far over the long link.
+    pub(crate) fn flights(&self) -> u64 {
+        self.relays.iter().filter(|(link, _)| *link == Link::Far).map(|(_, relay)| relay.flights()).sum()
     }
 
     /// A name no derivation had yet.
@@ -109,23 +166,38 @@ impl Scene {
     }
 
     /// What stands in the setting `builders` for a contender.
-    pub(crate) fn builders(contender: Contender) -> String {
+    pub(crate) fn builders(&self, contender: Contender, link: Link) -> String {
         match contender {
             Contender::Local => String::new(),
-            _ => format!("ssh-ng://{} x86_64-linux - {SLOTS} 1", contender.alias()),
+            _ => format!("ssh-ng://{} x86_64-linux - {} 1", contender.alias(link), self.slots),
         }
     }
 
     /// Builds an expression to the end, which must succeed.
     pub(crate) fn build(&self, contender: Contender, expression: &str) -> Output {
+        self.build_over(contender, Link::Direct, expression)
+    }
+
+    /// The same over a link.
+    pub(crate) fn build_over(&self, contender: Contender, link: Link, expression: &str) -> Output {
         let (hook, _) = self.hook_words(contender);
-        self.build_with(contender, &hook, expression)
+        let output = self.build_command(contender, link, &hook, expression).run();
+        output.assert_success();
+        output
+    }
+
+    /// Starts building an expression.
+    pub(crate) fn spawn(&self, contender: Contender, expression: &str) -> Running {
+        let (hook, _) = self.hook_words(contender);
+        self.build_command(contender, Link::Direct, &hook, expression).spawn()
     }
 
     /// The same with a wrapper around each hook process; gives also what they used.
     pub(crate) fn build_measured(&self, contender: Contender, expression: &str) -> (Output, Vec<Usage>) {
         self.client.write(USAGE, "");
-        let output = self.build_with(contender, &measured_hook(contender), expression);
+        let hook = measured_hook(contender);
+        let output = self.build_command(contender, Link::Direct, &hook, expression).run();
+        output.assert_success();
         let text = self.client.read(USAGE);
         let number = |value: &Value, name: &str| value[name].as_f64().expect("the wrapper writes numbers");
         let usage = |line: &str| {
@@ -138,13 +210,11 @@ impl Scene {
         (output, text.lines().map(usage).collect())
     }
 
-    fn build_with(&self, contender: Contender, hook: &str, expression: &str) -> Output {
-        let jobs = if contender == Contender::Local { "-j8" } else { "-j0" };
-        let builders = Self::builders(contender);
-        let args = [jobs, "--builders", &builders, "--option", "build-hook", hook];
-        let output = self.client.nix_build_command(expression, &args).limit(LIMIT).run();
-        output.assert_success();
-        output
+    fn build_command(&self, contender: Contender, link: Link, hook: &str, expression: &str) -> Command {
+        let jobs = format!("-j{}", if contender == Contender::Local { self.slots } else { 0 });
+        let builders = self.builders(contender, link);
+        let args = [&jobs, "--builders", &builders, "--option", "build-hook", hook];
+        self.client.nix_build_command(expression, &args).limit(LIMIT)
     }
 
     /// Processor time so far of all ssh processes that live on between builds.

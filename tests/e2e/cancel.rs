@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Relay, Running, World, drv, wait_until};
+use harness::{Builder, BuilderPlan, Client, ClientPlan, Hook, Mode, Relay, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    SOON, assert_masters_and_holder_left, assert_only_masters_left, begun, gated, open, wait_for_begin,
+    SOON, assert_masters_and_holder_left, assert_only_masters_left, begun, gated, open, sleeping,
+    wait_for_begin,
 };
 
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -21,10 +22,6 @@ fn start_silent(mac: &Builder, client: &Client, seconds: &str) -> Running {
     let build = client.spawn_nix_build(&drv::silent_sleep(&format!("sleeper-{seconds}"), seconds), &["-j0"]);
     wait_until("the build has begun", SOON, || !sleeping(mac, seconds).is_empty());
     build
-}
-
-fn sleeping(mac: &Builder, seconds: &str) -> Vec<u32> {
-    mac.pids_matching(&format!("sleep {seconds}"))
 }
 
 fn assert_ended_at_once(mac: &Builder, seconds: &str) {
@@ -91,6 +88,58 @@ fn interrupting_nix_build_ends_a_silent_build() {
     assert_eq!(interrupted.stdout(), "");
     client.nix_build(&drv::trivial("next"), &["-j0"]).assert_success();
     assert_only_masters_left(&client, 1);
+}
+
+/// By this way a silent build ends when nix-build is killed and when it is interrupted, and so does what was started
+/// for it there.
+fn assert_ended_by(way: &str, plan_of_mac: impl FnOnce(BuilderPlan) -> BuilderPlan, uri: &str) {
+    let world = World::new();
+    let mac = plan_of_mac(world.builder("mac")).start();
+    let client = plan(&world).knows(&mac).machines(&format!("{uri} x86_64-linux - 1 1")).start();
+    let ping = client.nix_offload(&["ping-store", "--store", uri]);
+    assert!(ping.assert_success().stdout().contains(&format!("\nWay: {way}\n")), "{ping}");
+    let begun = || mac.pids_matching("--stdio").len() + mac.pids_matching("--serve").len();
+    wait_until("what answered has gone", SOON, || begun() == 0);
+    for (number, signal) in [Signal::SIGKILL, Signal::SIGINT, Signal::SIGKILL].into_iter().enumerate() {
+        let seconds = format!("{}", 4340 + number);
+        let build = start_silent(&mac, &client, &seconds);
+        build.signal(signal);
+        wait_until("the builder has stopped", SOON, || sleeping(&mac, &seconds).is_empty());
+        wait_until("nothing is left there", SOON, || begun() == 0);
+        build.wait().assert_failure();
+    }
+    let next = client.nix_build(&drv::where_built("next"), &["-j0"]);
+    assert_eq!(client.read(&next.assert_success().out_path()), "mac\n");
+    assert_eq!(mac.logins(), 1, "the master did not live through it");
+    client.verify_store();
+    mac.verify_store();
+}
+
+#[test]
+fn a_silent_build_ends_by_the_daemons_socket() {
+    assert_ended_by("daemon socket", |mac| mac, "ssh-ng://mac");
+    assert_ended_by("daemon socket", |mac| mac, "ssh://mac");
+}
+
+#[test]
+fn a_silent_build_ends_by_a_daemon_in_a_session() {
+    assert_ended_by("nix-daemon --stdio", |mac| mac.refusing_forwarding(), "ssh-ng://mac");
+}
+
+#[test]
+fn a_silent_build_ends_by_a_store_in_a_session() {
+    assert_ended_by("nix-store --serve", |mac| mac, "ssh://mac?remote-program=/usr/bin/nix-store");
+}
+
+#[test]
+fn a_silent_build_ends_by_forced_commands() {
+    for (command, way, uri) in [
+        ("nix-daemon --stdio", "nix-daemon --stdio", "ssh-ng://mac"),
+        ("nix-store --serve --write", "nix-store --serve", "ssh://mac"),
+    ] {
+        let options = format!("command=\"{command}\",restrict");
+        assert_ended_by(way, |mac| mac.key_options(&options), uri);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::{Client, Hook, Mode, Release, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
-use crate::support::{SOON, begun, gated, open, wait_for_begin};
+use crate::support::{SOON, begun, gated, open, sleeping, wait_for_begin};
 
 /// Not /nix, which is one of the machines.
 const STORE: &str = "/root/my-nix";
@@ -42,10 +42,11 @@ fn a_cancelled_build_ends_with_its_daemon() {
                 let seconds = format!("4{index}{number}{}", signal as i32 + 10);
                 let sleep = drv::silent_sleep(&format!("sleeper-{number}-{name}"), &seconds);
                 let build = start(&client, &sleep, &format!("{uri} - - 1 1"));
-                let sleeping = || client.pids_matching(&format!("sleep {seconds}"));
-                wait_until("the build has begun", SOON, || !sleeping().is_empty());
+                wait_until("the build has begun", SOON, || !sleeping(&client, &seconds).is_empty());
                 build.signal(signal);
-                wait_until(&format!("the build on {uri} has ended"), SOON, || sleeping().is_empty());
+                wait_until(&format!("the build on {uri} has ended"), SOON, || {
+                    sleeping(&client, &seconds).is_empty()
+                });
                 build.wait().assert_failure();
                 wait_until(&format!("the daemon for {uri} has gone"), SOON, || {
                     client.pids_matching("nix-daemon") == before

@@ -1,8 +1,14 @@
 //! Machines that cannot be used: the build goes elsewhere or fails soon, and the user is told why.
 
-use std::{net::TcpListener, os::unix::net::UnixListener, time::Duration};
+use std::{
+    net::{TcpListener, TcpStream},
+    os::unix::net::UnixListener,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Release, World, drv, wait_until};
+use nix::sys::socket;
+use serde_json::Value;
 
 use crate::support::{SOON, assert_only_masters_left, begun, gated, wait_for_begin};
 
@@ -91,6 +97,98 @@ fn machines_that_swallow_everything_do_not_hold_up_one_that_answers() {
     let built = client.nix_build(&drv::where_built("known"), &["-j0"]);
     assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
     assert!(built.took() < Duration::from_secs(2), "{built}");
+}
+
+/// A port whose kernel drops every further SYN: its queue of connections nobody takes is full.
+fn black_hole() -> (TcpListener, u16, Vec<TcpStream>) {
+    let hole = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    // A shorter queue than the library's.
+    socket::listen(&hole, socket::Backlog::new(0).unwrap()).unwrap();
+    let port = hole.local_addr().unwrap().port();
+    let mut queue = Vec::new();
+    while let Ok(stream) =
+        TcpStream::connect_timeout(&([127, 0, 0, 1], port).into(), Duration::from_millis(300))
+    {
+        queue.push(stream);
+    }
+    (hole, port, queue)
+}
+
+/// Milliseconds that each hook took for each of its answers so far.
+fn answers(client: &Client) -> Vec<f64> {
+    let entries = client.journal("-t nix-offload");
+    let answered = entries.iter().filter(|entry| entry["MESSAGE"] == "answered");
+    answered.map(|entry| entry["DURATION_US"].as_str().unwrap().parse::<f64>().unwrap() / 1000.0).collect()
+}
+
+#[test]
+fn one_dead_machine_holds_up_one_build_for_the_connect_timeout_once_per_cool_down() {
+    const TIMEOUT_MS: f64 = 1000.0;
+    // Far more than an answer takes that waits for nobody; the machine may have much to do.
+    const WAITED_MS: f64 = 700.0;
+    const BUSY_MS: f64 = 1000.0;
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let (_hole, port, _queue) = black_hole();
+    let client = plan(&world)
+        .mode(Mode::Daemon)
+        .journald()
+        .env("NIX_OFFLOAD_LOG", "debug")
+        .ssh_config(&format!("Host hole\n HostName 127.0.0.1\n Port {port}\n"))
+        .uses(&mac, "ssh-ng", 4)
+        .start();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
+    client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    let fleet = client.read("/etc/nix/machines");
+    client.set_machines(&format!("ssh-ng://hole x86_64-linux - 4 9\n{fleet}"));
+    let six = |name: &str| {
+        drv::expression(&format!(
+            r#"builtins.genList (i: d "{name}-${{toString i}}" "cat /etc/machine-name > $out" {{ }}) 6"#
+        ))
+    };
+    let mut before = answers(&client).len();
+    // Answers since the last look, and those among them that waited.
+    let mut since = || {
+        let all = answers(&client);
+        let new = all[before..].to_vec();
+        before = all.len();
+        let waited: Vec<f64> = new.iter().copied().filter(|took| *took > WAITED_MS).collect();
+        (new.len(), waited)
+    };
+    for cool_down in ["first", "second"] {
+        let built = client.nix_build(&six(cool_down), &["-j0"]);
+        for path in built.assert_success().out_paths() {
+            assert_eq!(client.read(&path), "mac\n", "{built}");
+        }
+        let (asked, waited) = since();
+        assert!(asked >= 6 && waited.len() == 1, "{asked} answers, {waited:?}");
+        assert!(waited[0] < TIMEOUT_MS + BUSY_MS, "{waited:?}");
+        assert_told(&built, "'ssh-ng://hole'", "cannot connect to hole", "is up");
+
+        // Other processes of Nix know it already: the daemon's for another client, and root's own.
+        let again = client.nix_build(&six(&format!("{cool_down}-again")), &["-j0"]);
+        again.assert_success().assert_stderr_lacks("hole'");
+        let roots = six(&format!("{cool_down}-root"));
+        let root = client.command("nix-build").env("NIX_OFFLOAD_LOG", "debug");
+        root.args(["--no-out-link", "-j0", "-E", &roots]).run().assert_success();
+        let (asked, waited) = since();
+        assert!(asked >= 12 && waited.is_empty(), "{asked} answers, {waited:?}");
+        end_cool_down(&client);
+    }
+    client.verify_store();
+}
+
+/// As if the machine had failed longer ago than that counts for.
+fn end_cool_down(client: &Client) {
+    client.run("touch -d '2 minutes ago' /run/nix-offload/answered/*.failed");
+    let names = client.entries("/run/nix-offload").into_iter().filter(|name| name.ends_with(".down"));
+    for name in names {
+        let down: Value = serde_json::from_str(&client.read(&format!("/run/nix-offload/{name}"))).unwrap();
+        wait_until("the pause for all programs is over", SOON, || {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            down["next"].as_f64().unwrap() < now.as_secs_f64()
+        });
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod cancel;
 mod elsewhere;
+mod fallbacks;
 mod faults;
 mod flights;
 mod installing;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::{Builder, BuilderPlan, Client, ClientPlan, Hook, Mode, Release, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
-use crate::support::{SOON, assert_masters_and_holder_left, gated, open, wait_for_begin};
+use crate::support::{SOON, assert_masters_and_holder_left, gated, hide, open, wait_for_begin};
 
 const WAY: &str = "Way: nix-store --serve\n";
 
@@ -18,15 +18,6 @@ fn without_daemon(plan: BuilderPlan) -> Builder {
     let mac = plan.without_daemon().start();
     hide(&mac, "nix-daemon");
     mac
-}
-
-/// Leaves a program out until /usr/bin is unmounted.
-fn hide(mac: &Builder, program: &str) {
-    mac.run(&format!(
-        "mkdir -p /run/{program}/upper /run/{program}/work; mknod /run/{program}/upper/{program} c 0 0; \
-         mount -t overlay -o lowerdir=/usr/bin,upperdir=/run/{program}/upper,workdir=/run/{program}/work \
-         overlay /usr/bin; hash -r; if {program} --version; then exit 1; fi 2>/dev/null"
-    ));
 }
 
 fn assert_built_there(client: &Client, mac: &Builder, name: &str) {

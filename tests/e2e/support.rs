@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use harness::{Client, Machine, Process, drv, wait_until};
+use harness::{Builder, Client, Machine, Process, drv, wait_until};
 
 /// For what happens at once, but on a machine that may be busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -86,4 +86,19 @@ fn assert_left(client: &Client, masters: usize, holders: usize, limit: Duration)
     assert_eq!(held_locks(client), "");
     let sockets = client.run("find /run/nix-offload -name '*.sock' -type s 2>/dev/null || true");
     assert_eq!(sockets.lines().count(), masters, "sockets: {sockets}");
+}
+
+/// The builds that do nothing but sleep for so many seconds, and not the command lines that mention it.
+pub(crate) fn sleeping(machine: &Machine, seconds: &str) -> Vec<u32> {
+    let command_line = format!("sleep {seconds}");
+    machine.processes().iter().filter(|process| process.command_line == command_line).map(|p| p.pid).collect()
+}
+
+/// Leaves a program out until /usr/bin is unmounted.
+pub(crate) fn hide(mac: &Builder, program: &str) {
+    mac.run(&format!(
+        "mkdir -p /run/{program}/upper /run/{program}/work; mknod /run/{program}/upper/{program} c 0 0; \
+         mount -t overlay -o lowerdir=/usr/bin,upperdir=/run/{program}/upper,workdir=/run/{program}/work \
+         overlay /usr/bin; hash -r; if {program} --version; then exit 1; fi 2>/dev/null"
+    ));
 }

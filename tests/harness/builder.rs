@@ -81,7 +81,7 @@ impl BuilderPlan {
         self.sshd_option(&format!("MaxSessions {sessions}"))
     }
 
-    /// A line of sshd_config.
+    /// A line of sshd_config; one that begins with `Match`, with the lines of its block, stands at the end.
     pub fn sshd_option(mut self, line: &str) -> Self {
         self.sshd.push(line.into());
         self
@@ -211,11 +211,14 @@ impl Builder {
     }
 
     fn try_sshd(&mut self) -> bool {
+        let (blocks, lines): (Vec<&str>, Vec<&str>) =
+            self.sshd_options.iter().map(String::as_str).partition(|option| option.starts_with("Match "));
         let config = format!(
             "{}\nListenAddress 127.0.0.1\nPort {}\nHostKey /etc/ssh/host_key\nAuthorizedKeysFile /etc/ssh/authorized_keys\n\
-             PermitRootLogin yes\nPasswordAuthentication no\nUsePAM no\nPidFile none\nPrintMotd no\nLogLevel VERBOSE\n",
-            self.sshd_options.join("\n"),
-            self.port
+             PermitRootLogin yes\nPasswordAuthentication no\nUsePAM no\nPidFile none\nPrintMotd no\nLogLevel VERBOSE\n{}\n",
+            lines.join("\n"),
+            self.port,
+            blocks.join("\n")
         );
         self.machine.write("/etc/ssh/sshd_config", &config);
         let command = self.machine.command("/usr/sbin/sshd").args(["-D", "-e", "-f", "/etc/ssh/sshd_config"]);
@@ -253,6 +256,26 @@ impl Builder {
         if let Some(sshd) = self.sshd.take() {
             let _ = sshd.wait();
         }
+    }
+
+    /// Ends sshd with every session and starts it with these lines instead of those it had.
+    pub fn restart_sshd_with(&mut self, options: &[&str]) {
+        self.stop_sshd();
+        self.sshd_options = options.iter().map(|option| (*option).to_owned()).collect();
+        self.start_sshd();
+    }
+
+    /// What stands in front of the client's key from its next login on.
+    pub fn set_key_options(&self, options: &str) {
+        let keys = "/etc/ssh/authorized_keys";
+        let text = self.machine.read(keys);
+        let key = text.find("ssh-ed25519").map_or("", |at| &text[at..]);
+        self.machine.write(keys, &format!("{options} {key}"));
+    }
+
+    /// Number of channels to unix sockets that sshd was told to refuse and did.
+    pub fn refused_channels(&self) -> usize {
+        self.machine.log("sshd").matches("refused streamlocal port forward").count()
     }
 
     /// Number of connections that were ever let in.

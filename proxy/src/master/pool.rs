@@ -7,6 +7,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -46,6 +47,9 @@ const MOST_MASTERS: u32 = 8;
 const LEAST_TIME: Duration = Duration::from_secs(1);
 /// A far side that refuses on so many masters which were made for it has nothing to give at all.
 const MOST_REFUSALS: u32 = 2;
+/// How long sshd may go on counting the session of a new master's first command after that has ended: it frees it
+/// behind what it has read at the same time (`session_close_by_channel` in session.c of OpenSSH 10.0).
+const FIRST_COMMAND_ENDS: Duration = Duration::from_millis(100);
 /// How long ssh may take to say what its configuration says. It connects nowhere for that.
 const ASK_BOUND: Duration = Duration::from_secs(2);
 /// How long nobody connects after sshd turned a connection away; doubled each time.
@@ -228,7 +232,7 @@ impl Pool {
     ) -> Result<Master, StartError> {
         loop {
             match self.start(endpoint, bound, first_command) {
-                Err(StartError::Waking { waking, .. }) => std::thread::sleep(WAKE_INTERVAL.min(waking.left)),
+                Err(StartError::Waking { waking, .. }) => thread::sleep(WAKE_INTERVAL.min(waking.left)),
                 other => return other,
             }
         }
@@ -430,6 +434,7 @@ impl Pool {
                 Some(master) => (master, false),
                 None => (self.start(&endpoint, left(), first_command)?, true),
             };
+            let mut is_second_try = false;
             loop {
                 let error = match open(&master) {
                     Ok(done) => return Ok(done),
@@ -437,8 +442,15 @@ impl Pool {
                 };
                 match why(&error) {
                     Some(OpenError::Refused { .. }) => {
+                        // One that another process started was made for that, which may have its only session.
+                        let is_ours = master.start_time().is_some();
+                        if is_ours && !is_second_try {
+                            thread::sleep(FIRST_COMMAND_ENDS);
+                            is_second_try = true;
+                            continue;
+                        }
                         master.avoid(Avoid::Full);
-                        refusals += u32::from(is_new);
+                        refusals += u32::from(is_ours);
                     }
                     // Its other streams may be well: it is left alone. Should its link be dead, ssh notices.
                     Some(OpenError::TimedOut { master_answers: true, .. }) => master.avoid(Avoid::Silent),
