@@ -229,6 +229,28 @@ fn a_builder_that_wants_no_signatures_takes_every_input() {
 }
 
 #[test]
+fn an_input_that_the_builder_can_fetch_need_not_be_taken_from_us() {
+    let world = World::new();
+    for release in Release::ALL {
+        let cache = format!("substituters = file:///mnt/share/{}?trusted=1", release.name());
+        let mac = untrusted(&world, release).nix_conf(&cache).start();
+        let settings = "builders-use-substitutes = true";
+        let client = plan(&world, release).nix_conf(settings).uses(&mac, "ssh-ng", 1).start();
+        for input in ["known", "unknown"] {
+            let path = build_here(&client, input);
+            if input == "known" {
+                let to = format!("file:///mnt/share/{}", release.name());
+                client.run(&format!("nix --extra-experimental-features nix-command copy --to {to} {path}"));
+            }
+        }
+        assert_built_on(&client, &client.nix_build(&second("known"), &["-j0"]), mac.name());
+        let local = client.nix_build(&second("unknown"), &["-j1"]);
+        assert_built_on(&client, &local, client.name());
+        local.assert_stderr_has(ACCOUNT);
+    }
+}
+
+#[test]
 fn what_one_builder_does_not_take_goes_to_one_that_trusts_us() {
     let world = World::new();
     for release in Release::ALL {

@@ -65,16 +65,15 @@ impl Builder {
         bound: Duration,
     ) -> Result<BTreeSet<StorePath>, BuilderError> {
         const DOING: &str = "asking which inputs are there";
-        let all = paths.len() as u64;
         self.asking(bound, |this| {
             let mut found = this.hold_and_query(paths, false, &mut |_| {})?;
             let missing: Vec<&StorePath> = paths.iter().filter(|path| !found.contains(path)).collect();
             if substitute && !missing.is_empty() {
                 let mut request = Vec::new();
-                worker::put_query_substitutable_paths(&mut request, &this.store_dir, missing.into_iter());
+                worker::put_query_missing(&mut request, &this.store_dir, missing.into_iter());
                 this.ask(DOING, &request)?;
                 this.work(DOING, &mut |_| {})?;
-                let known = worker::read_paths(&mut this.input, &this.store_dir, all);
+                let known = worker::read_missing(&mut this.input, &this.store_dir);
                 found.extend(known.map_err(|e| BuilderError::wire(DOING, e))?);
             }
             Ok(found)

@@ -185,6 +185,51 @@ mod tests {
         assert!(!is_want_of_signature("NAR is truncated") && !is_refusal_to_build("cannot build"));
     }
 
+    fn info(name: &str, signatures: &[&str]) -> PathInfo {
+        PathInfo {
+            path: StorePath::from_parts([1; 20], name).unwrap(),
+            deriver: None,
+            nar_hash: [0; 32],
+            nar_size: 1,
+            references: BTreeSet::new(),
+            registration_time: 0,
+            ultimate: false,
+            signatures: signatures.iter().map(|signature| (*signature).to_owned()).collect(),
+            content_address: None,
+        }
+    }
+
+    #[test]
+    fn paths_that_are_signed_alike_need_one_question() {
+        let infos = [
+            info("a", &["k1:x", "k2:y"]),
+            info("b", &["k1:z"]),
+            info("c", &[]),
+            info("d", &["k2:v", "k1:w"]),
+            info("e", &[]),
+        ];
+        let names: BTreeSet<&str> = samples(infos.iter()).iter().map(|info| info.path.name()).collect();
+        assert_eq!(names, ["a", "b", "c"].into());
+        assert!(is_in_doubt(&infos[0]));
+        assert!(!is_in_doubt(&PathInfo { content_address: Some("text:x".into()), ..infos[0].clone() }));
+    }
+
+    #[test]
+    fn the_path_is_found_between_quotes_and_colours() {
+        let store_dir = StoreDir::default();
+        let path = info("some_name-1.2+x?=", &[]).path;
+        let rendered = store_dir.render_path(&path);
+        for words in [
+            format!("cannot add path '{rendered}' because"),
+            format!("cannot add path '\u{1b}[35;1m{rendered}\u{1b}[0m' because"),
+            rendered.clone(),
+        ] {
+            assert_eq!(path_in(&words, &store_dir).as_ref(), Some(&path), "{words}");
+        }
+        assert_eq!(path_in("cannot add path '/nix/store/' because", &store_dir), None);
+        assert_eq!(path_in("no path", &store_dir), None);
+    }
+
     #[test]
     fn the_error_names_the_account_the_path_its_keys_and_all_cures() {
         let error = |path| Distrust {

@@ -69,7 +69,11 @@ impl Hook<'_> {
             let found = daemon.find(&paths, substitute, left()).map_err(ReachError::Daemon)?;
             let missing = in_doubt.iter().filter(|info| !found.contains(&info.path));
             for info in trust::samples(missing) {
-                let words = daemon.ask_import(info, left()).map_err(ReachError::Daemon)?;
+                let words = match daemon.ask_import(info, left()) {
+                    // No refusal: it may be waiting for somebody who sends it the same path.
+                    Err(error) if error.is_transport() => return Ok(None),
+                    other => other.map_err(ReachError::Daemon)?,
+                };
                 if let Some(words) = words.filter(|words| trust::is_want_of_signature(words)) {
                     return Err(self.distrust(machine, Some(info), words).into());
                 }

@@ -41,10 +41,10 @@ const OP_ADD_TEMP_ROOT: u64 = 11;
 const OP_SET_OPTIONS: u64 = 19;
 const OP_QUERY_PATH_INFO: u64 = 26;
 const OP_QUERY_VALID_PATHS: u64 = 31;
-const OP_QUERY_SUBSTITUTABLE_PATHS: u64 = 32;
 const OP_BUILD_DERIVATION: u64 = 36;
 const OP_NAR_FROM_PATH: u64 = 38;
 const OP_ADD_TO_STORE_NAR: u64 = 39;
+const OP_QUERY_MISSING: u64 = 40;
 const OP_ADD_MULTIPLE_TO_STORE: u64 = 44;
 const OP_BUILD_PATHS_WITH_RESULTS: u64 = 46;
 
@@ -291,13 +291,13 @@ pub fn put_repair_nothing(buffer: &mut Vec<u8>) {
     put_u64(buffer, 1); // build mode: repair
 }
 
-/// Appends the question which of the paths the daemon's substituters have. Answer: [`read_paths`].
-pub fn put_query_substitutable_paths<'a>(
+/// Appends the question what it would take to have the paths. Answer: [`read_missing`].
+pub fn put_query_missing<'a>(
     buffer: &mut Vec<u8>,
     store_dir: &StoreDir,
     paths: impl ExactSizeIterator<Item = &'a StorePath>,
 ) {
-    put_u64(buffer, OP_QUERY_SUBSTITUTABLE_PATHS);
+    put_u64(buffer, OP_QUERY_MISSING);
     put_strings(buffer, paths.map(|p| store_dir.render_path(p)));
 }
 
@@ -401,6 +401,20 @@ pub fn read_paths(
     Ok(read_list(source, "a store path", limit, |source| read_path(source, store_dir, "a store path"))?
         .into_iter()
         .collect())
+}
+
+/// Reads what it would take to have paths, and keeps those of them and of what they refer to that the daemon's
+/// substituters have.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_missing(source: &mut impl Read, store_dir: &StoreDir) -> Result<BTreeSet<StorePath>, WireError> {
+    read_paths(source, store_dir, MAX_REFERENCES)?; // to be built
+    let substitutable = read_paths(source, store_dir, MAX_REFERENCES)?;
+    read_paths(source, store_dir, MAX_REFERENCES)?; // unknown
+    read_u64(source, "the size of a download")?;
+    read_u64(source, "the size of what is missing")?;
+    Ok(substitutable)
 }
 
 pub(super) fn read_path(

@@ -347,3 +347,20 @@ fn an_error_of_an_older_daemon_is_a_failure_or_a_timeout() {
     assert_eq!(outcome("building of 'x' timed out after 5 seconds of silence"), Outcome::TimedOut);
     assert_eq!(BuildResult::built().outcome(false), Outcome::Built);
 }
+
+#[test]
+fn of_what_is_missing_the_substitutable_is_kept() {
+    let store_dir = StoreDir::default();
+    let mut bytes = Vec::new();
+    for names in [&["a"][..], &["b", "c"], &["d"]] {
+        put_strings(&mut bytes, names.iter().map(|name| store_dir.render_path(&path(name))));
+    }
+    put_u64(&mut bytes, 1);
+    put_u64(&mut bytes, 2);
+    let mut source = bytes.as_slice();
+    assert_eq!(read_missing(&mut source, &store_dir).unwrap(), [path("b"), path("c")].into());
+    assert!(source.is_empty());
+    for end in 0..bytes.len() {
+        assert!(read_missing(&mut &bytes[..end], &store_dir).is_err(), "{end}");
+    }
+}
