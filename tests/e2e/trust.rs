@@ -272,6 +272,30 @@ fn what_one_builder_does_not_take_goes_to_one_that_trusts_us() {
 }
 
 #[test]
+fn what_a_builder_does_not_take_keeps_nothing_else_from_it() {
+    let world = World::new();
+    for release in Release::ALL {
+        let mac = untrusted(&world, release).start();
+        let client = plan(&world, release).uses(&mac, "ssh-ng", 16).start();
+        build_here(&client, "unsigned");
+        client.nix_build(&drv::expression(&first("shared")), &["-j0"]).assert_success();
+        // One hook is asked for some of each kind, one after the other.
+        let all = drv::expression(&format!(
+            r#"let here = i: d "here-${{toString i}}" "cat ${{{}}} /etc/machine-name > $out" {{ }};
+                   there = i: d "there-${{toString i}}" "cat ${{{}}} /etc/machine-name > $out" {{ }};
+               in builtins.genList here 6 ++ builtins.genList there 6"#,
+            first("unsigned"),
+            first("shared")
+        ));
+        let built = client.nix_build(&all, &["-j1"]);
+        for path in built.assert_success().out_paths() {
+            let machine = if path.contains("-here-") { client.name() } else { mac.name() };
+            assert_eq!(client.read(&path).lines().last(), Some(machine), "{path}: {built}");
+        }
+    }
+}
+
+#[test]
 fn a_build_that_waited_unseen_goes_there_all_the_same() {
     let world = World::new();
     for release in Release::ALL {
