@@ -395,3 +395,51 @@ fn a_refusal_that_was_not_foreseen_sends_the_build_elsewhere_or_ends_it() {
         }
     }
 }
+
+#[test]
+fn a_forced_command_without_trust_builds_too() {
+    const FORCED: &str = r#"command="nix-daemon --stdio --force-untrusted",restrict"#;
+    let world = World::new();
+    for release in [Release::Trixie, Release::Sid] {
+        let feature = "extra-experimental-features = daemon-trust-override";
+        let mac =
+            world.builder(release.name()).release(release).key_options(FORCED).nix_conf(feature).start();
+        let client = plan(&world, release).uses(&mac, "ssh-ng", 1).start();
+        for name in ["cold", "warm"] {
+            let built = client.nix_build(&chain(name), &["-j0"]);
+            assert_built_on(&client, &built, mac.name());
+            built.assert_stderr_has(SENT).assert_stderr_lacks("cannot");
+        }
+        let input = build_here(&client, "unsigned");
+        let refused = client.nix_build(&second("unsigned"), &["-j0"]);
+        refused.assert_failure().assert_stderr_has(&format!("does not take {input}"));
+        client.verify_store();
+        mac.verify_store();
+    }
+}
+
+#[test]
+fn the_daemon_of_this_machine_builds_for_a_user_without_rights() {
+    const STORE: &str = "/home/user/store";
+    let world = World::new();
+    for release in Release::ALL {
+        let mode = Mode::Private { store: STORE.into(), as_user: true };
+        let client = plan(&world, release).release(release).mode(mode).start();
+        client.run(
+            "nix-daemon </dev/null >/tmp/daemon.log 2>&1 & \
+             until [ -S /nix/var/nix/daemon-socket/socket ]; do sleep 0.02; done",
+        );
+        let machine = ["--builders", "daemon - - 1 1"];
+        let built = client.nix_build(&chain("a"), &[&["-j0"], &machine[..]].concat());
+        let path = built.assert_success().out_path();
+        assert_eq!(client.read(&format!("{STORE}{path}")), format!("a\nb\nc\n{}\n", client.name()));
+        built.assert_stderr_has(SENT);
+        let here = client.nix_build(&drv::expression(&first("unsigned")), &["--option", "builders", ""]);
+        here.assert_success();
+        let refused = client.nix_build(&second("unsigned"), &[&["-j0"], &machine[..]].concat());
+        refused.assert_failure().assert_stderr_has("does not trust the account 'user@this machine'");
+        refused.assert_stderr_has("add 'user' to trusted-users in nix.conf on this machine");
+        client.verify_store_at(STORE);
+        client.verify_store();
+    }
+}
