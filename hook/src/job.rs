@@ -7,6 +7,7 @@ use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
+use crate::plan::trust::Way;
 use crate::slots::Held;
 use crate::store::{
     self, CycleError, DatabaseError, Durability, Expected, Location, Query, Registrar, RestoreError,
@@ -142,6 +143,8 @@ pub struct Prepared {
     direct: Vec<StorePath>,
     /// All direct inputs are taken to be on the machine already.
     guessed: bool,
+    /// What else the derivation refers to, itself included, if the machine is to have that.
+    closure: Option<Vec<StorePath>>,
     /// What the connection is to be sent without waiting.
     pub ahead: Ahead,
 }
@@ -164,16 +167,17 @@ impl Prepared {
 }
 
 impl Task<'_> {
-    /// Prepares the build for a connection. `direct` are the direct inputs, if they are known. `is_there` is to tell
-    /// whether these may be taken to be on the machine; if they are not after all, [`Task::run`] fails with
-    /// [`Blame::Guess`].
+    /// Prepares the build for a connection, to be asked for in that way. `direct` are the direct inputs, if they are known.
+    /// `is_there` is to tell whether these may be taken to be on the machine; if they are not after all, [`Task::run`]
+    /// fails with [`Blame::Guess`].
     ///
     /// # Errors
-    /// If Nix named something that is no path.
+    /// If Nix named something that is no path, or the derivation's closure cannot be looked up.
     pub fn prepare(
         &self,
         job: &Job,
         direct: Option<Vec<StorePath>>,
+        way: Way,
         is_there: impl FnOnce(&[StorePath]) -> bool,
     ) -> Result<Prepared, JobError> {
         let parse = |path: &String| {
@@ -186,18 +190,36 @@ impl Task<'_> {
             direct.iter().all(|path| closure.contains(path))
         });
         // With options set in between, the requests would not follow each other.
-        let guessed =
-            !self.settings.flag("keep-failed") && direct.as_ref().is_some_and(|direct| is_there(direct));
+        let guessed = way == Way::Derivation
+            && !self.settings.flag("keep-failed")
+            && direct.as_ref().is_some_and(|direct| is_there(direct));
         let direct = direct.unwrap_or_else(|| inputs.clone());
-        let mut prepared = Prepared { inputs, direct, guessed, ahead: Ahead::default() };
+        let closure = match way {
+            Way::Derivation => None,
+            Way::Closure => Some(self.closure(&inputs)?),
+        };
+        let mut prepared = Prepared { inputs, direct, guessed, closure, ahead: Ahead::default() };
         let mut ahead = Ahead::default();
         let substitute = self.settings.flag("builders-use-substitutes");
         ahead.hold_and_query(&self.location.store_dir, prepared.asked(), substitute);
+        if let Some(closure) = &prepared.closure {
+            ahead.hold_and_query(&self.location.store_dir, closure, false);
+        }
         if prepared.guessed {
             self.build_and_fetch(&mut ahead, &prepared, job)?;
         }
         prepared.ahead = ahead.if_small();
         Ok(prepared)
+    }
+
+    /// What the derivation refers to besides the inputs, itself included.
+    fn closure(&self, inputs: &[StorePath]) -> Result<Vec<StorePath>, JobError> {
+        let inputs: BTreeSet<&StorePath> = inputs.iter().collect();
+        let closure = Query::open(self.location)?.closure([self.drv_path.clone()])?;
+        if closure.is_empty() {
+            return Err(JobError::InputMissing(self.location.render(self.drv_path)));
+        }
+        Ok(closure.into_keys().filter(|path| !inputs.contains(path)).collect())
     }
 
     /// Does it. The slot is given back as soon as the build is over, before outputs travel.
@@ -233,7 +255,7 @@ impl Task<'_> {
         self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
         let clock = Instant::now();
-        self.build(builder, &prepared.direct, relay)?;
+        self.build(builder, job, prepared, relay)?;
         report.build = clock.elapsed();
         *slot = None;
         let clock = Instant::now();
@@ -266,9 +288,14 @@ impl Task<'_> {
         report: &mut Report,
     ) -> Result<(), JobError> {
         let substitute = self.settings.flag("builders-use-substitutes");
-        let valid = builder.hold_and_query(prepared.asked(), substitute, &mut |e| relay.pass(e))?;
-        let missing: Vec<&StorePath> =
-            prepared.asked().iter().filter(|path| !valid.contains(*path)).collect();
+        let mut valid = builder.hold_and_query(prepared.asked(), substitute, &mut |e| relay.pass(e))?;
+        let closure = prepared.closure.as_deref();
+        if let Some(closure) = closure {
+            // No substituter has derivations, so it is not asked.
+            valid.extend(builder.hold_and_query(closure, false, &mut |e| relay.pass(e))?);
+        }
+        let asked = prepared.asked().iter().chain(closure.unwrap_or_default());
+        let missing: Vec<&StorePath> = asked.filter(|path| !valid.contains(*path)).collect();
         if prepared.guessed {
             return match missing.is_empty() {
                 true => Ok(()),
@@ -276,7 +303,7 @@ impl Task<'_> {
             };
         }
         let mut ahead = Ahead::default();
-        if !self.settings.flag("keep-failed") {
+        if closure.is_none() && !self.settings.flag("keep-failed") {
             self.build_and_fetch(&mut ahead, prepared, job)?;
         }
         let ahead = ahead.if_small();
@@ -316,7 +343,8 @@ impl Task<'_> {
     fn build(
         &self,
         builder: &mut Builder,
-        inputs: &[StorePath],
+        job: &Job,
+        prepared: &Prepared,
         relay: &mut Relay<'_>,
     ) -> Result<BuildResult, JobError> {
         let clocks = Clocks {
@@ -330,7 +358,12 @@ impl Task<'_> {
                 Options { keep_failed, max_silent_time: clocks.max_silent_time, timeout: clocks.timeout };
             builder.set_options(options, &mut |e| relay.pass(e))?;
         }
-        let result = builder.build(self.drv_path, self.drv, inputs, clocks, &mut |e| relay.pass(e))?;
+        let result = match prepared.closure {
+            None => builder.build(self.drv_path, self.drv, &prepared.direct, clocks, &mut |e| relay.pass(e)),
+            Some(_) => {
+                builder.build_outputs(self.drv_path, &job.wanted_outputs, clocks, &mut |e| relay.pass(e))
+            }
+        }?;
         match result.outcome(outputs::is_fixed(self.drv)) {
             Outcome::Built => Ok(result),
             outcome => {

@@ -8,7 +8,8 @@ use crate::config::{self, Fleet};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::plan::machine::{Machine, UriError};
-use crate::reach::{self, DAEMON_SOCKET, Reach, ReachError, ReachSetupError, Way};
+use crate::plan::trust::Account;
+use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError, Way};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use serde_json::{Value, json};
@@ -78,6 +79,8 @@ impl PingError {
 struct Answer {
     version: Option<String>,
     trusted: Option<bool>,
+    /// Who we are there, if that matters.
+    account: Option<Account>,
     way: Way,
     detour: Option<String>,
     connected: Duration,
@@ -196,14 +199,10 @@ fn ask(reach: &Reach, machine: &Machine, bound: Duration) -> Result<Answer, Reac
         // The shortest is the link's; the others also had to wait for something else.
         round_trip = round_trip.min(reached.builder.round_trip(bound).map_err(ReachError::Daemon)?);
     }
-    Ok(Answer {
-        trusted: reached.builder.trusted(),
-        version: reached.nix_version,
-        way: reached.way,
-        detour: reached.detour,
-        connected,
-        round_trip,
-    })
+    let (version, way, detour) = (reached.nix_version.clone(), reached.way, reached.detour.clone());
+    let (trusted, _) = reach.find_trust(machine, reached, bound)?;
+    let account = (trusted == Some(false)).then(|| reach.account(machine));
+    Ok(Answer { version, trusted, account, way, detour, connected, round_trip })
 }
 
 fn ms(duration: Duration) -> f64 {
@@ -216,6 +215,7 @@ fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
             "url": machine.name,
             "version": answer.version,
             "trusted": answer.trusted,
+            "account": answer.account.as_ref().map(Account::to_string),
             "way": answer.way.as_str(),
             "detour": answer.detour,
             "connectMs": ms(answer.connected),
@@ -227,6 +227,16 @@ fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
             "hint": error.cure(),
         }),
     }
+}
+
+/// What it means not to be trusted.
+fn untrusted(account: &Account) -> String {
+    format!(
+        "its daemon does not trust '{account}': builds work but are slower, for each derivation is sent with all that it was \
+         made from, and what was built elsewhere must be signed by a key that stands in trusted-public-keys there; \
+         to be trusted, {}",
+        account.cure()
+    )
 }
 
 fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, ReachError>) {
@@ -242,10 +252,9 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
             match answer.trusted {
                 Some(true) => line("Trusted", "1"),
                 Some(false) => {
-                    let account = reach::account(machine);
                     line("Trusted", "0");
-                    if let Some(cure) = (ReachError::Untrusted { account }).cure() {
-                        line("Hint", &format!("only fixed-output derivations can be built there; {cure}"));
+                    if let Some(account) = &answer.account {
+                        line("Hint", &untrusted(account));
                     }
                 }
                 None => line("Trusted", "unknown"),

@@ -7,6 +7,7 @@ mod choosing;
 mod elsewhere;
 mod logs;
 mod results;
+mod trust;
 
 /// Makes the two tests of one body `fn(Hook)`.
 macro_rules! theirs_and_ours {

@@ -238,38 +238,6 @@ fn a_machine_without_nix() {
 }
 
 #[test]
-fn an_account_the_daemon_does_not_trust() {
-    let world = World::new();
-    for release in [Release::Trixie, Release::Sid] {
-        let mac = world.builder(release.name()).release(release).as_user().start();
-        let client =
-            plan(&world).named(&format!("client-{}", release.name())).uses(&mac, "ssh-ng", 1).start();
-        let name = format!("'ssh-ng://{}'", release.name());
-        assert_explained(&client, &name, "does not trust", "trusted-users");
-        // What is fixed by its content it builds for anybody.
-        let fixed = drv::fixed_flat("fixed", "cat /etc/machine-name > $out", &sha256_of(&client, release));
-        client.nix_build(&fixed, &["-j0"]).assert_success();
-    }
-}
-
-fn sha256_of(client: &Client, release: Release) -> String {
-    let hash = client.run(&format!("echo {} | sha256sum", release.name()));
-    format!("sha256:{}", hash.split_whitespace().next().unwrap())
-}
-
-#[test]
-fn an_account_an_older_daemon_does_not_trust() {
-    let world = World::new();
-    let mac = world.builder("mac").as_user().start();
-    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
-    // Such a daemon says so only when it is asked to build.
-    let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
-    assert_eq!(refused.assert_failure().stdout(), "", "{refused}");
-    assert!(refused.took() < LIMIT, "{refused}");
-    assert_told(&refused, "'ssh-ng://mac'", "does not trust the account", "trusted-users");
-}
-
-#[test]
 fn an_sshd_that_does_not_forward() {
     let world = World::new();
     let mac = world.builder("mac").refusing_forwarding().start();

@@ -21,4 +21,5 @@ mod proxycommand;
 mod serve;
 mod slots;
 mod support;
+mod trust;
 mod waking;

@@ -29,9 +29,8 @@ fn assert_answers(output: &Output, url: &str) {
     assert_eq!((output.code(), output.stderr()), (0, ""), "{output}");
     assert_eq!(values(output, "Store URL"), [url], "{output}");
     assert!(values(output, "Version")[0].starts_with("2."), "{output}");
-    // Only since Nix 2.15 a daemon says whether it trusts us.
-    let says = !values(output, "Version")[0].starts_with("2.8.");
-    assert_eq!(values(output, "Trusted"), [if says { "1" } else { "unknown" }], "{output}");
+    // Only since Nix 2.15 a daemon says whether it trusts us; others are asked.
+    assert_eq!(values(output, "Trusted"), ["1"], "{output}");
     assert_eq!(values(output, "Way"), ["daemon socket"], "{output}");
     let ms = values(output, "Round trip")[0].strip_suffix(" ms").unwrap().parse::<f64>().unwrap();
     assert!(ms > 0.0 && ms < 5000.0, "{output}");
@@ -125,7 +124,7 @@ fn a_dead_machine_among_others_is_told_and_changes_the_exit_status_only() {
     let text = ping(&client, &[]);
     assert_eq!((text.code(), text.stderr()), (69, ""), "{text}");
     assert_eq!(values(&text, "Store URL"), ["ssh-ng://one", "ssh-ng://dead", "ssh-ng://two"], "{text}");
-    assert_eq!(values(&text, "Trusted"), ["unknown", "unknown"], "{text}");
+    assert_eq!(values(&text, "Trusted"), ["1", "1"], "{text}");
     assert_eq!(values(&text, "Error").len(), 1, "{text}");
 
     let json = ping(&client, &["--json"]);
@@ -135,7 +134,11 @@ fn a_dead_machine_among_others_is_told_and_changes_the_exit_status_only() {
     assert_eq!(urls, ["ssh-ng://one", "ssh-ng://dead", "ssh-ng://two"]);
     for alive in [&list[0], &list[2]] {
         assert!(alive["version"].as_str().unwrap().starts_with("2."), "{json}");
-        assert_eq!((&alive["trusted"], &alive["way"]), (&Value::Null, &"daemon socket".into()), "{json}");
+        assert_eq!(
+            (&alive["trusted"], &alive["way"]),
+            (&Value::Bool(true), &"daemon socket".into()),
+            "{json}"
+        );
         assert_eq!((&alive["detour"], &alive["error"]), (&Value::Null, &Value::Null), "{json}");
         assert!(alive["connectMs"].is_number() && alive["roundTripMs"].is_number(), "{json}");
     }
@@ -320,24 +323,31 @@ fn a_bad_line_is_pointed_at_and_the_others_are_asked() {
     let output = ping(&client, &[]);
     assert_eq!(output.code(), 78, "{output}");
     assert_eq!(values(&output, "Store URL"), ["ssh-ng://mac"], "{output}");
-    assert_eq!(values(&output, "Trusted"), ["unknown"], "{output}");
+    assert_eq!(values(&output, "Trusted"), ["1"], "{output}");
     output.assert_stderr_has("error: /etc/nix/machines:3:31: ").assert_stderr_has("^^^^\n");
 }
 
 #[test]
 fn an_account_without_rights_is_told_of() {
     let world = World::new();
-    for release in [Release::Trixie, Release::Sid] {
+    for release in Release::ALL {
         let name = release.name();
         let mac = world.builder(name).release(release).as_user().start();
         let client = plan(&world).named(&format!("client-{name}")).knows(&mac).start();
         let output = ping(&client, &["--store", &format!("ssh-ng://{name}")]);
         assert_eq!((output.code(), output.stderr()), (0, ""), "{output}");
         assert_eq!(values(&output, "Trusted"), ["0"], "{output}");
-        assert!(values(&output, "Hint")[0].contains("trusted-users"), "{output}");
+        for words in [
+            &format!("does not trust 'user@{name}'"),
+            "builds work but are slower",
+            "add 'user' to trusted-users",
+        ] {
+            assert!(values(&output, "Hint")[0].contains(words), "{words}: {output}");
+        }
         let json = ping(&client, &["--json", "--store", &format!("ssh-ng://{name}")]);
         let list: Vec<Value> = serde_json::from_str(json.stdout()).unwrap();
         assert_eq!(list[0]["trusted"], Value::Bool(false), "{json}");
+        assert_eq!(list[0]["account"], format!("user@{name}"), "{json}");
     }
 }
 
@@ -369,6 +379,6 @@ fn a_user_is_told_whose_connections_count() {
     let output =
         client.command(harness::OURS).args(["ping-store", "--store", "ssh-ng://mac"]).as_user().run();
     assert_eq!(output.code(), 0, "{output}");
-    assert_eq!(values(&output, "Trusted"), ["unknown"], "{output}");
+    assert_eq!(values(&output, "Trusted"), ["1"], "{output}");
     output.assert_stderr_has("note: ").assert_stderr_has("connect as root");
 }

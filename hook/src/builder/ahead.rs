@@ -46,6 +46,11 @@ impl Ahead {
         if self.0.len() <= Self::MOST { self } else { Self::default() }
     }
 
+    /// Whether there is nothing to be sent.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// As they go over the wire.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.0

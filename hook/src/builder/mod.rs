@@ -3,16 +3,18 @@
 //! Owns what is said when. Must never know how the stream was made, nor what the answers are used for.
 
 mod ahead;
+mod build;
 mod error;
 mod input;
 mod send;
 mod serve;
 mod store;
+mod trust;
 
 use crate::path_info::PathInfo;
 use crate::wire::WireError;
 use crate::wire::hook::{Field, activity, result};
-use crate::wire::worker::{self, BuildResult, Message, Options, Peer, Version};
+use crate::wire::worker::{self, Message, Options, Peer, Version};
 pub use ahead::Ahead;
 pub use error::BuilderError;
 pub use serve::{Aside, ServeStore};
@@ -20,7 +22,7 @@ pub use store::Store;
 
 use ahead::{put_hold_and_query, put_nars, put_path_infos};
 use input::{Counted, Input};
-use nix_derivation::{Derivation, StoreDir, StorePath};
+use nix_derivation::{StoreDir, StorePath};
 use nix_offload_proxy::master::{CloseWrite, Stream};
 use send::{send_asked, send_framed, send_many};
 use std::collections::BTreeSet;
@@ -303,63 +305,6 @@ impl Builder {
             progress(None);
         }
         Ok(())
-    }
-
-    /// Builds a derivation and passes on what the builder tells meanwhile.
-    ///
-    /// # Errors
-    /// If the connection fails, the daemon refuses, or a clock runs out. A build that failed is no error: its
-    /// result says so.
-    pub fn build(
-        &mut self,
-        drv_path: &StorePath,
-        drv: &Derivation,
-        inputs: &[StorePath],
-        clocks: Clocks,
-        on: OnEvent<'_>,
-    ) -> Result<BuildResult, BuilderError> {
-        const DOING: &str = "building";
-        let mut request = Vec::new();
-        worker::put_build_derivation(&mut request, &self.store_dir, drv_path, drv, inputs.iter());
-        let known = self.ahead.take(DOING, &request)?;
-        let request = if known { Vec::new() } else { request };
-        let version = self.peer.version;
-        let (input, output, builds) = (&mut self.input, &mut self.output, &mut self.builds);
-        let mut answer = None;
-        both(input, output, &request, DOING, |input| {
-            let started = Instant::now();
-            let seconds = |n: u64| (n > 0).then(|| Duration::from_secs(n));
-            let end = seconds(clocks.timeout).and_then(|d| started.checked_add(d));
-            let mut heard = started;
-            loop {
-                let silent = seconds(clocks.max_silent_time).and_then(|d| heard.checked_add(d));
-                input.deadline = [end, silent].into_iter().flatten().min();
-                let message = match worker::read_message(input, version) {
-                    Err(e) if e.is_timeout() => {
-                        return Err(match (silent, end) {
-                            (Some(silent), Some(end)) if end < silent => {
-                                BuilderError::TimedOut(clocks.timeout)
-                            }
-                            (None, _) => BuilderError::TimedOut(clocks.timeout),
-                            _ => BuilderError::Silent(clocks.max_silent_time),
-                        });
-                    }
-                    other => other.map_err(|e| BuilderError::wire(DOING, e))?,
-                };
-                if matches!(&message, Message::Result { kind: result::BUILD_LOG_LINE, .. } | Message::Text(_))
-                {
-                    heard = Instant::now();
-                }
-                if handle(message, builds, DOING, on)? {
-                    break;
-                }
-            }
-            input.deadline = None;
-            let result = worker::read_build_result(input, version);
-            answer = Some(result.map_err(|e| BuilderError::wire(DOING, e))?);
-            Ok(())
-        })?;
-        answer.ok_or(BuilderError::Lost { doing: DOING, source: WireError::Truncated { what: "a result" } })
     }
 
     /// Metadata of paths, in their order; `None` for one that is not valid there.

@@ -113,6 +113,34 @@ impl Store {
         }
     }
 
+    /// See [`Builder::build_outputs`]. The serve protocol is not asked for such builds.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn build_outputs(
+        &mut self,
+        drv_path: &StorePath,
+        outputs: &BTreeSet<String>,
+        clocks: Clocks,
+        on: OnEvent<'_>,
+    ) -> Result<BuildResult, BuilderError> {
+        match self {
+            Self::Daemon(builder) => builder.build_outputs(drv_path, outputs, clocks, on),
+            Self::Serve(_) => Err(BuilderError::Refused {
+                doing: "building",
+                message: "outputs of a derivation in the store are built by a daemon only".into(),
+            }),
+        }
+    }
+
+    /// The daemon, if it is one.
+    pub fn daemon(&mut self) -> Option<&mut Builder> {
+        match self {
+            Self::Daemon(builder) => Some(builder),
+            Self::Serve(_) => None,
+        }
+    }
+
     /// See [`Builder::path_infos`].
     ///
     /// # Errors

@@ -8,6 +8,7 @@
 pub mod here;
 pub mod machine;
 pub mod outputs;
+pub mod trust;
 
 use machine::Machine;
 use std::collections::BTreeSet;

@@ -78,12 +78,6 @@ pub fn output_paths(drv: &Derivation, store_dir: &StoreDir) -> Result<BTreeMap<S
     Ok(paths)
 }
 
-/// Whether a builder's daemon will have the derivation built for us: without its trust it does so only for what is
-/// fixed by its content. A daemon that does not say is taken to trust us, as in Nix.
-pub fn is_allowed(drv: &Derivation, trusted: Option<bool>) -> bool {
-    trusted != Some(false) || is_fixed(drv)
-}
-
 /// Whether all outputs are fixed by their content.
 pub fn is_fixed(drv: &Derivation) -> bool {
     drv.outputs().values().all(|output| matches!(output, Output::Fixed { .. }))

@@ -4,6 +4,7 @@
 
 use super::local::LocalError;
 use crate::builder::BuilderError;
+use crate::plan::trust::Distrust;
 use crate::slots::SlotError;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::master::{EndpointError, OpenError, SetupError, StartError};
@@ -55,11 +56,8 @@ pub enum ReachError {
     #[error(transparent)]
     Daemon(BuilderError),
     /// A daemon that will not build for us.
-    #[error("the Nix daemon does not trust the account '{account}' to have derivations built")]
-    Untrusted {
-        /// The account on the builder, as far as it is known here.
-        account: String,
-    },
+    #[error(transparent)]
+    Distrust(#[from] Distrust),
 }
 
 fn words(stderr: &str) -> String {
@@ -105,10 +103,7 @@ impl ReachError {
                 Some("upgrade Nix on the builder; versions from 2.0 on are spoken".into())
             }
             Self::Daemon(_) => Some("see on the builder whether nix-daemon runs and is well".into()),
-            Self::Untrusted { account } => Some(format!(
-                "add '{account}' to trusted-users in the builder's nix.conf and restart its nix-daemon, or log \
-                 in to the builder as a user that is there already"
-            )),
+            Self::Distrust(distrust) => Some(distrust.cure()),
         }
     }
 
@@ -117,15 +112,9 @@ impl ReachError {
         match self {
             Self::Start(error) => error.exit_code(),
             Self::NotSsh(_) | Self::Endpoint(_) => exit::CONFIG,
-            Self::Untrusted { .. } => exit::NO_PERMISSION,
+            Self::Distrust(_) => exit::NO_PERMISSION,
             _ => exit::UNAVAILABLE,
         }
-    }
-
-    /// Whether a daemon's refusal means that it does not trust us. Daemons before 1.35 of the protocol do not say so
-    /// earlier (`daemon.cc`, `BuildDerivation`).
-    pub fn means_untrusted(refusal: &str) -> bool {
-        refusal.contains("not privileged to build")
     }
 
     /// Whether that Nix's programs are not found is all that is known.

@@ -7,6 +7,7 @@ mod error;
 mod local;
 mod seen;
 mod session;
+mod trust;
 
 pub use error::{ReachError, ReachSetupError};
 pub use seen::Seen;
@@ -200,6 +201,9 @@ impl Reach {
         let reached = self.connect_now(machine, store_dir, bound, ahead);
         match &reached {
             Ok(reached) => {
+                if let Some(trusted) = reached.builder.trusted() {
+                    self.note_trust(machine, trusted);
+                }
                 let way = reached.way.as_str();
                 if noted_lately(&self.stamp(machine), WARM / 4).as_deref() != Some(way) {
                     note(&self.stamp(machine), way);
@@ -464,15 +468,6 @@ fn said(error: &ReachError) -> String {
 
 fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
-}
-
-/// The account by which the machine's daemon knows us, as far as that is known here.
-pub fn account(machine: &Machine) -> String {
-    if machine.uri.here().is_none() {
-        return machine.uri.destination.clone();
-    }
-    let own = nix::unistd::geteuid();
-    nix::unistd::User::from_uid(own).ok().flatten().map_or_else(|| own.to_string(), |user| user.name)
 }
 
 /// The endpoint of ssh that a machine's line describes.

@@ -5,7 +5,8 @@
 use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::Verdict;
-use crate::reach::{self, ReachError};
+use crate::plan::trust::{self, Way};
+use crate::reach::ReachError;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -148,7 +149,8 @@ impl Hook<'_> {
         };
         let seen = self.reach.seen(machine);
         let direct = self.direct_inputs(&candidate.drv);
-        let mut prepared = match task.prepare(job, direct.clone(), |paths| seen.has_all(paths)) {
+        let mut way = trust::way(&candidate.drv, self.reach.expected_trust(machine));
+        let mut prepared = match task.prepare(job, direct.clone(), way, |paths| seen.has_all(paths)) {
             Ok(prepared) => prepared,
             Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
         };
@@ -158,22 +160,37 @@ impl Hook<'_> {
         let mut lost = String::new();
         let mut attempt = 0;
         let mut guessed_wrong = false;
+        // Its daemon refused to build the derivation alone, whatever it says of itself.
+        let mut refused = false;
         while attempt < TRIES {
             attempt += 1;
-            let ahead = prepared.ahead.clone();
-            let connection = match reached.take() {
-                None => self.connect(machine, &candidate.drv, PATIENT_BOUND, &ahead),
-                Some(mut reached) => {
-                    // If it fails the connection is lost, which the first answer will show.
-                    let _ = reached.builder.send_ahead(ahead);
-                    Ok(reached)
-                }
-            };
+            let met = reached.take();
+            let sent = met.is_none() && !prepared.ahead.is_empty();
+            let fresh = met.is_none();
+            let connection = met.map_or_else(|| self.connect(machine, PATIENT_BOUND, &prepared.ahead), Ok);
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
                 Err(error) => return Attempt::Elsewhere(error.describe()),
             };
+            let trusted = self.reach.trust(machine, &mut connection.builder);
+            let seen_way = trust::way(&candidate.drv, trusted);
+            let seen_way = if refused { Way::Closure } else { seen_way };
+            if seen_way != way {
+                way = seen_way;
+                prepared = match task.prepare(job, direct.clone(), way, |_| false) {
+                    Ok(prepared) => prepared.step_by_step(),
+                    Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
+                };
+                if sent {
+                    // What was sent in advance was for the other way.
+                    continue;
+                }
+            }
+            if !fresh {
+                // If it fails the connection is lost, which the first answer will show.
+                let _ = connection.builder.send_ahead(prepared.ahead.clone());
+            }
             if slot.is_none() {
                 // It was given back when the build was over. Most likely there is nothing left to build, so another
                 // build's claim to the last slot is no reason to wait.
@@ -192,10 +209,21 @@ impl Hook<'_> {
                 Blame::Build => return Attempt::Final(error.exit_status(), one_report(&error)),
                 Blame::Machine => {
                     let text = one_report(&error);
-                    if ReachError::means_untrusted(&text) {
-                        let account = reach::account(machine);
-                        return Attempt::Elsewhere(ReachError::Untrusted { account }.describe());
+                    let is_daemon = connection.builder.daemon().is_some();
+                    if is_daemon && !refused && way == Way::Derivation && trust::is_refusal_to_build(&text) {
+                        tracing::info!(derivation, builder = machine.name, reason = text, "not trusted");
+                        self.reach.note_trust(machine, false);
+                        refused = true;
+                        lost = text;
+                        way = Way::Closure;
+                        prepared = match task.prepare(job, direct.clone(), way, |_| false) {
+                            Ok(prepared) => prepared.step_by_step(),
+                            Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
+                        };
+                        continue;
                     }
+                    let distrust = self.distrust_in(machine, &text).map(ReachError::from);
+                    let text = distrust.map_or(text, |distrust| distrust.describe());
                     return Attempt::Elsewhere(text);
                 }
                 Blame::Guess => {
@@ -206,7 +234,7 @@ impl Hook<'_> {
                     }
                     guessed_wrong = true;
                     lost = one_report(&error);
-                    prepared = match task.prepare(job, direct.clone(), |_| false) {
+                    prepared = match task.prepare(job, direct.clone(), way, |_| false) {
                         // Step by step: an old daemon may have another form even for the first question.
                         Ok(prepared) => prepared.step_by_step(),
                         Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),

@@ -5,16 +5,17 @@
 mod attempts;
 mod handover;
 mod race;
+mod trust;
 
-use crate::builder::Ahead;
 use crate::config::{self, Fleet, Settings};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
+use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::{self, Decision, Local, MAX_WAITING, Refusal, Request, State, Verdict};
-use crate::reach::{self, Reach, ReachError, ReachSetupError, Reached};
+use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
@@ -25,6 +26,7 @@ use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use race::{Runner, race};
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
@@ -171,6 +173,8 @@ struct Candidate {
     drv_path: StorePath,
     drv: Derivation,
     outputs: BTreeMap<String, Wanted>,
+    /// The inputs that not every machine takes from us, once they have been looked up.
+    in_doubt: OnceCell<Vec<PathInfo>>,
 }
 
 /// A machine that was chosen, its slot, and a connection if one was made to be sure.
@@ -318,7 +322,8 @@ impl<'a> Hook<'a> {
             return Err(Unfit::Dynamic);
         }
         let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
-        Ok(Candidate { request: request.clone(), drv_path, drv, outputs })
+        let in_doubt = OnceCell::new();
+        Ok(Candidate { request: request.clone(), drv_path, drv, outputs, in_doubt })
     }
 
     /// A derivation of the local store; none if the path is not that of one.
@@ -371,18 +376,17 @@ impl<'a> Hook<'a> {
                 }
             };
             let machine = &self.machines[index];
-            if !ask || self.reach.is_warm(machine) {
+            if !ask || self.may_be_promised(machine, candidate) {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
             let outranked = decision.refusals.iter().filter(|(_, refusal)| *refusal == Refusal::Outranked);
             let (warm, cold): (Vec<_>, Vec<_>) = outranked
                 .map(|(index, _)| *index)
-                .partition(|index| self.reach.is_warm(&self.machines[*index]));
+                .partition(|index| self.may_be_promised(&self.machines[*index], candidate));
             let mut runners = vec![self.runner(index)];
             runners.extend(cold.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
-            let good =
-                |index: usize, reached: &Reached| self.check(&self.machines[index], reached, &candidate.drv);
+            let good = |index: usize, reached| self.check(&self.machines[index], reached, candidate);
             let raced = race(&self.reach, &self.location.store_dir, &runners, !warm.is_empty(), good);
             for (index, error) in raced.failed {
                 let machine = &self.machines[index];
@@ -406,11 +410,11 @@ impl<'a> Hook<'a> {
                 tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
                 self.nix.message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
                 let against =
-                    if matches!(error, ReachError::Untrusted { .. }) { &mut unfit } else { &mut *failed };
+                    if matches!(error, ReachError::Distrust(_)) { &mut unfit } else { &mut *failed };
                 against.insert(index, text);
             }
             let (winner, reached) = match raced.winner {
-                Some((winner, reached)) => (winner, Some(*reached)),
+                Some((winner, reached)) => (winner, reached.map(|reached| *reached)),
                 None => match warm.first() {
                     Some(warm) => (*warm, None),
                     None => continue,
@@ -535,34 +539,5 @@ impl<'a> Hook<'a> {
                 tracing::info!(derivation, reason = reasons.join("; "), "declined");
             }
         }
-    }
-
-    fn connect(
-        &self,
-        machine: &Machine,
-        drv: &Derivation,
-        bound: Duration,
-        ahead: &Ahead,
-    ) -> Result<Reached, ReachError> {
-        let reached = self.reach.connect(machine, &self.location.store_dir, bound, ahead)?;
-        self.check(machine, &reached, drv)?;
-        Ok(reached)
-    }
-
-    /// Whether the machine's daemon will build this for us.
-    fn check(&self, machine: &Machine, reached: &Reached, drv: &Derivation) -> Result<(), ReachError> {
-        tracing::debug!(
-            builder = machine.name,
-            way = reached.way.as_str(),
-            reason = reached.detour,
-            version = reached.nix_version,
-            "reached the daemon"
-        );
-        if !outputs::is_allowed(drv, reached.builder.trusted()) {
-            self.reach.forget(machine);
-            let account = reach::account(machine);
-            return Err(ReachError::Untrusted { account });
-        }
-        Ok(())
     }
 }

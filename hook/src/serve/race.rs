@@ -30,8 +30,8 @@ type Arrival = (usize, Result<Reached, ReachError>);
 
 /// How it went.
 pub(super) struct Raced {
-    /// The first that can be used.
-    pub(super) winner: Option<(usize, Box<Reached>)>,
+    /// The first that can be used, with the connection if it is still of use.
+    pub(super) winner: Option<(usize, Option<Box<Reached>>)>,
     /// Those that failed before that.
     pub(super) failed: Vec<(usize, ReachError)>,
 }
@@ -43,7 +43,7 @@ pub(super) fn race(
     store_dir: &StoreDir,
     runners: &[Runner<'_>],
     has_other: bool,
-    good: impl Fn(usize, &Reached) -> Result<(), ReachError>,
+    good: impl Fn(usize, Reached) -> Result<Option<Reached>, ReachError>,
 ) -> Raced {
     let mut raced = Raced { winner: None, failed: Vec::new() };
     let (done, results) = mpsc::channel();
@@ -77,9 +77,9 @@ pub(super) fn race(
                 }
             };
         running.retain(|runner| runner.index != index);
-        match reached.and_then(|reached| good(index, &reached).map(|()| reached)) {
+        match reached.and_then(|reached| good(index, reached)) {
             Ok(reached) => {
-                raced.winner = Some((index, Box::new(reached)));
+                raced.winner = Some((index, reached.map(Box::new)));
                 return raced;
             }
             Err(error) => raced.failed.push((index, error)),

@@ -10,11 +10,14 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod greeting;
+mod result;
 
 pub(super) use greeting::find_magic;
 pub use greeting::{
     MAX_BANNER, NEWEST_MINOR, OLDEST_MINOR, Peer, Version, put_greeting, read_greeting, read_peer,
 };
+pub use result::{BuildResult, Outcome, read_build_result, read_keyed_build_result};
+pub(super) use result::{read_build_times, read_built_outputs};
 
 use super::hook::Field;
 use super::{
@@ -31,11 +34,9 @@ const MAX_MESSAGE: u64 = MAX_STRING + (1 << 20);
 const MAX_FIELDS: u64 = 64;
 const MAX_TRACES: u64 = 1000;
 pub(super) const MAX_SIGNATURES: u64 = 1000;
-const MAX_OUTPUTS: u64 = 1000;
 pub(super) const MAX_REFERENCES: u64 = 1 << 20;
-/// Longest identity or realisation of an output; both are read and dropped.
-const MAX_REALISATION: u64 = 1 << 20;
 
+const OP_BUILD_PATHS: u64 = 9;
 const OP_ADD_TEMP_ROOT: u64 = 11;
 const OP_SET_OPTIONS: u64 = 19;
 const OP_QUERY_PATH_INFO: u64 = 26;
@@ -43,7 +44,9 @@ const OP_QUERY_VALID_PATHS: u64 = 31;
 const OP_BUILD_DERIVATION: u64 = 36;
 const OP_NAR_FROM_PATH: u64 = 38;
 const OP_ADD_TO_STORE_NAR: u64 = 39;
+const OP_QUERY_MISSING: u64 = 40;
 const OP_ADD_MULTIPLE_TO_STORE: u64 = 44;
+const OP_BUILD_PATHS_WITH_RESULTS: u64 = 46;
 
 const MESSAGE_LAST: u64 = 0x616c_7473;
 const MESSAGE_NEXT: u64 = 0x6f6c_6d67;
@@ -262,6 +265,42 @@ pub fn put_build_derivation<'a>(
     put_u64(buffer, 0); // build mode: normal
 }
 
+/// Appends a build of outputs, by name, of a derivation that is in the builder's store with its closure. Answer:
+/// [`read_keyed_build_result`] if the daemon has results for it ([`Version::has_results_of_paths`]); else a number, and an
+/// error when the build fails.
+///
+/// The stock hook asks for all outputs (`*`). Those that are there already are not built again for want of another.
+pub fn put_build_paths<'a>(
+    buffer: &mut Vec<u8>,
+    version: Version,
+    store_dir: &StoreDir,
+    drv_path: &StorePath,
+    outputs: impl Iterator<Item = &'a str>,
+) {
+    let operation = if version.has_results_of_paths() { OP_BUILD_PATHS_WITH_RESULTS } else { OP_BUILD_PATHS };
+    put_u64(buffer, operation);
+    let outputs: Vec<&str> = outputs.collect();
+    put_strings(buffer, [format!("{}!{}", store_dir.render_path(drv_path), outputs.join(","))].iter());
+    put_u64(buffer, 0); // build mode: normal
+}
+
+/// Appends the repair of no paths at all. Answer: a number; whom the daemon does not trust it refuses even this.
+pub fn put_repair_nothing(buffer: &mut Vec<u8>) {
+    put_u64(buffer, OP_BUILD_PATHS);
+    put_u64(buffer, 0); // paths
+    put_u64(buffer, 1); // build mode: repair
+}
+
+/// Appends the question what it would take to have the paths. Answer: [`read_missing`].
+pub fn put_query_missing<'a>(
+    buffer: &mut Vec<u8>,
+    store_dir: &StoreDir,
+    paths: impl ExactSizeIterator<Item = &'a StorePath>,
+) {
+    put_u64(buffer, OP_QUERY_MISSING);
+    put_strings(buffer, paths.map(|p| store_dir.render_path(p)));
+}
+
 /// Appends a derivation as both protocols have it (`writeDerivation` in Nix 2.34 `src/libstore/derivations.cc`).
 pub(super) fn put_derivation<'a>(
     buffer: &mut Vec<u8>,
@@ -364,6 +403,20 @@ pub fn read_paths(
         .collect())
 }
 
+/// Reads what it would take to have paths, and keeps those of them and of what they refer to that the daemon's
+/// substituters have.
+///
+/// # Errors
+/// If the stream ends or holds something else.
+pub fn read_missing(source: &mut impl Read, store_dir: &StoreDir) -> Result<BTreeSet<StorePath>, WireError> {
+    read_paths(source, store_dir, MAX_REFERENCES)?; // to be built
+    let substitutable = read_paths(source, store_dir, MAX_REFERENCES)?;
+    read_paths(source, store_dir, MAX_REFERENCES)?; // unknown
+    read_u64(source, "the size of a download")?;
+    read_u64(source, "the size of what is missing")?;
+    Ok(substitutable)
+}
+
 pub(super) fn read_path(
     source: &mut (impl Read + ?Sized),
     store_dir: &StoreDir,
@@ -425,91 +478,6 @@ pub fn read_path_info(
         signatures,
         content_address: content_address.filter(|ca| !ca.is_empty()),
     }))
-}
-
-/// How a build ended (`BuildResult` in Nix 2.34 `src/libstore/include/nix/store/build-result.hh`).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BuildResult {
-    /// The number on the wire.
-    pub status: u64,
-    /// The builder's own message when it failed.
-    pub message: String,
-}
-
-/// What a build's status means for the one who asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// The outputs are there.
-    Built,
-    /// It will fail again.
-    Failed,
-    /// It took too long, or was silent for too long.
-    TimedOut,
-    /// The builder could not do it now; another try or another machine may.
-    NotThere,
-}
-
-impl BuildResult {
-    /// Reads the status. To Nix every failure of a fixed-output derivation is transient, since it may come from the
-    /// network (`derivation-building-goal.cc`); another machine is no cure for those.
-    pub fn outcome(&self, fixed: bool) -> Outcome {
-        match self.status {
-            0 | 1 | 2 | 13 => Outcome::Built,
-            8 => Outcome::TimedOut,
-            6 if fixed => Outcome::Failed,
-            6 | 10 | 14 => Outcome::NotThere,
-            _ => Outcome::Failed,
-        }
-    }
-}
-
-/// Reads the answer to a build.
-///
-/// # Errors
-/// If the stream ends or holds something else.
-pub fn read_build_result(source: &mut impl Read, version: Version) -> Result<BuildResult, WireError> {
-    let status = read_u64(source, "a build's status")?;
-    let message = String::from_utf8_lossy(&read_bytes(source, "a build's message", MAX_STRING)?).into_owned();
-    if version.minor() >= 29 {
-        read_build_times(source)?;
-    }
-    if version.minor() >= 37 {
-        for what in ["a build's user time", "a build's system time"] {
-            match read_u64(source, what)? {
-                0 => {}
-                1 => drop(read_u64(source, what)?),
-                other => {
-                    return Err(WireError::Unexpected {
-                        what,
-                        got: other.to_string(),
-                        expected: "0 (absent) or 1 (present)",
-                    });
-                }
-            }
-        }
-    }
-    if version.minor() >= 28 {
-        read_built_outputs(source)?;
-    }
-    Ok(BuildResult { status, message })
-}
-
-/// Reads how often and when it was built, and drops it.
-pub(super) fn read_build_times(source: &mut impl Read) -> Result<(), WireError> {
-    for what in ["how often it was built", "whether it is deterministic", "a build's begin", "a build's end"]
-    {
-        read_u64(source, what)?;
-    }
-    Ok(())
-}
-
-/// Reads what was made of each output, and drops it: the paths are known.
-pub(super) fn read_built_outputs(source: &mut impl Read) -> Result<(), WireError> {
-    read_list(source, "a build's outputs", MAX_OUTPUTS, |source| {
-        read_bytes(source, "an output's identity", MAX_REALISATION)?;
-        read_bytes(source, "an output's realisation", MAX_REALISATION).map(drop)
-    })
-    .map(drop)
 }
 
 /// Reads the number some operations answer with.

@@ -6,3 +6,4 @@
 mod real;
 mod scripted;
 mod serving;
+mod untrusted;

@@ -100,7 +100,7 @@ fn serve(store: &Store, minor: u8) -> ServeStore {
 }
 
 /// The programs of each release that is here: those of this system, and those of the small roots.
-fn releases() -> Vec<(String, Option<PathBuf>)> {
+pub(crate) fn releases() -> Vec<(String, Option<PathBuf>)> {
     let roots = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-roots");
     let mut found = vec![("here".to_owned(), None)];
     for name in ["trixie", "sid"] {
@@ -112,20 +112,10 @@ fn releases() -> Vec<(String, Option<PathBuf>)> {
     found
 }
 
-fn store_in(directory: &Path, root: Option<PathBuf>) -> Store {
+pub(crate) fn store_in(directory: &Path, root: Option<PathBuf>) -> Store {
     let mut store = Store::new(directory.join("nix"), &directory.join("store"));
     store.programs = root;
-    if is_newest(&store) {
-        // It finds its own hook by the name it was started by, and here that is the loader's.
-        let conf = store.root.join("etc/nix.conf");
-        let text = fs::read_to_string(&conf).unwrap();
-        fs::write(&conf, text + "build-hook =\n").unwrap();
-    }
     store
-}
-
-fn is_newest(store: &Store) -> bool {
-    store.programs.as_ref().is_some_and(|root| root.ends_with("sid"))
 }
 
 fn out_path(drv: &nix_derivation::Derivation) -> StorePath {

@@ -43,6 +43,11 @@ impl Version {
         self.0 >= 23
     }
 
+    /// Whether the daemon tells how the build of a derivation in its store ended (1.34) instead of failing.
+    pub const fn has_results_of_paths(self) -> bool {
+        self.0 >= 34
+    }
+
     /// The minor number.
     pub const fn minor(self) -> u8 {
         self.0

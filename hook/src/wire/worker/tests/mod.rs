@@ -296,3 +296,71 @@ fn questions_have_the_form_of_their_version() {
     assert_eq!(question(27).len(), question(26).len() + 8);
     assert_eq!(question(27).last_chunk::<8>(), Some(&1u64.to_le_bytes()));
 }
+
+#[test]
+fn builds_of_outputs_are_asked_for_in_the_form_of_their_version() {
+    let store_dir = StoreDir::default();
+    for minor in OLDEST_MINOR..=NEWEST_MINOR {
+        let mut bytes = Vec::new();
+        put_build_paths(&mut bytes, version(minor), &store_dir, &path("x.drv"), ["dev", "out"].into_iter());
+        let mut source = bytes.as_slice();
+        let expected = if minor < 34 { OP_BUILD_PATHS } else { OP_BUILD_PATHS_WITH_RESULTS };
+        assert_eq!(read_u64(&mut source, "op").unwrap(), expected, "{minor}");
+        let paths = read_list(&mut source, "paths", 9, |s| read_string(s, "x", MAX_STRING)).unwrap();
+        assert_eq!(paths, [format!("{}!dev,out", store_dir.render_path(&path("x.drv")))], "{minor}");
+        assert_eq!((read_u64(&mut source, "mode").unwrap(), source.len()), (0, 0), "{minor}");
+    }
+}
+
+#[test]
+fn the_result_of_one_derivation_is_read_and_no_other_number_of_them() {
+    let answer = |count: u64| {
+        let mut bytes = Vec::new();
+        put_u64(&mut bytes, count);
+        for _ in 0..count {
+            put_str(&mut bytes, "/nix/store/x.drv!out");
+            put_u64(&mut bytes, 2);
+            put_str(&mut bytes, "was there");
+            for number in [0, 0, 0, 0, 0] {
+                put_u64(&mut bytes, number);
+            }
+        }
+        bytes
+    };
+    let mut bytes = answer(1);
+    let mut source = bytes.as_slice();
+    let result = read_keyed_build_result(&mut source, version(34)).unwrap();
+    assert_eq!((result.outcome(false), result.message.as_str()), (Outcome::Built, "was there"));
+    assert!(source.is_empty());
+    for count in [0, 2] {
+        let error = read_keyed_build_result(&mut answer(count).as_slice(), version(34)).unwrap_err();
+        assert!(matches!(error, WireError::Unexpected { .. }), "{count}: {error}");
+    }
+    bytes.truncate(bytes.len() - 8);
+    assert!(read_keyed_build_result(&mut bytes.as_slice(), version(34)).is_err());
+}
+
+#[test]
+fn an_error_of_an_older_daemon_is_a_failure_or_a_timeout() {
+    let outcome = |message: &str| BuildResult::failed(message.into()).outcome(false);
+    assert_eq!(outcome("builder for 'x' failed with exit code 5"), Outcome::Failed);
+    assert_eq!(outcome("building of 'x' timed out after 5 seconds of silence"), Outcome::TimedOut);
+    assert_eq!(BuildResult::built().outcome(false), Outcome::Built);
+}
+
+#[test]
+fn of_what_is_missing_the_substitutable_is_kept() {
+    let store_dir = StoreDir::default();
+    let mut bytes = Vec::new();
+    for names in [&["a"][..], &["b", "c"], &["d"]] {
+        put_strings(&mut bytes, names.iter().map(|name| store_dir.render_path(&path(name))));
+    }
+    put_u64(&mut bytes, 1);
+    put_u64(&mut bytes, 2);
+    let mut source = bytes.as_slice();
+    assert_eq!(read_missing(&mut source, &store_dir).unwrap(), [path("b"), path("c")].into());
+    assert!(source.is_empty());
+    for end in 0..bytes.len() {
+        assert!(read_missing(&mut &bytes[..end], &store_dir).is_err(), "{end}");
+    }
+}
