@@ -251,6 +251,8 @@ impl Task<'_> {
         relay: &mut Relay<'_>,
     ) -> Result<Report, JobError> {
         let mut report = Report::default();
+        // Now, while the builder is at work; if it fails it is done again when there is something to register.
+        let registrar = self.registrar().ok();
         let clock = Instant::now();
         self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
@@ -259,7 +261,7 @@ impl Task<'_> {
         report.build = clock.elapsed();
         *slot = None;
         let clock = Instant::now();
-        self.fetch_outputs(builder, job, &prepared.inputs, relay, &mut report)?;
+        self.fetch_outputs(builder, job, &prepared.inputs, registrar, relay, &mut report)?;
         report.outputs = clock.elapsed();
         Ok(report)
     }
@@ -383,6 +385,7 @@ impl Task<'_> {
         builder: &mut Builder,
         job: &Job,
         inputs: &[StorePath],
+        registrar: Option<Registrar>,
         relay: &mut Relay<'_>,
         report: &mut Report,
     ) -> Result<(), JobError> {
@@ -426,8 +429,16 @@ impl Task<'_> {
                 }
             }
         }
-        Registrar::open(self.location, &durability)?.register(&infos)?;
+        let mut registrar = match registrar.filter(Registrar::is_fresh) {
+            Some(registrar) => registrar,
+            None => self.registrar()?,
+        };
+        registrar.register(&infos)?;
         Ok(())
+    }
+
+    fn registrar(&self) -> Result<Registrar, DatabaseError> {
+        Registrar::open(self.location, &Durability::from_settings(|name| self.settings.get(name)))
     }
 }
 

@@ -102,6 +102,8 @@ pub struct Reached {
     pub detour: Option<String>,
     /// The builder's version of Nix, if it is known.
     pub nix_version: Option<String>,
+    /// Another process closes the connection when this one ends.
+    pub kept: bool,
 }
 
 /// Reaches machines over shared masters.
@@ -229,7 +231,13 @@ impl Reach {
         if let Some(here) = machine.uri.here() {
             let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound, ahead)?;
             let nix_version = builder.peer().nix_version.clone();
-            return Ok(Reached { builder: Store::Daemon(builder.into()), way, detour: None, nix_version });
+            return Ok(Reached {
+                builder: Store::Daemon(builder.into()),
+                way,
+                detour: None,
+                nix_version,
+                kept: false,
+            });
         }
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
@@ -274,7 +282,7 @@ impl Reach {
                     builder.peer().nix_version.clone().or_else(|| version_in(&master.first_output()?));
                 tracing::debug!(builder = machine.name, "by a stream that was opened in advance");
                 let builder = Store::Daemon(builder.into());
-                Some(Reached { builder, way: Way::Socket, detour: None, nix_version })
+                Some(Reached { builder, way: Way::Socket, detour: None, nix_version, kept: true })
             }
             Err(error) => {
                 let reason = exit::report(&error, None);
@@ -314,7 +322,7 @@ impl Reach {
         let no_daemon = self.stamp(machine).with_extension("serve");
         let reached = |builder: Store, way, detour| {
             let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
-            Reached { builder, way, detour, nix_version }
+            Reached { builder, way, detour, nix_version, kept: false }
         };
         if serves && named {
             let error = match session.serve() {

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use nix_derivation::{CAHash, NixHash, StoreDir};
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 use std::collections::BTreeSet;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How much Nix's settings ask to be on disk before a path counts as valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,7 @@ pub struct Registrar {
     database: Database,
     store_dir: StoreDir,
     sync: bool,
+    since: Instant,
 }
 
 impl Registrar {
@@ -65,8 +66,16 @@ impl Registrar {
             "pragma foreign_keys = 1; pragma synchronous = {synchronous}; pragma wal_autocheckpoint = 40000;"
         );
         database.connection.execute_batch(&settings).map_err(database.failed("set up a connection"))?;
+        for statement in [FIND_HASH, FIND_ID, ADD_PATH, ADD_REFERENCE] {
+            database.connection.prepare_cached(statement).map_err(database.failed("set up a connection"))?;
+        }
         let sync = durability.sync_before_registering;
-        Ok(Self { database, store_dir: location.store_dir.clone(), sync })
+        Ok(Self { database, store_dir: location.store_dir.clone(), sync, since: Instant::now() })
+    }
+
+    /// Whether it was opened so lately that nobody can have replaced the database since.
+    pub fn is_fresh(&self) -> bool {
+        self.since.elapsed() < FRESH
     }
 
     /// Makes paths valid, all or none of them.
@@ -113,7 +122,7 @@ impl<F: Fn(rusqlite::Error) -> DatabaseError> Batch<'_, F> {
         let hash = NixHash::Sha256(info.nar_hash).to_nix_base16_string();
         let registered: Option<String> = self
             .transaction
-            .prepare_cached("select hash from ValidPaths where path = ?")
+            .prepare_cached(FIND_HASH)
             .and_then(|mut statement| statement.query_row([&path], |row| row.get(0)).optional())
             .map_err(&self.failed)?;
         match registered {
@@ -149,7 +158,7 @@ impl<F: Fn(rusqlite::Error) -> DatabaseError> Batch<'_, F> {
             let reference = self.store_dir.render_path(reference);
             let id: Option<i64> = self
                 .transaction
-                .prepare_cached("select id from ValidPaths where path = ?")
+                .prepare_cached(FIND_ID)
                 .and_then(|mut statement| statement.query_row([&reference], |row| row.get(0)).optional())
                 .map_err(&self.failed)?;
             let Some(id) = id else {
@@ -157,7 +166,7 @@ impl<F: Fn(rusqlite::Error) -> DatabaseError> Batch<'_, F> {
                 return Err(DatabaseError::InvalidReference { path, reference });
             };
             self.transaction
-                .prepare_cached("insert or replace into Refs (referrer, reference) values (?, ?)")
+                .prepare_cached(ADD_REFERENCE)
                 .and_then(|mut statement| statement.execute([referrer, id]))
                 .map_err(&self.failed)?;
         }
@@ -208,5 +217,11 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs())
 }
 
+/// An open database is good for so long; after a long build it is opened again, and its schema looked at.
+const FRESH: Duration = Duration::from_secs(10);
+
+const FIND_HASH: &str = "select hash from ValidPaths where path = ?";
+const FIND_ID: &str = "select id from ValidPaths where path = ?";
+const ADD_REFERENCE: &str = "insert or replace into Refs (referrer, reference) values (?, ?)";
 const ADD_PATH: &str = "insert into ValidPaths (path, hash, registrationTime, deriver, narSize, sigs, ca) \
                         values (?, ?, ?, ?, ?, ?, ?)";

@@ -45,6 +45,9 @@ const OPENING: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long the master may take to part with a stream.
 const LEAVING: Duration = Duration::from_secs(20);
+/// After a stream was handed out the next one is opened so much later, unless somebody waits for it: whoever has the
+/// first one is to have the processors first.
+const AFTERWARDS: Duration = Duration::from_millis(2);
 /// How long a write to the master or to a client may take.
 const WRITE_BOUND: Duration = Duration::from_millis(500);
 /// What the far side may say in answer to the first words, in bytes.
@@ -76,6 +79,7 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
         guarded: Vec::new(),
         leaving: Vec::new(),
         paused_until: None,
+        refill_at: None,
         wanted_at: Instant::now(),
         is_closing: false,
     };
@@ -217,6 +221,7 @@ struct Keeper {
     guarded: Vec<Guarded>,
     leaving: Vec<Leaving>,
     paused_until: Option<Instant>,
+    refill_at: Option<Instant>,
     wanted_at: Instant,
     /// There are to be no more streams.
     is_closing: bool,
@@ -263,6 +268,7 @@ impl Keeper {
             .map(|stream| stream.since + OPENING)
             .chain(self.leaving.iter().map(|leaving| leaving.since + LEAVING))
             .chain(door.and(self.paused_until))
+            .chain(door.and(self.refill_at))
             .chain(door.filter(|_| !self.is_wanted()).map(|_| self.wanted_at + IDLE))
             .min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
@@ -387,6 +393,7 @@ impl Keeper {
             let packet = Word::Stream { confirmed, heard: stream.dialogue.rest() }.to_packet();
             match passing::send_with_descriptor(&client.connection, &packet, stream.socket.as_fd()) {
                 Ok(()) => {
+                    self.refill_at = Some(Instant::now() + AFTERWARDS);
                     self.guarded.push(Guarded { client: client.connection, socket: stream.socket });
                 }
                 // He has left.
@@ -401,6 +408,10 @@ impl Keeper {
             return;
         }
         self.paused_until = None;
+        if self.refill_at.is_some_and(|at| now < at) && !self.is_wanted() {
+            return;
+        }
+        self.refill_at = None;
         let opening = self.streams.iter().filter(|stream| stream.confirmed.is_none()).count();
         let wanted = self.target.saturating_sub(self.streams.len());
         for _ in 0..wanted.min(MOST_OPENING.saturating_sub(opening)) {
