@@ -215,6 +215,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_daemon_is_asked_with_its_own_environment_and_options() {
+        let environment = [("NIX_CONFIG", "a = b"), ("SECRET", "x"), ("HOME", "/h")];
+        let daemon = Process {
+            pid: 1,
+            started: None,
+            program: None,
+            environment: Some(environment.map(|(name, value)| (name.into(), value.into())).into()),
+            words: ["nix-daemon", "-v", "--option", "build-hook", "/b"].map(str::to_owned).into(),
+        };
+        let view = View::of(&daemon).unwrap();
+        assert_eq!(view.options, ["--option", "build-hook", "/b"]);
+        assert_eq!(view.variable("NIX_CONFIG"), Some("a = b".into()));
+        assert_eq!((view.variable("SECRET"), view.variable("PATH")), (None, None));
+        assert!(View::of(&Process { environment: None, ..daemon }).is_none());
+        assert_eq!(View::everybody().variable("NIX_USER_CONF_FILES"), Some("".into()));
+    }
+
+    #[test]
     fn versions_of_nix_are_read() {
         for (text, expected) in [
             ("nix (Nix) 2.26.3\n", Some((2, 26))),

@@ -24,7 +24,7 @@ use files::Runner;
 use finding::{Finding, Severity, Spot};
 use hosts::Found;
 use machines::{Judged, Own, Target};
-use nix::unistd::{Group, User, geteuid, getgroups};
+use nix::unistd::{Group, User, getegid, geteuid};
 use nix_conf::Assignment;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::settings::{Settings as OffloadSettings, SettingsError};
@@ -416,11 +416,15 @@ impl Look {
     fn untrusted(&mut self, effective: &Effective) {
         let uid = geteuid();
         let user = User::from_uid(uid).ok().flatten().map_or_else(|| uid.to_string(), |user| user.name);
-        let groups = getgroups().unwrap_or_default();
-        let groups = groups.into_iter().filter_map(|gid| Some(Group::from_gid(gid).ok()??.name));
-        let groups: Vec<String> = groups.collect();
-        let trusted =
-            settings::is_trusted(effective.settings.get("trusted-users").unwrap_or("root"), &user, &groups);
+        let takes = effective.settings.get("trusted-users").unwrap_or("root");
+        // By the group's list of members, whatever we logged in with.
+        let is_in = |name: &&str| {
+            let group = Group::from_name(name).ok().flatten();
+            group.is_some_and(|group| group.gid == getegid() || group.mem.contains(&user))
+        };
+        let named = takes.split_whitespace().filter_map(|word| word.strip_prefix('@'));
+        let groups: Vec<String> = named.filter(is_in).map(str::to_owned).collect();
+        let trusted = settings::is_trusted(takes, &user, &groups);
         let own = View::own();
         // With a store of his own no daemon is asked.
         let remote = own.variable("NIX_REMOTE").filter(|remote| !remote.is_empty());
