@@ -6,6 +6,8 @@ use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World};
 use serde_json::Value;
 
 const CONF: &str = "/etc/nix/nix.conf";
+/// Who is asked for names: the file alone, which knows what it does not have.
+const NO_DNS: &str = "passwd: files\ngroup: files\nhosts: files\n";
 /// Names that every machine of this world knows.
 const HOSTS: &str = "127.0.0.1 localhost\n198.51.100.1 one\n198.51.100.2 two\n";
 
@@ -249,6 +251,8 @@ fn hosts_that_nobody_knows_or_that_are_this_machine() {
         )
         .start();
     client.write("/etc/hosts", &format!("{HOSTS}127.0.0.2 me-too\n"));
+    // Nobody else is to be asked for names.
+    client.write("/etc/nsswitch.conf", NO_DNS);
     let list = |text: &str| {
         client.write("/etc/list", text);
         findings(&client, &["/etc/list"])
@@ -281,10 +285,48 @@ fn hosts_that_nobody_knows_or_that_are_this_machine() {
     if !card.trim().is_empty() {
         assert_one(&list(&card), &[card.trim(), "is this very machine"]);
     }
+    // No name server runs here.
+    client.write("/etc/nsswitch.conf", "passwd: files\nhosts: files dns\n");
+    let found = list(&(0..8).map(|n| format!("absent{n}.example\n")).collect::<String>());
+    assert_one(&found, &["warning - - - the name service had no answer", "absent4.example and 3 more"]);
+    client.write("/etc/nsswitch.conf", NO_DNS);
     // With a condition that ssh alone can judge.
     let config = client.read("/root/.ssh/config");
     client.write("/root/.ssh/config", &format!("Match host dream\n HostName one\n{config}"));
     assert_one(&list("dream\nno-such-host\n"), &["warning /etc/list 2 1"]);
+    client.write("/root/.ssh/config", "Frobnicate yes\n");
+    assert_one(
+        &list("one\n"),
+        &["error - - - 'ssh -G ", "Bad configuration option: frobnicate", "ssh complains"],
+    );
+}
+
+#[test]
+fn keys_are_judged_as_the_user_sees_them_who_runs_builds() {
+    let world = World::new();
+    let client = plan(&world).start();
+    client.write("/etc/hosts", HOSTS);
+    client.write_mode("/home/user/of-root", "-----BEGIN", 0o600);
+    client.write_mode("/home/user/good", "-----BEGIN", 0o600);
+    client.give_to_user("/home/user/good");
+    client.write("/etc/list", "one - ~/good\ntwo - /home/user/of-root\nssh-ng://two?ssh-key=/root/key\n");
+    let output = client.command(OURS).args(["check", "--json", "/etc/list"]).as_user().run();
+    let found = lines(&told(&output));
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(
+        found[0].starts_with("error /etc/list 2 7 user cannot read the key file /home/user/of-root"),
+        "{found:#?}"
+    );
+    assert!(
+        found[1].starts_with("error /etc/list 3 14 user cannot see the key file /root/key"),
+        "{found:#?}"
+    );
+    let root = findings(&client, &["/etc/list"]);
+    assert_eq!(root.len(), 2, "{root:#?}");
+    assert!(
+        root[0].contains("no key file /root/good") && root[1].contains("no key file /root/key"),
+        "{root:#?}"
+    );
 }
 
 #[test]
@@ -293,6 +335,7 @@ fn a_thousand_machines_are_checked_at_once() {
     let client = plan(&world).start();
     let names = |format: &dyn Fn(u32) -> String| (0..1000).map(format).collect::<String>();
     client.write("/etc/hosts", &names(&|n| format!("10.7.{}.{} m{n}\n", n / 250, n % 250 + 1)));
+    client.write("/etc/nsswitch.conf", NO_DNS);
     client.write("/etc/known", &names(&|n| format!("ssh-ng://m{n} x86_64-linux - 4 1 kvm\n")));
     client
         .write("/etc/unknown", &names(&|n| format!("ssh-ng://unknown{n} x86_64 /root/absent{n} 4 1 kmv\n")));

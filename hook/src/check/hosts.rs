@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 const LOOKUPS: usize = 64;
 /// Processes of ssh at the same time. They work, and do not wait.
 const PROCESSES: usize = 8;
+/// How long ssh may take to say what holds for all hosts.
+const FIRST_BOUND: Duration = Duration::from_secs(5);
 /// A name that no block of ssh_config is for, unless it is for all.
 const NOBODY: &str = "nix-offload-check.invalid";
 /// ssh's words before a file's name, at its first level of verbosity (`read_config_file_depth` in readconf.c).
@@ -34,8 +36,17 @@ pub(super) enum Found {
     Here(String),
     /// No name service knows the name.
     Unknown(String),
-    /// Nobody answered in time.
+    /// Nobody answered, or not in time.
     NoAnswer,
+}
+
+/// What is known of all hosts.
+#[derive(Debug, Default)]
+pub(super) struct LookedUp {
+    /// Of each of them.
+    pub(super) found: BTreeMap<Host, Found>,
+    /// Why ssh itself cannot be used.
+    pub(super) trouble: Option<String>,
 }
 
 /// Where ssh would connect to.
@@ -47,11 +58,16 @@ struct Target {
     by_others: bool,
 }
 
-/// Looks all hosts up. `options` are further words for ssh.
-pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duration) -> BTreeMap<Host, Found> {
-    let deadline = Instant::now() + bound;
+/// Looks all hosts up. `options` are further words for ssh, `bound` is for all names together.
+pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duration) -> LookedUp {
+    if hosts.is_empty() {
+        return LookedUp::default();
+    }
     let hosts: Vec<Host> = hosts.iter().cloned().collect();
-    let targets = targets(&hosts, options, deadline);
+    let (targets, trouble) = match targets(&hosts, options, bound) {
+        Ok(targets) => (targets, None),
+        Err(trouble) => (hosts.iter().map(plain).collect(), Some(trouble)),
+    };
     let own = own_addresses();
     let own_name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let names: BTreeSet<String> = targets
@@ -59,6 +75,7 @@ pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duratio
         .filter(|target| !target.by_others && target.name.parse::<IpAddr>().is_err())
         .map(|target| target.name.clone())
         .collect();
+    let deadline = Instant::now() + bound;
     let addresses = side_by_side(names.into_iter().collect(), LOOKUPS, deadline, |name: &String| {
         (name.as_str(), SSH_PORT)
             .to_socket_addrs()
@@ -80,6 +97,12 @@ pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duratio
         }
         match addresses.get(&target.name) {
             None => Found::NoAnswer,
+            // So the C library calls it when no name server answers (EAI_AGAIN).
+            Some(Err(error))
+                if ["Temporary failure", "Try again"].iter().any(|words| error.contains(words)) =>
+            {
+                Found::NoAnswer
+            }
             Some(Err(error)) => Found::Unknown(error.clone()),
             Some(Ok(addresses)) => addresses
                 .iter()
@@ -88,21 +111,20 @@ pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duratio
         }
     });
     let found: Vec<Found> = found.collect();
-    hosts.into_iter().zip(found).collect()
+    LookedUp { found: hosts.into_iter().zip(found).collect(), trouble }
+}
+
+/// As the URI says.
+fn plain(host: &Host) -> Target {
+    Target { name: host.name().to_owned(), port: host.port.unwrap_or(SSH_PORT), by_others: false }
 }
 
 /// Where ssh would connect to for each host. ssh is asked for those that a block of its configuration may be for, and
 /// once for all others.
-fn targets(hosts: &[Host], options: &[String], deadline: Instant) -> Vec<Target> {
-    let plain = |host: &Host| Target {
-        name: host.name().to_owned(),
-        port: host.port.unwrap_or(SSH_PORT),
-        by_others: false,
-    };
+fn targets(hosts: &[Host], options: &[String], bound: Duration) -> Result<Vec<Target>, String> {
     let nobody = Host { destination: NOBODY.into(), port: None };
-    let Some((default, patterns)) = ask_ssh(&nobody, options, deadline) else {
-        return hosts.iter().map(plain).collect();
-    };
+    let (default, patterns) = ask_ssh(&nobody, options, Instant::now() + FIRST_BOUND)?;
+    let deadline = Instant::now() + bound;
     let is_special = |host: &&Host| {
         let name = host.name();
         default.name != NOBODY
@@ -111,7 +133,7 @@ fn targets(hosts: &[Host], options: &[String], deadline: Instant) -> Vec<Target>
     let special: Vec<Host> = hosts.iter().filter(is_special).cloned().collect();
     let options = options.to_vec();
     let asked = side_by_side(special, PROCESSES, deadline, move |host| {
-        ask_ssh(host, &options, deadline).map(|(target, _)| target).ok_or(())
+        ask_ssh(host, &options, deadline).map(|(target, _)| target)
     });
     let target = |host: &Host| match asked.get(host) {
         Some(Ok(target)) => target.clone(),
@@ -119,33 +141,41 @@ fn targets(hosts: &[Host], options: &[String], deadline: Instant) -> Vec<Target>
         _ if is_special(&host) => Target { by_others: true, ..plain(host) },
         _ => Target { by_others: default.by_others, port: host.port.unwrap_or(default.port), ..plain(host) },
     };
-    hosts.iter().map(target).collect()
+    Ok(hosts.iter().map(target).collect())
 }
 
 /// What ssh makes of a host, and the names that blocks of its configuration are for: none if it has conditions that only
 /// ssh can judge.
-fn ask_ssh(host: &Host, options: &[String], deadline: Instant) -> Option<(Target, Option<Vec<String>>)> {
+fn ask_ssh(
+    host: &Host,
+    options: &[String],
+    deadline: Instant,
+) -> Result<(Target, Option<Vec<String>>), String> {
     let mut ssh = Command::new("ssh");
     ssh.args(["-v", "-G", "-oBatchMode=yes"]).args(options);
     if let Some(port) = host.port {
         ssh.args(["-p", &port.to_string()]);
     }
     let left = deadline.saturating_duration_since(Instant::now());
-    let answer = command::run(ssh.args(["--", &host.destination]).current_dir("/"), left).ok()?;
+    let answer = command::run(ssh.args(["--", &host.destination]).current_dir("/"), left);
+    let answer = answer.map_err(|error| format!("cannot run 'ssh -G {}': {error}", host.destination))?;
     if !answer.status.success() {
-        return None;
+        let said =
+            answer.stderr.lines().filter(|line| !line.starts_with("debug") && !line.starts_with("OpenSSH"));
+        let said = said.map(str::trim).collect::<Vec<_>>().join(" ");
+        return Err(format!("'ssh -G {}' ended with {}: {said}", host.destination, answer.status));
     }
     let value =
         |name: &str| answer.stdout.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     let is_set = |name: &str| value(name).is_some_and(|value| value != "none");
     let target = Target {
-        name: value("hostname")?.to_owned(),
+        name: value("hostname").unwrap_or(host.name()).to_owned(),
         port: value("port").and_then(|port| port.parse().ok()).unwrap_or(SSH_PORT),
         by_others: is_set("proxycommand") || is_set("proxyjump"),
     };
     let files = answer.stderr.lines().filter_map(|line| Some(line.split_once(READING)?.1.trim()));
     let texts: Vec<String> = files.filter_map(|file| fs::read_to_string(file).ok()).collect();
-    Some((target, patterns(&texts)))
+    Ok((target, patterns(&texts)))
 }
 
 /// The names in `Host` lines, but `*`. None if there is a `Match` line.

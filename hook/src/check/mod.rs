@@ -22,7 +22,7 @@ use daemon::Daemon;
 use effective::{Effective, View};
 use files::Runner;
 use finding::{Finding, Severity, Spot};
-use hosts::Found;
+use hosts::{Found, LookedUp};
 use machines::{Judged, Own, Target};
 use nix::unistd::{Group, User, getegid, geteuid};
 use nix_conf::Assignment;
@@ -255,7 +255,14 @@ impl Look {
         let options =
             env::var("NIX_SSHOPTS").ok().and_then(|options| shlex::split(&options)).unwrap_or_default();
         let hosts = targets.iter().map(|target| target.host.clone()).collect();
-        let found = hosts::look_up(&hosts, &options, LOOKUP_BOUND);
+        let LookedUp { found, trouble } = hosts::look_up(&hosts, &options, LOOKUP_BOUND);
+        if let Some(trouble) = trouble {
+            findings.push(Finding::error(
+                &Spot::default(),
+                trouble,
+                "correct what ssh complains of, or install OpenSSH's client: no machine can be reached without it",
+            ));
+        }
         let mut late = BTreeSet::new();
         for Target { spot, host, must_be_elsewhere } in targets {
             let name = host.name();
@@ -279,7 +286,7 @@ impl Look {
         }
         if !late.is_empty() {
             let message = format!(
-                "the name service did not answer within {} seconds for {}",
+                "the name service had no answer within {} seconds for {}",
                 LOOKUP_BOUND.as_secs(),
                 listed(&late)
             );

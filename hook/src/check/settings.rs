@@ -112,15 +112,15 @@ impl Judge<'_> {
                 "use Nix, or Lix before 2.94",
             ));
         }
-        if facts.reader == Reader::UnseenDaemon && ignores {
-            self.notes.push(format!(
-                "{} takes 'build-hook' from the daemon's environment alone; run this as root, with the daemon running, \
-                 to see it",
-                facts.version_text
-            ));
+        if facts.reader == Reader::UnseenDaemon && (ignores || is_stock(value)) {
+            self.notes.push(
+                "the daemon may have 'build-hook' from its environment; run this as root, with the daemon running, to \
+                 see it"
+                    .into(),
+            );
             return;
         }
-        if line.is_some_and(|line| line.value != value) {
+        if line.is_some_and(|line| !is_same(&line.value, value)) {
             let (message, cure) = if ignores {
                 (
                     format!(
@@ -321,6 +321,22 @@ pub(super) fn stale(pid: u32, started: SystemTime, files: &[(String, SystemTime)
         )
     };
     newer.map(finding).collect()
+}
+
+/// Before 2.17 Nix writes a path in its shortest form.
+fn is_same(written: &str, effective: &str) -> bool {
+    let short = |path: &str| {
+        let mut parts = Vec::new();
+        for part in path.split('/').filter(|part| !matches!(*part, "" | ".")) {
+            if part == ".." {
+                parts.pop();
+            } else {
+                parts.push(part.to_owned());
+            }
+        }
+        parts
+    };
+    written == effective || (written.starts_with('/') && short(written) == short(effective))
 }
 
 fn is_stock(value: &str) -> bool {
