@@ -1,5 +1,6 @@
 //! The manual has what the program has.
 #![expect(clippy::unwrap_used, reason = "a surprise is a failed test")]
+
 use std::fs;
 use std::process::Command;
 

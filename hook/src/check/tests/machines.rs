@@ -191,6 +191,7 @@ fn one_machine_in_two_lines() {
     assert_eq!(told.len(), 1, "{told:#?}");
     assert!(told[0].starts_with("1:1 [ssh://mac?compress=true] warning"), "{told:#?}");
     assert!(told[0].contains("m:1:1"), "{told:#?}");
+    assert_one("ssh-ng://me@mac\nssh-ng://me@MAC", &["2:1 [ssh-ng://me@MAC] warning", "m:1:1"]);
     // Each of these two gets builds that the other one cannot have.
     assert_none("ssh://mac x86_64-linux\nssh://mac i686-linux");
     assert_none("ssh://mac x86_64-linux\nssh://mac x86_64-linux - 1 1 - benchmark");
