@@ -1,9 +1,11 @@
 //! `check`: what is wrong with the configuration, as the Nix that is here reads it.
 
-use std::time::Duration;
+use std::{os::unix::net::UnixStream, time::Duration};
 
-use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World};
+use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, wait_until};
 use serde_json::Value;
+
+use crate::support::SOON;
 
 const CONF: &str = "/etc/nix/nix.conf";
 /// Who is asked for names: the file alone, which knows what it does not have.
@@ -359,7 +361,7 @@ fn what_a_daemon_does_not_take_from_a_user() {
                 .named(&format!("{name}-{}", release.name()))
                 .release(release)
                 .mode(Mode::Daemon)
-                .machines("ssh-ng://one x86_64-linux /root/key")
+                .machines("ssh-ng://one x86_64-linux /root/key\n@/root/list")
                 .nix_conf(&format!("trusted-users = root {trusted}"))
                 .start();
             client.write("/etc/hosts", HOSTS);
@@ -375,7 +377,7 @@ fn what_a_daemon_does_not_take_from_a_user() {
         // What only root can see is no fault.
         let report: Value = serde_json::from_str(output.stdout()).unwrap();
         let notes = report["notes"].to_string();
-        assert!(notes.contains("run this as root") && notes.contains("/root/key"), "{output}");
+        assert!(notes.contains("run this as root") && notes.contains("/root/key, /root/list"), "{output}");
         assert_eq!(release == Release::Trixie, notes.contains("'build-hook'"), "{output}");
         assert_eq!(lines(&told(&as_user(&start("user", "user")))), [""; 0]);
         assert_eq!(lines(&told(&as_user(&start("group", "@user")))), [""; 0]);
@@ -398,6 +400,20 @@ fn a_daemon_that_has_not_read_what_is_written_now() {
     // Machines are read for each build.
     client.run("touch -d '-1 hour' /etc/nix/more.conf; touch -d '+1 hour' /etc/nix/machines");
     assert_eq!(findings(&client, &[]), [""; 0]);
+}
+
+#[test]
+fn a_daemon_is_told_from_its_children() {
+    let world = World::new();
+    let client = plan(&world).mode(Mode::Daemon).start();
+    let daemon = client.pids_matching("nix-daemon");
+    let _held = UnixStream::connect(client.path("/nix/var/nix/daemon-socket/socket")).unwrap();
+    wait_until("the daemon has a child for the connection", SOON, || {
+        client.pids_matching("nix-daemon").len() > daemon.len()
+    });
+    let report: Value = serde_json::from_str(check(&client, &["--json"]).stdout()).unwrap();
+    let oldest = daemon.iter().min().unwrap();
+    assert_eq!(report["nix"]["reader"], format!("the daemon (process {oldest})"));
 }
 
 #[test]
