@@ -296,6 +296,14 @@ fn hosts_that_nobody_knows_or_that_are_this_machine() {
     let config = client.read("/root/.ssh/config");
     client.write("/root/.ssh/config", &format!("Match host dream\n HostName one\n{config}"));
     assert_one(&list("dream\nno-such-host\n"), &["warning /etc/list 2 1"]);
+    client.write("/root/.ssh/config", "Match host slow exec \"sleep 600\"\n User me\n");
+    client.write("/etc/list", "slow\none\n");
+    let output = check(&client, &["/etc/list"]);
+    assert_eq!(output.stdout(), "2 machines: no errors, no warnings\n", "{output}");
+    output.assert_stderr_has(
+        "note: 'ssh -G' did not say within 2 seconds where it finds slow; that is not checked",
+    );
+    assert_eq!(client.pids_matching("sleep 600"), [0; 0]);
     client.write("/root/.ssh/config", "Frobnicate yes\n");
     assert_one(
         &list("one\n"),

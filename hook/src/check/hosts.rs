@@ -20,6 +20,8 @@ const LOOKUPS: usize = 64;
 const PROCESSES: usize = 8;
 /// How long ssh may take to say what holds for all hosts.
 const FIRST_BOUND: Duration = Duration::from_secs(5);
+/// How long it may take to end those that took too long: none is to outlive us.
+const END_BOUND: Duration = Duration::from_millis(500);
 /// A name that no block of ssh_config is for, unless it is for all.
 const NOBODY: &str = "nix-offload-check.invalid";
 /// ssh's words before a file's name, at its first level of verbosity (`read_config_file_depth` in readconf.c).
@@ -38,6 +40,8 @@ pub(super) enum Found {
     Unknown(String),
     /// Nobody answered, or not in time.
     NoAnswer,
+    /// ssh did not say in time what its configuration makes of it.
+    NotAsked,
 }
 
 /// What is known of all hosts.
@@ -56,6 +60,8 @@ struct Target {
     port: u16,
     /// Somebody else connects: a ProxyCommand, a jump host.
     by_others: bool,
+    /// What ssh_config says is not known.
+    not_asked: bool,
 }
 
 /// Looks all hosts up. `options` are further words for ssh, `bound` is for all names together.
@@ -84,7 +90,7 @@ pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duratio
     });
     let found = targets.iter().map(|target| {
         if target.by_others {
-            return Found::Well;
+            return if target.not_asked { Found::NotAsked } else { Found::Well };
         }
         // Another port is that of a tunnel or of a machine within this one.
         let is_here =
@@ -116,7 +122,12 @@ pub(super) fn look_up(hosts: &BTreeSet<Host>, options: &[String], bound: Duratio
 
 /// As the URI says.
 fn plain(host: &Host) -> Target {
-    Target { name: host.name().to_owned(), port: host.port.unwrap_or(SSH_PORT), by_others: false }
+    Target {
+        name: host.name().to_owned(),
+        port: host.port.unwrap_or(SSH_PORT),
+        by_others: false,
+        not_asked: false,
+    }
 }
 
 /// Where ssh would connect to for each host. ssh is asked for those that a block of its configuration may be for, and
@@ -132,13 +143,13 @@ fn targets(hosts: &[Host], options: &[String], bound: Duration) -> Result<Vec<Ta
     };
     let special: Vec<Host> = hosts.iter().filter(is_special).cloned().collect();
     let options = options.to_vec();
-    let asked = side_by_side(special, PROCESSES, deadline, move |host| {
+    let asked = side_by_side(special, PROCESSES, deadline + END_BOUND, move |host| {
         ask_ssh(host, &options, deadline).map(|(target, _)| target)
     });
     let target = |host: &Host| match asked.get(host) {
         Some(Ok(target)) => target.clone(),
         // Its block is there, and what it says is not known.
-        _ if is_special(&host) => Target { by_others: true, ..plain(host) },
+        _ if is_special(&host) => Target { by_others: true, not_asked: true, ..plain(host) },
         _ => Target { by_others: default.by_others, port: host.port.unwrap_or(default.port), ..plain(host) },
     };
     Ok(hosts.iter().map(target).collect())
@@ -157,6 +168,9 @@ fn ask_ssh(
         ssh.args(["-p", &port.to_string()]);
     }
     let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err("there is no time left".into());
+    }
     let answer = command::run(ssh.args(["--", &host.destination]).current_dir("/"), left);
     let answer = answer.map_err(|error| format!("cannot run 'ssh -G {}': {error}", host.destination))?;
     if !answer.status.success() {
@@ -172,6 +186,7 @@ fn ask_ssh(
         name: value("hostname").unwrap_or(host.name()).to_owned(),
         port: value("port").and_then(|port| port.parse().ok()).unwrap_or(SSH_PORT),
         by_others: is_set("proxycommand") || is_set("proxyjump"),
+        not_asked: false,
     };
     let files = answer.stderr.lines().filter_map(|line| Some(line.split_once(READING)?.1.trim()));
     let texts: Vec<String> = files.filter_map(|file| fs::read_to_string(file).ok()).collect();

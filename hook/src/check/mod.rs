@@ -263,11 +263,12 @@ impl Look {
                 "correct what ssh complains of, or install OpenSSH's client: no machine can be reached without it",
             ));
         }
-        let mut late = BTreeSet::new();
+        let (mut late, mut not_asked) = (BTreeSet::new(), BTreeSet::new());
         for Target { spot, host, must_be_elsewhere } in targets {
             let name = host.name();
             match found.get(&host) {
                 None | Some(Found::Well) => {}
+                Some(Found::NotAsked) => drop(not_asked.insert(name.to_owned())),
                 Some(Found::NoAnswer) => drop(late.insert(name.to_owned())),
                 // Its ssh_config may know the name.
                 Some(Found::Unknown(_)) if !self.runner.is_us() => drop(self.unseen.insert(name.to_owned())),
@@ -283,6 +284,13 @@ impl Look {
                 )),
                 Some(Found::Here(_)) => {}
             }
+        }
+        if !not_asked.is_empty() {
+            self.report.notes.push(format!(
+                "'ssh -G' did not say within {} seconds where it finds {}; that is not checked",
+                LOOKUP_BOUND.as_secs(),
+                listed(&not_asked)
+            ));
         }
         if !late.is_empty() {
             let message = format!(
