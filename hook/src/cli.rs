@@ -39,6 +39,29 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say what is wrong with the list of machines and with Nix's settings, without connecting to a machine.
+    ///
+    /// Asks the Nix that is here for its settings, in the place of its daemon if there is one, and looks at what they
+    /// name: machines, keys, hosts, the hook itself, offload.toml. Errors are what cannot work, warnings what is allowed
+    /// and surely not meant; each has its place and what to do about it.
+    ///
+    /// The exit status is 1 if there are errors, and 0 with warnings alone, unless --strict is given.
+    ///
+    /// The Nix daemon connects as root: run this as root to see what it sees.
+    Check {
+        /// A list of machines to look at instead, '-' for standard input.
+        #[arg(value_name = "FILE", conflicts_with = "builders")]
+        file: Option<String>,
+        /// Machines to look at instead, in the form of the setting 'builders', for instance '@/etc/nix/machines'.
+        #[arg(long, value_name = "MACHINES")]
+        builders: Option<String>,
+        /// Let warnings count as errors do.
+        #[arg(long)]
+        strict: bool,
+        /// Print a JSON object with all findings.
+        #[arg(long)]
+        json: bool,
+    },
     /// Serve Nix as its build hook; Nix adds the verbosity. Not for people.
     #[command(hide = true)]
     Hook {
@@ -74,6 +97,15 @@ pub enum Action {
         /// What to lock.
         lock: PathBuf,
     },
+    /// Tell what is wrong with the configuration.
+    Check {
+        /// With which part of it.
+        subject: Subject,
+        /// Let warnings count as errors do.
+        strict: bool,
+        /// Print JSON.
+        json: bool,
+    },
     /// Connect to machines and tell what answers.
     Ping {
         /// Which ones.
@@ -94,6 +126,19 @@ pub enum Targets {
     Builders(String),
     /// The machines of Nix's configuration.
     Configured,
+}
+
+/// What is to be checked.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// Everything that is configured.
+    Configured,
+    /// The list of machines in this file.
+    File(String),
+    /// The list of machines on standard input.
+    Input,
+    /// The machines in this text, which has the form of the setting `builders`.
+    Builders(String),
 }
 
 /// Reads the command line.
@@ -120,6 +165,15 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
                 None => Targets::Stores(store),
             };
             Action::Ping { targets, bound: Duration::from_secs(timeout), json }
+        }
+        Command::Check { file, builders, strict, json } => {
+            let subject = match (file, builders) {
+                (_, Some(text)) => Subject::Builders(text),
+                (None, None) => Subject::Configured,
+                (Some(file), None) if file == "-" => Subject::Input,
+                (Some(file), None) => Subject::File(file),
+            };
+            Action::Check { subject, strict, json }
         }
     })
 }
@@ -159,5 +213,18 @@ mod tests {
         assert_eq!(ping(&["x", "ping-store", "--builders", "@/m"]), Targets::Builders("@/m".into()));
         assert!(parsed(&["x", "ping-store", "--store", "a", "--builders", "b"]).is_err());
         assert!(parsed(&["x", "ping-store", "--timeout", "0"]).is_err());
+    }
+
+    #[test]
+    fn check_takes_a_file_or_a_list_or_the_configuration() {
+        let check = |words: &[&str]| match parsed(words).unwrap() {
+            Action::Check { subject, strict, json } => (subject, strict, json),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(check(&["x", "check"]), (Subject::Configured, false, false));
+        assert_eq!(check(&["x", "check", "--strict", "m"]), (Subject::File("m".into()), true, false));
+        assert_eq!(check(&["x", "check", "-", "--json"]), (Subject::Input, false, true));
+        assert_eq!(check(&["x", "check", "--builders", "a"]), (Subject::Builders("a".into()), false, false));
+        assert!(parsed(&["x", "check", "m", "--builders", "a"]).is_err());
     }
 }

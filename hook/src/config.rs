@@ -80,33 +80,53 @@ struct Reader<'a> {
 }
 
 /// A word and the character offset at which it begins in its line.
-type Word<'a> = (usize, &'a str);
+pub type Word<'a> = (usize, &'a str);
+
+/// A machine, or an `@file`, as it stands in a text: between line ends, `;` and comments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry<'a> {
+    /// Its line's number, from 1.
+    pub number: usize,
+    /// The whole line.
+    pub line: &'a str,
+    /// All of the entry, blanks around it included.
+    pub text: &'a str,
+    /// Its columns, each with the character offset at which it begins in the line. At least one.
+    pub words: Vec<Word<'a>>,
+}
+
+/// The entries of a list's text that are not empty.
+pub fn entries(text: &str) -> impl Iterator<Item = Entry<'_>> {
+    text.split('\n').enumerate().flat_map(|(index, line)| {
+        let code = line.split('#').next().unwrap_or_default();
+        let mut offset = 0;
+        code.split(';').filter_map(move |text| {
+            let words = words(text, offset);
+            offset += text.chars().count() + 1;
+            (!words.is_empty()).then_some(Entry { number: index + 1, line, text, words })
+        })
+    })
+}
 
 impl Reader<'_> {
     fn text(&mut self, source: &str, text: &str, depth: usize) {
-        for (index, line) in text.split('\n').enumerate() {
-            let code = line.split('#').next().unwrap_or_default();
-            let mut offset = 0;
-            for entry in code.split(';') {
-                self.entry(source, index + 1, line, offset, entry, depth);
-                offset += entry.chars().count() + 1;
-            }
+        for entry in entries(text) {
+            self.entry(source, &entry, depth);
         }
     }
 
-    fn entry(&mut self, source: &str, number: usize, line: &str, offset: usize, entry: &str, depth: usize) {
-        let words = words(entry, offset);
-        let Some(&(start, first)) = words.first() else { return };
+    fn entry(&mut self, source: &str, entry: &Entry<'_>, depth: usize) {
+        let Some(&(start, first)) = entry.words.first() else { return };
         let fault = |at: Word<'_>, message: String, cure: &str| Problem {
-            place: Place { source: source.to_owned(), line: number, column: at.0 + 1 },
-            line: line.trim_end().to_owned(),
+            place: Place { source: source.to_owned(), line: entry.number, column: at.0 + 1 },
+            line: entry.line.trim_end().to_owned(),
             width: at.1.chars().count(),
             message,
             cure: cure.to_owned(),
         };
         if let Some(file) = first.strip_prefix('@') {
             // Blanks in a file name are kept, as in Nix: all of the entry is the name.
-            let file = entry.trim().strip_prefix('@').map_or(file, str::trim);
+            let file = entry.text.trim().strip_prefix('@').map_or(file, str::trim);
             if let Err(problem) =
                 self.include(file, depth, |message, cure| fault((start, first), message, cure))
             {
@@ -114,8 +134,8 @@ impl Reader<'_> {
             }
             return;
         }
-        let place = Place { source: source.to_owned(), line: number, column: start + 1 };
-        match machine(&words, place, self.default_systems, fault) {
+        let place = Place { source: source.to_owned(), line: entry.number, column: start + 1 };
+        match machine(&entry.words, place, self.default_systems, fault) {
             Ok(machine) => self.fleet.machines.push(machine),
             Err(problem) => self.fleet.problems.push(problem),
         }

@@ -1,6 +1,7 @@
 //! The Nix build hook. The rooms of the house and the arrows between them are drawn in ARCHITECTURE.md.
 
 pub mod builder;
+pub mod check;
 pub mod cli;
 pub mod config;
 pub mod fds;

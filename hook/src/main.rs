@@ -1,7 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
-use nix_offload::{ping, serve};
+use nix_offload::{check, ping, serve};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -30,6 +30,10 @@ fn main() -> ExitCode {
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
             Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
+        Ok(Action::Check { subject, strict, json }) => match check::check(&subject, strict, json) {
+            Ok(code) => (code, None),
+            Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
         },
     };
     if let Some(text) = text {

@@ -259,8 +259,9 @@ fn suggestion(message: &str, word: &str) -> Option<String> {
     (alike(best) >= ALIKE).then(|| best.to_owned())
 }
 
-/// As `match_pattern` in OpenSSH's match.c, without regard to case, as for host names there.
-fn matches(pattern: &str, host: &str) -> bool {
+/// Whether a name is meant by a pattern of ssh_config, as `match_pattern` in OpenSSH's match.c, without regard to case,
+/// as for host names there.
+pub fn matches(pattern: &str, host: &str) -> bool {
     fn rest(pattern: &[u8], host: &[u8]) -> bool {
         match (pattern.split_first(), host.split_first()) {
             (None, None) => true,

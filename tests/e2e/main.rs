@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a surprise in a test world is a failed test")]
 
 mod cancel;
+mod checking;
 mod elsewhere;
 mod fallbacks;
 mod faults;

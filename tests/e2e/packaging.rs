@@ -105,6 +105,10 @@ fn removing_the_package_leaves_no_master_of_anybody_and_nix_as_it_was() {
     let files =
         client.run("dpkg -L nix-offload | while read -r file; do [ -d \"$file\" ] || echo \"$file\"; done");
     assert!(files.lines().count() > 5 && files.contains("/usr/bin/nix-offload-proxy\n"), "{files}");
+    assert!(
+        files.contains("/man1/nix-offload.1.gz\n") && files.contains("/man1/nix-offload-proxy.1.gz\n"),
+        "{files}"
+    );
 
     let (place, built) = build(&client, "by-ours", &["-j0"]);
     assert_eq!(place, "mac", "{built}");

@@ -1,0 +1,3 @@
+mod files;
+mod machines;
+mod settings;
