@@ -5,6 +5,7 @@ use std::time::Duration;
 use harness::{Builder, Client, Hook, Relay, Release, World, drv};
 
 const ROUND_TRIP: Duration = Duration::from_millis(60);
+const NOTHING_IN_ADVANCE: &str = "[ssh]\nready-streams = 0\n";
 
 struct Far {
     client: Client,
@@ -14,7 +15,7 @@ struct Far {
 }
 
 /// A client and a builder with a long link between them.
-fn far(release: Release, settings: &str) -> Far {
+fn far(release: Release, offload: &str) -> Far {
     let world = World::new();
     let mac = world.builder("mac").release(release).start();
     let relay = Relay::to(mac.port(), ROUND_TRIP);
@@ -31,8 +32,8 @@ fn far(release: Release, settings: &str) -> Far {
         .knows(&mac)
         .ssh_config(&alias)
         .machines("ssh-ng://far x86_64-linux - 4 1")
-        .nix_conf(settings)
         .start();
+    client.write("/etc/nix/offload.toml", offload);
     Far { client, mac, relay, _world: world }
 }
 
@@ -46,9 +47,9 @@ impl Far {
 }
 
 #[test]
-fn a_chain_costs_two_round_trips_for_each_build() {
+fn a_chain_costs_two_round_trips_for_each_build_if_nothing_is_opened_in_advance() {
     for release in Release::ALL {
-        let far = far(release, "");
+        let far = far(release, NOTHING_IN_ADVANCE);
         far.client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
         let flights = far.flights(&drv::chain(10));
         println!("{}: {flights} flights", release.name());
@@ -59,9 +60,24 @@ fn a_chain_costs_two_round_trips_for_each_build() {
     }
 }
 
+/// What is opened in advance is opened beside the builds, so a flight may be one of theirs or not. There are no more in
+/// all, although none of the builds waits for two.
+#[test]
+fn what_is_opened_in_advance_makes_no_more_flights() {
+    for release in Release::ALL {
+        let far = far(release, "");
+        for name in ["warm-up", "second"] {
+            far.client.nix_build(&drv::trivial(name), &["-j0"]).assert_success();
+        }
+        let flights = far.flights(&drv::chain(10));
+        println!("{}: {flights} flights", release.name());
+        assert!(flights <= 25, "{} flights on {}", flights, release.name());
+    }
+}
+
 #[test]
 fn inputs_that_were_never_there_cost_one_more() {
-    let far = far(Release::Bookworm, "");
+    let far = far(Release::Bookworm, NOTHING_IN_ADVANCE);
     far.client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
     // The channel, the question, and the input with everything behind it.
     let text = drv::expression(r#"d "reader" "cat ${builtins.toFile "text" "hello"} > $out" { }"#);
@@ -75,7 +91,7 @@ fn inputs_that_were_never_there_cost_one_more() {
 
 #[test]
 fn inputs_that_are_gone_again_are_sent_again() {
-    let far = far(Release::Bookworm, "");
+    let far = far(Release::Bookworm, NOTHING_IN_ADVANCE);
     let input = far.client.nix_build(&drv::trivial("input"), &["-j0"]).assert_success().out_path();
     // The daemon of the first build holds it until it has seen that nobody is there any more.
     far.mac.run(&format!("timeout 20 sh -c 'until nix-store --delete {input}; do sleep 0.1; done'"));
