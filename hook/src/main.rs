@@ -20,6 +20,7 @@ fn main() -> ExitCode {
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Keep { control, door, lock }) => {
+            master::detach();
             let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
             log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
             match master::keep(&control, &door, &lock) {

@@ -139,3 +139,26 @@ fn none_are_opened_in_advance_if_that_is_set() {
     assert_eq!(keepers(&client).len(), 0);
     wait_until("no daemon is left waiting", SOON, || serving(&mac).is_empty());
 }
+
+#[test]
+fn the_journal_tells_of_the_keeper_and_of_what_it_gave() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world
+        .client()
+        .hook(Hook::Ours)
+        .journald()
+        .env("NIX_OFFLOAD_LOG", "debug")
+        .uses(&mac, "ssh-ng", 1)
+        .start();
+    warm_up(&mac, &client);
+    build(&client, "third");
+    let said = |text: &str| {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().filter(|entry| entry["MESSAGE"].as_str().is_some_and(|it| it.contains(text))).count()
+    };
+    assert_eq!(said("keeping streams ready"), 1);
+    assert_eq!(said("by a stream that was opened in advance"), 1);
+    wait_until("the keeper is gone", IDLE, || keepers(&client).is_empty());
+    assert_eq!(said("no more streams are wanted"), 1);
+}

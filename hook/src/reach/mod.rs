@@ -150,7 +150,10 @@ impl Reach {
     pub fn is_warm(&self, machine: &Machine) -> bool {
         let answered = fs::metadata(self.stamp(machine)).and_then(|m| m.modified());
         let recent = answered.is_ok_and(|time| is_younger(time, WARM));
-        let lives = || endpoint(machine, &self.ssh_options).is_ok_and(|e| self.pool.live(&e).is_some());
+        let lives = || {
+            endpoint(machine, &self.ssh_options)
+                .is_ok_and(|endpoint| self.pool.is_kept(&endpoint) || self.pool.live(&endpoint).is_some())
+        };
         recent && (machine.uri.here().is_some() || lives())
     }
 

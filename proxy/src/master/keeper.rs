@@ -30,7 +30,7 @@ use super::{
     holder::Holder,
     kept::{MAX_PACKET, Recipe, Word},
     lock::lock,
-    parting::Parting,
+    parting::{Parting, wake},
     proxy_mode::{self as codec, Packet},
 };
 use crate::passing;
@@ -45,6 +45,8 @@ const OPENING: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long the master may take to part with a stream.
 const LEAVING: Duration = Duration::from_secs(20);
+/// How long the end of a channel may wait for the master to have something else to do.
+const WAKE: Duration = Duration::from_millis(10);
 /// After a stream was handed out the next one is opened so much later, unless somebody waits for it: whoever has the
 /// first one is to have the processors first.
 const AFTERWARDS: Duration = Duration::from_millis(2);
@@ -53,9 +55,9 @@ const WRITE_BOUND: Duration = Duration::from_millis(500);
 /// What the far side may say in answer to the first words, in bytes.
 const MOST_HEARD: usize = MAX_PACKET / 2;
 
-/// Is the keeper, until nobody has wanted a stream for a while and all who have one are gone. Reads what is wanted
-/// from standard input. `control` is the master's socket, `door` the keeper's own, and `lock` held for that; if another
-/// process holds it already, this does nothing.
+/// Is the keeper, until nobody has wanted a stream for a while and all who have one are gone. To be called by a process
+/// of its own, after [`detach`]. Reads what is wanted from standard input. `control` is the master's socket, `door` the
+/// keeper's own, and `lock` held for that; if another process holds it already, this does nothing.
 ///
 /// # Errors
 /// If the door cannot be made.
@@ -66,7 +68,6 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
     let no_recipe = || io::Error::new(ErrorKind::InvalidInput, "no description of streams on standard input");
     let (most, recipe) = told.ok_or_else(no_recipe)?;
     let opening = Dialogue::opening(&recipe.socket_path).map_err(io::Error::other)?;
-    detach();
     let Some(door) = Door::open(door, lock)? else { return Ok(()) };
     let keeper = Keeper {
         control: control.to_owned(),
@@ -80,6 +81,7 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
         leaving: Vec::new(),
         paused_until: None,
         refill_at: None,
+        wake_at: None,
         wanted_at: Instant::now(),
         is_closing: false,
     };
@@ -87,8 +89,9 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Leaves the session of whoever started us, and every descriptor that others may wait for the end of.
-fn detach() {
+/// Leaves the session of whoever started this process, and closes every descriptor but the first three, for others may
+/// wait for the end of one. To be called before anything else is opened, a log for instance.
+pub fn detach() {
     let _ = unistd::setsid();
     let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
@@ -222,6 +225,8 @@ struct Keeper {
     leaving: Vec<Leaving>,
     paused_until: Option<Instant>,
     refill_at: Option<Instant>,
+    /// When the master is to be woken, if no connection does it before.
+    wake_at: Option<Instant>,
     wanted_at: Instant,
     /// There are to be no more streams.
     is_closing: bool,
@@ -238,6 +243,10 @@ impl Keeper {
                 self.waiting.clear();
             }
             self.give_up_late_ones(now);
+            if self.wake_at.is_some_and(|at| now >= at) {
+                self.wake_at = None;
+                wake(&self.control);
+            }
             if door.is_some() {
                 self.hand_out();
                 self.refill(now);
@@ -247,7 +256,8 @@ impl Keeper {
                     self.streams.drain(..).partition(|stream| stream.confirmed.is_some());
                 self.leaving.extend(opened.into_iter().filter_map(Prepared::close));
                 self.streams = opening.into();
-                if self.streams.is_empty() && self.guarded.is_empty() && self.leaving.is_empty() {
+                let is_idle = self.streams.is_empty() && self.guarded.is_empty() && self.leaving.is_empty();
+                if is_idle && self.wake_at.is_none() {
                     tracing::debug!(control = %self.control.display(), "no more streams are wanted");
                     return;
                 }
@@ -269,6 +279,7 @@ impl Keeper {
             .chain(self.leaving.iter().map(|leaving| leaving.since + LEAVING))
             .chain(door.and(self.paused_until))
             .chain(door.and(self.refill_at))
+            .chain(self.wake_at)
             .chain(door.filter(|_| !self.is_wanted()).map(|_| self.wanted_at + IDLE))
             .min();
         let timeout = until.map_or(PollTimeout::NONE, |until| {
@@ -297,8 +308,11 @@ impl Keeper {
         let (gone, guarded): (Vec<Guarded>, Vec<Guarded>) =
             self.guarded.drain(..).partition(|guarded| is_ready() && has_ended(&guarded.client));
         self.guarded = guarded;
-        let control = &self.control;
-        self.leaving.retain_mut(|leaving| !(is_ready() && leaving.parting.is_over(control)));
+        let leaving = self.leaving.len();
+        self.leaving.retain_mut(|leaving| !(is_ready() && leaving.parting.is_over()));
+        if self.leaving.len() < leaving {
+            self.wake_at.get_or_insert(Instant::now() + WAKE);
+        }
         self.leaving.extend(gone.into_iter().map(|guarded| Leaving::new(guarded.socket)));
         self.waiting = std::mem::take(&mut self.waiting)
             .into_iter()
@@ -421,13 +435,13 @@ impl Keeper {
                 Ok(socket)
             });
             match opened {
-                Ok(socket) => self.streams.push_back(Prepared {
-                    socket,
-                    dialogue: Dialogue::default(),
-                    confirmed: None,
-                    answered: false,
-                    since: now,
-                }),
+                Ok(socket) => {
+                    // Which wakes the master.
+                    self.wake_at = None;
+                    let dialogue = Dialogue::default();
+                    let stream = Prepared { socket, dialogue, confirmed: None, answered: false, since: now };
+                    self.streams.push_back(stream);
+                }
                 Err(error) => {
                     tracing::debug!(%error, "cannot connect to the master");
                     self.is_closing =

@@ -59,7 +59,7 @@ pub use error::StartError;
 pub use everybody::{Place, Survivor, places, survivors};
 pub use forward::Forward;
 pub use handle::Master;
-pub use keeper::keep;
+pub use keeper::{detach, keep};
 pub use kept::Recipe;
 pub use name::{Endpoint, EndpointError};
 pub use pool::{Pool, SetupError};

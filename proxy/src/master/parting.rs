@@ -3,8 +3,8 @@
 //! OpenSSH's proxy mode is made for clients that have a master to themselves. Read in 9.2 to 10.x:
 //! - A `CHANNEL_CLOSE` of ours is noted at the first channel with that remote number (`channel_by_remote_id` in
 //!   channels.c). The connection of a client that has a session or a forward carries the *local* number of its session
-//!   there (`mux_master_process_new_session` and `mux_master_process_stdio_fwd` in mux.c). If it is the same, the master
-//!   closes our channel once more when we go, and sshd ends the whole connection.
+//!   there (`mux_master_process_new_session` and `mux_master_process_stdio_fwd` in mux.c). If the two are equal, the
+//!   master closes our channel once more when we go, and sshd ends the whole connection.
 //! - If our connection ends while the master has something to write to it, it becomes a zombie
 //!   (`channel_post_mux_client_write`). `channel_free` does not part a zombie from its channels: what comes for them is
 //!   written to freed memory, and the master dies.
@@ -42,18 +42,16 @@ impl Parting {
         Parting(socket)
     }
 
-    /// Throws away what has come, and tells whether the master has parted from the channel.
-    pub(super) fn is_over(&mut self, control: &Path) -> bool {
+    /// Throws away what has come, and tells whether the master has parted from the channel. If so, it is to be woken
+    /// soon, by whatever connection.
+    pub(super) fn is_over(&mut self) -> bool {
         let mut buffer = [0; 16 * 1024];
         loop {
             // Not by a flag of the socket, for another process may have it too.
             match socket::recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(1..) | Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => return false,
-                Ok(0) | Err(_) => {
-                    wake(control);
-                    return true;
-                }
+                Ok(0) | Err(_) => return true,
             }
         }
     }
@@ -83,6 +81,6 @@ impl AsFd for Parting {
 }
 
 /// Has the master look at all its channels.
-fn wake(control: &Path) {
+pub(super) fn wake(control: &Path) {
     drop(connect(control, Instant::now()));
 }

@@ -153,28 +153,36 @@ impl Pool {
         Some(Master::of(files, endpoint.destination.clone()))
     }
 
-    /// A stream that a keeper has opened in advance ([`Master::keep`]), if there is one and its master is one that
-    /// [`Pool::live`] would give. Without a keeper this takes microseconds.
+    /// Whether a keeper has streams opened in advance on a master that [`Pool::live`] would give. It goes when its
+    /// master does.
+    pub fn is_kept(&self, endpoint: &Endpoint) -> bool {
+        self.kept(endpoint).is_some()
+    }
+
+    /// A stream that a keeper has opened in advance ([`Master::keep`]), if [`Pool::is_kept`]. Without a keeper this
+    /// takes microseconds.
     pub fn take_kept(
         &self,
         endpoint: &Endpoint,
         recipe: &Recipe,
         bound: Duration,
     ) -> Option<(Master, Channel)> {
-        let foreign = self.foreign(endpoint);
-        let (files, is_foreign) =
-            foreign.map_or_else(|| (self.files(endpoint), false), |files| (files, true));
-        if avoided(&files).is_some() || !files.keeper.exists() {
-            return None;
-        }
-        if !is_foreign && !Record::read(&files)?.is_current() {
-            return None;
-        }
+        let (files, is_foreign) = self.kept(endpoint)?;
         let channel = kept::take(&files.keeper, &files.socket, recipe, bound)?;
         let destination = endpoint.destination.clone();
         let master =
             if is_foreign { Master::foreign(files, destination) } else { Master::of(files, destination) };
         Some((master, channel))
+    }
+
+    /// The files of the master whose keeper is asked, and whether it was opened by hand.
+    fn kept(&self, endpoint: &Endpoint) -> Option<(Files, bool)> {
+        let foreign = self.foreign(endpoint);
+        let (files, is_foreign) =
+            foreign.map_or_else(|| (self.files(endpoint), false), |files| (files, true));
+        let is_usable = files.keeper.exists() && avoided(&files).is_none();
+        let is_current = || is_foreign || Record::read(&files).is_some_and(|record| record.is_current());
+        (is_usable && is_current()).then_some((files, is_foreign))
     }
 
     /// The master, started if there is none that answers within a second. Concurrent calls, of whatever
