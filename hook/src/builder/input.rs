@@ -1,7 +1,7 @@
 //! Reading what a builder sends: with a deadline, and no further than a NAR reaches.
 
 use nix_offload_proxy::master::TimedRead;
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::time::Instant;
 
 /// The reading side, with a point in time after which a read fails with `TimedOut`.
@@ -13,14 +13,13 @@ pub(super) struct Input {
 }
 
 impl Input {
-    /// Ends the stream for its sender, for nobody will read any more.
-    pub(super) fn abandon(&mut self) {
-        self.inner.get_mut().abandon();
+    /// Waits until something comes, which is left there.
+    pub(super) fn wait(&mut self) -> io::Result<()> {
+        self.keep_time()?;
+        self.inner.fill_buf().map(drop)
     }
-}
 
-impl Read for Input {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn keep_time(&mut self) -> io::Result<()> {
         if self.inner.buffer().is_empty() && (self.deadline.is_some() || self.timed) {
             let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) {
@@ -29,6 +28,18 @@ impl Read for Input {
             self.inner.get_mut().set_timeout(left)?;
             self.timed = left.is_some();
         }
+        Ok(())
+    }
+
+    /// Ends the stream for its sender, for nobody will read any more.
+    pub(super) fn abandon(&mut self) {
+        self.inner.get_mut().abandon();
+    }
+}
+
+impl Read for Input {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.keep_time()?;
         self.inner.read(buffer)
     }
 }

@@ -121,7 +121,8 @@ impl Builder {
         Self::begin(stream, store_dir, offer, greeting, bound, ahead)
     }
 
-    /// The same for a stream on which [`Builder::first_words`] were said already.
+    /// The same for a stream on which [`Builder::first_words`] were said, and answered, some time ago. That tells nothing
+    /// of the link now, so an answer to something else is waited for.
     ///
     /// # Errors
     /// As [`Builder::connect`].
@@ -131,7 +132,21 @@ impl Builder {
         bound: Duration,
         ahead: Ahead,
     ) -> Result<Self, BuilderError> {
-        Self::begin(stream, store_dir, Version::newest(), Vec::new(), bound, ahead)
+        const DOING: &str = "greeting the daemon again";
+        let deadline = Instant::now() + bound;
+        let is_asked = !ahead.bytes().is_empty();
+        let mut builder = Self::begin(stream, store_dir, Version::newest(), Vec::new(), bound, ahead)?;
+        if is_asked {
+            builder.input.deadline = Some(deadline);
+            builder.input.wait().map_err(|error| match error.kind() {
+                io::ErrorKind::TimedOut => BuilderError::NoAnswer { doing: DOING, bound },
+                _ => BuilderError::wire(DOING, WireError::io("an answer", error)),
+            })?;
+            builder.input.deadline = None;
+        } else {
+            builder.round_trip(deadline.saturating_duration_since(Instant::now()))?;
+        }
+        Ok(builder)
     }
 
     /// The greeting by which the newest version is offered.

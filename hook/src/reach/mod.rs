@@ -43,9 +43,9 @@ const SOCKET_AGAIN: Duration = Duration::from_secs(600);
 /// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
 const DAEMON_AGAIN: Duration = Duration::from_secs(600);
 
-/// Channels to one daemon's socket that are being opened at a time. Daemons up to 2.8 let five wait, and each one
-/// refused for that costs a small process.
-const OPENING: u64 = 4;
+/// Channels to one daemon's socket that hooks open at a time; a keeper opens two beside them. Daemons up to 2.8 let five
+/// wait, and each one refused for that costs a small process.
+const OPENING: u64 = 3;
 
 /// How long to wait for a turn to open one.
 const TURN_BOUND: Duration = Duration::from_millis(500);
@@ -102,8 +102,6 @@ pub struct Reached {
     pub detour: Option<String>,
     /// The builder's version of Nix, if it is known.
     pub nix_version: Option<String>,
-    /// Another process closes the connection when this one ends.
-    pub kept: bool,
 }
 
 /// Reaches machines over shared masters.
@@ -234,13 +232,7 @@ impl Reach {
         if let Some(here) = machine.uri.here() {
             let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound, ahead)?;
             let nix_version = builder.peer().nix_version.clone();
-            return Ok(Reached {
-                builder: Store::Daemon(builder.into()),
-                way,
-                detour: None,
-                nix_version,
-                kept: false,
-            });
+            return Ok(Reached { builder: Store::Daemon(builder.into()), way, detour: None, nix_version });
         }
         let endpoint = endpoint(machine, &self.ssh_options)?;
         let deadline = Instant::now() + bound;
@@ -277,15 +269,16 @@ impl Reach {
         if !uses_socket(machine) || self.ready_streams() == 0 {
             return None;
         }
-        let (master, channel) = self.pool.take_kept(endpoint, &recipe(), left(deadline).min(OPEN_BOUND))?;
-        let bound = left(deadline) / 2;
+        // The usual way must have time enough if nothing comes of it.
+        let bound = (left(deadline) / 3).min(OPEN_BOUND);
+        let (master, channel) = self.pool.take_kept(endpoint, &recipe(), bound)?;
         match Builder::resume(Stream::from(channel), store_dir.clone(), bound, ahead.clone()) {
             Ok(builder) => {
                 let nix_version =
                     builder.peer().nix_version.clone().or_else(|| version_in(&master.first_output()?));
                 tracing::debug!(builder = machine.name, "by a stream that was opened in advance");
                 let builder = Store::Daemon(builder.into());
-                Some(Reached { builder, way: Way::Socket, detour: None, nix_version, kept: true })
+                Some(Reached { builder, way: Way::Socket, detour: None, nix_version })
             }
             Err(error) => {
                 let reason = exit::report(&error, None);
@@ -302,7 +295,10 @@ impl Reach {
         }
         let mut program = Command::new("/proc/self/exe");
         program.arg0("nix-offload").arg("keep");
-        if let Err(error) = master.keep(program, &recipe(), self.ready_streams()) {
+        let kept = endpoint(machine, &self.ssh_options)
+            .ok()
+            .map(|endpoint| self.pool.keep(&endpoint, master, program, &recipe(), self.ready_streams()));
+        if let Some(Err(error)) = kept {
             tracing::warn!(builder = machine.name, %error, "cannot have streams opened in advance");
         }
     }
@@ -325,7 +321,7 @@ impl Reach {
         let no_daemon = self.stamp(machine).with_extension("serve");
         let reached = |builder: Store, way, detour| {
             let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
-            Reached { builder, way, detour, nix_version, kept: false }
+            Reached { builder, way, detour, nix_version }
         };
         if serves && named {
             let error = match session.serve() {

@@ -201,10 +201,6 @@ impl Hook<'_> {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
                     log_report(derivation, &machine.name, &report, begin.elapsed());
-                    if connection.kept {
-                        // Nix waits for the end of this process, which needs nothing else to happen first.
-                        std::mem::forget(connection);
-                    }
                     return Attempt::Done;
                 }
                 Err(error) => error,

@@ -22,8 +22,8 @@ use super::{
 
 /// The window is opened again whenever this much has been consumed; half a window would halve the speed.
 const ADJUST_AFTER: u32 = WINDOW / 32;
-/// A master that takes nothing for this long is hung: it reads its clients' sockets whatever the link does,
-/// and its own keep-alive would have ended it before.
+/// A master that takes nothing for this long is hung. It reads its clients' sockets whatever the link does, but not while
+/// the two sides agree on new keys (every gigabyte), and its own keep-alive would have ended it before.
 const MASTER_STALL: Duration = Duration::from_secs(60);
 
 /// How long the closing of a channel may take when its stream is dropped.
@@ -45,6 +45,8 @@ impl Channel {
         confirmed: Confirmed,
         guard: Option<Guard>,
     ) -> Self {
+        // Whoever opened it may have had less patience.
+        let _ = socket.set_write_timeout(Some(MASTER_STALL));
         let shared = Arc::new(Shared {
             socket,
             control: control.to_owned(),
@@ -139,16 +141,22 @@ struct Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        match lock(&self.guard).take() {
+        let guard = lock(&self.guard).take();
+        if let Some(Guard::Keeper(hold)) = &guard
+            && hold.is_watched()
+        {
             // It closes the channel while we have other things to do.
-            Some(Guard::Keeper(hold)) if hold.is_watched() => return,
-            Some(Guard::Shell(holder)) => holder.release(),
-            _ => {}
+            return;
         }
         // A master that hangs is not waited for.
-        if let Ok(socket) = self.socket.try_clone() {
-            Parting::begin(socket).finish(&self.control, Instant::now() + CLOSE_BOUND);
+        let deadline = Instant::now() + CLOSE_BOUND;
+        let parting = self.socket.try_clone().map(Parting::begin);
+        if parting.is_ok_and(|parting| parting.finish(&self.control, deadline))
+            && let Some(Guard::Shell(holder)) = guard
+        {
+            holder.release();
         }
+        // Else the holder goes on reading in our place.
     }
 }
 

@@ -7,12 +7,11 @@ use std::{
         unix::{fs::MetadataExt, net::UnixStream},
     },
     path::Path,
-    process::Command,
     time::{Duration, Instant, SystemTime},
 };
 
 use super::{
-    Channel, Forward, OpenError, Recipe, Session, channel, forward, kept,
+    Channel, Forward, OpenError, Session, channel, forward,
     liveness::{self, Liveness},
     lock::lock,
     process,
@@ -94,18 +93,6 @@ impl Master {
     /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
     pub fn open_unix_socket(&self, path: &str, bound: Duration) -> Result<Channel, OpenError> {
         channel::open(&self.files.socket, path, bound)
-    }
-
-    /// Has a process open streams in advance from now on, up to `most`, for [`Pool::take_kept`]. It ends 15
-    /// seconds after the last one was wanted. `program` is one that calls [`super::keep`] with its last three arguments.
-    ///
-    /// [`Pool::take_kept`]: super::Pool::take_kept
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn keep(&self, program: Command, recipe: &Recipe, most: u8) -> io::Result<()> {
-        let Files { socket, keeper, keeping, .. } = &self.files;
-        kept::start(program, [socket, keeper, keeping], recipe, most)
     }
 
     /// Has the far side connect to a host (`ssh -W`), and the master carry `input` there and what comes back
@@ -201,7 +188,7 @@ impl Master {
 }
 
 /// Tells one control socket from its successor of the same name: inode numbers are used again at once.
-fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
+pub(super) fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
     let metadata = fs::symlink_metadata(socket).ok()?;
     Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
 }

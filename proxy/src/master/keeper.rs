@@ -9,10 +9,14 @@ use std::{
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd},
-        unix::net::{UnixListener, UnixStream},
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::{
+            fs::MetadataExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -20,13 +24,17 @@ use nix::{
     errno::Errno,
     fcntl::Flock,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr},
+    },
     unistd,
 };
 
 use super::{
     connect,
     dialogue::{Broken, Confirmed, Dialogue},
+    handle::socket_identity,
     holder::Holder,
     kept::{MAX_PACKET, Recipe, Word},
     lock::lock,
@@ -37,20 +45,19 @@ use crate::passing;
 
 /// Streams are kept so long after somebody wanted one.
 const IDLE: Duration = Duration::from_secs(15);
-/// Streams that are being opened at a time. Some servers let no more than five connections wait.
-const MOST_OPENING: usize = 4;
+/// Streams that are being opened at a time. Some servers let no more than five connections wait, and others open some
+/// too.
+const MOST_OPENING: usize = 2;
 /// How long the far side may take to confirm a channel and to answer the first words.
 const OPENING: Duration = Duration::from_secs(20);
 /// After a failure nothing is opened for so long.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How long the master may take to part with a stream.
-const LEAVING: Duration = Duration::from_secs(20);
 /// How long the end of a channel may wait for the master to have something else to do.
 const WAKE: Duration = Duration::from_millis(10);
 /// After a stream was handed out the next one is opened so much later, unless somebody waits for it: whoever has the
 /// first one is to have the processors first.
 const AFTERWARDS: Duration = Duration::from_millis(2);
-/// How long a write to the master or to a client may take.
+/// How long a write to the master may take.
 const WRITE_BOUND: Duration = Duration::from_millis(500);
 /// What the far side may say in answer to the first words, in bytes.
 const MOST_HEARD: usize = MAX_PACKET / 2;
@@ -71,6 +78,7 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
     let Some(door) = Door::open(door, lock)? else { return Ok(()) };
     let keeper = Keeper {
         control: control.to_owned(),
+        started_with: socket_identity(control),
         recipe,
         opening,
         most: most.into(),
@@ -79,6 +87,7 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
         waiting: VecDeque::new(),
         guarded: Vec::new(),
         leaving: Vec::new(),
+        abandoned: Vec::new(),
         paused_until: None,
         refill_at: None,
         wake_at: None,
@@ -93,6 +102,9 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
 /// wait for the end of one. To be called before anything else is opened, a log for instance.
 pub fn detach() {
     let _ = unistd::setsid();
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
     let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
     let numbers: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     for number in numbers.into_iter().filter(|number| *number > 2) {
@@ -105,25 +117,35 @@ struct Door {
     listener: UnixListener,
     path: PathBuf,
     lock_path: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 impl Door {
     /// None if another keeper has it.
     fn open(path: &Path, lock_path: &Path) -> io::Result<Option<Self>> {
-        let Some(_lock) = lock(lock_path, Instant::now())? else { return Ok(None) };
+        let Some(lock) = lock(lock_path, Instant::now())? else { return Ok(None) };
         let _ = fs::remove_file(path);
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
         socket::bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
         socket::listen(&socket, Backlog::new(64)?)?;
         let listener = UnixListener::from(socket);
-        Ok(Some(Door { listener, path: path.to_owned(), lock_path: lock_path.to_owned(), _lock }))
+        Ok(Some(Door { listener, path: path.to_owned(), lock_path: lock_path.to_owned(), lock }))
+    }
+}
+
+impl Door {
+    /// Nobody has removed its lock, as whoever stops the master does. Then the files may be another keeper's.
+    fn is_ours(&self) -> bool {
+        self.lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
     }
 }
 
 impl Drop for Door {
     fn drop(&mut self) {
+        if !self.is_ours() {
+            return;
+        }
         let _ = fs::remove_file(&self.path);
         // The lock last, and while it is held: see `lock`.
         let _ = fs::remove_file(&self.lock_path);
@@ -181,9 +203,9 @@ impl Prepared {
         self.answered
     }
 
-    /// Nothing to be done while it is not confirmed.
-    fn close(self) -> Option<Leaving> {
-        self.confirmed.map(|_| Leaving::new(self.socket))
+    /// Begins to close it, which is possible when it is confirmed.
+    fn close(self) -> Result<Parting, Self> {
+        if self.confirmed.is_some() { Ok(Parting::begin(self.socket)) } else { Err(self) }
     }
 }
 
@@ -191,18 +213,6 @@ impl Prepared {
 struct Guarded {
     client: UnixStream,
     socket: UnixStream,
-}
-
-/// A stream that is being closed.
-struct Leaving {
-    parting: Parting,
-    since: Instant,
-}
-
-impl Leaving {
-    fn new(socket: UnixStream) -> Self {
-        Leaving { parting: Parting::begin(socket), since: Instant::now() }
-    }
 }
 
 /// Somebody who connected.
@@ -214,6 +224,7 @@ struct Client {
 
 struct Keeper {
     control: PathBuf,
+    started_with: Option<(u64, i64, i64)>,
     recipe: Recipe,
     opening: Vec<u8>,
     /// So many streams are to be ready or being opened, at most and now.
@@ -222,7 +233,10 @@ struct Keeper {
     streams: VecDeque<Prepared>,
     waiting: VecDeque<Client>,
     guarded: Vec<Guarded>,
-    leaving: Vec<Leaving>,
+    /// Streams that are being closed. That takes as long as it takes: see [`super::parting`].
+    leaving: Vec<Parting>,
+    /// Streams that are not wanted any more and not confirmed yet.
+    abandoned: Vec<Prepared>,
     paused_until: Option<Instant>,
     refill_at: Option<Instant>,
     /// When the master is to be woken, if no connection does it before.
@@ -238,6 +252,9 @@ impl Keeper {
         let mut door = Some(door);
         loop {
             let now = Instant::now();
+            if door.as_ref().is_some_and(|door| !door.is_ours()) || self.master() != self.started_with {
+                self.is_closing = true;
+            }
             if self.is_closing || (!self.is_wanted() && now >= self.wanted_at + IDLE) {
                 door = None;
                 self.waiting.clear();
@@ -251,12 +268,12 @@ impl Keeper {
                 self.hand_out();
                 self.refill(now);
             } else {
-                // Those that are being opened must be waited for.
-                let (opened, opening): (Vec<Prepared>, Vec<Prepared>) =
-                    self.streams.drain(..).partition(|stream| stream.confirmed.is_some());
-                self.leaving.extend(opened.into_iter().filter_map(Prepared::close));
-                self.streams = opening.into();
-                let is_idle = self.streams.is_empty() && self.guarded.is_empty() && self.leaving.is_empty();
+                self.streams
+                    .drain(..)
+                    .collect::<Vec<_>>()
+                    .into_iter()
+                    .for_each(|stream| self.discard(stream));
+                let is_idle = self.abandoned.is_empty() && self.guarded.is_empty() && self.leaving.is_empty();
                 if is_idle && self.wake_at.is_none() {
                     tracing::debug!(control = %self.control.display(), "no more streams are wanted");
                     return;
@@ -264,8 +281,22 @@ impl Keeper {
             }
             if let Err(error) = self.wait(door.as_ref(), now) {
                 tracing::error!(%error, "cannot wait for events");
-                return;
+                // It must go on, for the sake of what is not confirmed.
+                thread::sleep(PAUSE);
             }
+        }
+    }
+
+    /// Which master there is now. Another one may take the place of ours, started from another configuration.
+    fn master(&self) -> Option<(u64, i64, i64)> {
+        socket_identity(&self.control)
+    }
+
+    /// Closes a stream that nobody has, now or when that is possible.
+    fn discard(&mut self, stream: Prepared) {
+        match stream.close() {
+            Ok(parting) => self.leaving.push(parting),
+            Err(stream) => self.abandoned.push(stream),
         }
     }
 
@@ -276,7 +307,6 @@ impl Keeper {
             .iter()
             .filter(|stream| !stream.is_ready())
             .map(|stream| stream.since + OPENING)
-            .chain(self.leaving.iter().map(|leaving| leaving.since + LEAVING))
             .chain(door.and(self.paused_until))
             .chain(door.and(self.refill_at))
             .chain(self.wake_at)
@@ -287,52 +317,78 @@ impl Keeper {
             let left = until.saturating_duration_since(now) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        let mut fds: Vec<PollFd<'_>> = Vec::new();
-        let watch = |socket| PollFd::new(socket, PollFlags::POLLIN);
-        fds.extend(self.streams.iter().map(|stream| watch(stream.socket.as_fd())));
-        fds.extend(self.guarded.iter().map(|guarded| watch(guarded.client.as_fd())));
-        fds.extend(self.leaving.iter().map(|leaving| watch(leaving.parting.as_fd())));
-        fds.extend(self.waiting.iter().map(|client| watch(client.connection.as_fd())));
-        fds.extend(door.map(|door| watch(door.listener.as_fd())));
+        let watched: [Vec<BorrowedFd<'_>>; 6] = [
+            self.streams.iter().map(|stream| stream.socket.as_fd()).collect(),
+            self.abandoned.iter().map(|stream| stream.socket.as_fd()).collect(),
+            self.guarded.iter().map(|guarded| guarded.client.as_fd()).collect(),
+            self.leaving.iter().map(|parting| parting.as_fd()).collect(),
+            self.waiting.iter().map(|client| client.connection.as_fd()).collect(),
+            door.filter(|_| !self.is_paused()).map(|door| door.listener.as_fd()).into_iter().collect(),
+        ];
+        let mut fds: Vec<PollFd<'_>> =
+            watched.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, timeout) {
             Err(Errno::EINTR) => return Ok(()),
             other => other?,
         };
-        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect::<Vec<_>>().into_iter();
-        drop(fds);
-        let mut is_ready = || ready.next().unwrap_or(false);
-        self.streams = std::mem::take(&mut self.streams)
-            .into_iter()
-            .filter_map(|stream| if is_ready() { self.advance(stream) } else { Some(stream) })
-            .collect();
-        let (gone, guarded): (Vec<Guarded>, Vec<Guarded>) =
-            self.guarded.drain(..).partition(|guarded| is_ready() && has_ended(&guarded.client));
-        self.guarded = guarded;
-        let leaving = self.leaving.len();
-        self.leaving.retain_mut(|leaving| !(is_ready() && leaving.parting.is_over()));
-        if self.leaving.len() < leaving {
-            self.wake_at.get_or_insert(Instant::now() + WAKE);
+        let mut fds = fds.iter().map(|fd| fd.any().unwrap_or(true));
+        let [streams, abandoned, guarded, leaving, waiting, visitors] =
+            watched.map(|those| fds.by_ref().take(those.len()).collect::<Vec<bool>>());
+        for (stream, is_ready) in self.streams.drain(..).collect::<Vec<_>>().into_iter().zip(streams) {
+            let kept = if is_ready { self.advance(stream) } else { Some(stream) };
+            self.streams.extend(kept);
         }
-        self.leaving.extend(gone.into_iter().map(|guarded| Leaving::new(guarded.socket)));
-        self.waiting = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .filter_map(|client| if is_ready() { self.listen(client) } else { Some(client) })
-            .collect();
-        if let Some(door) = door.filter(|_| is_ready()) {
-            while let Ok((connection, _)) = door.listener.accept() {
-                let _ = connection.set_write_timeout(Some(WRITE_BOUND));
-                let _ = connection.set_nonblocking(true);
-                self.waiting.push_back(Client { connection, asked: false });
+        for (stream, is_ready) in self.abandoned.drain(..).collect::<Vec<_>>().into_iter().zip(abandoned) {
+            if let Some(stream) = if is_ready { self.advance(stream) } else { Some(stream) } {
+                self.discard(stream);
             }
         }
+        let mut gone = Vec::new();
+        for (guarded, is_ready) in self.guarded.drain(..).collect::<Vec<_>>().into_iter().zip(guarded) {
+            let list = if is_ready && has_ended(&guarded.client) { &mut gone } else { &mut self.guarded };
+            list.push(guarded);
+        }
+        for (mut parting, is_ready) in self.leaving.drain(..).collect::<Vec<_>>().into_iter().zip(leaving) {
+            if is_ready && parting.is_over() {
+                self.wake_at.get_or_insert(now + WAKE);
+            } else {
+                self.leaving.push(parting);
+            }
+        }
+        self.leaving.extend(gone.into_iter().map(|guarded| Parting::begin(guarded.socket)));
+        for (client, is_ready) in self.waiting.drain(..).collect::<Vec<_>>().into_iter().zip(waiting) {
+            let kept = if is_ready { self.listen(client) } else { Some(client) };
+            self.waiting.extend(kept);
+        }
+        if let Some(door) = door.filter(|_| visitors.contains(&true)) {
+            self.let_in(door);
+        }
         Ok(())
+    }
+
+    fn let_in(&mut self, door: &Door) {
+        loop {
+            match door.listener.accept() {
+                Ok((connection, _)) => {
+                    let _ = connection.set_nonblocking(true);
+                    self.waiting.push_back(Client { connection, asked: false });
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot let anybody in");
+                    self.paused_until = Some(Instant::now() + PAUSE);
+                    return;
+                }
+            }
+        }
     }
 
     /// Something came for a stream that nobody has.
     fn advance(&mut self, mut stream: Prepared) -> Option<Prepared> {
         match stream.advance(&self.recipe.words) {
             Ok(true) => return Some(stream),
-            Ok(false) => self.leaving.extend(stream.close()),
+            Ok(false) => self.discard(stream),
             Err(Broken::Lost(error)) => tracing::debug!(%error, "a stream was lost"),
             Err(Broken::Refused { reason }) => {
                 tracing::debug!(reason, "no stream");
@@ -455,13 +511,11 @@ impl Keeper {
 
     /// A far side that does not answer in time is not asked again at once.
     fn give_up_late_ones(&mut self, now: Instant) {
-        let before = self.streams.len();
-        let late = |stream: &Prepared| !stream.is_ready() && now >= stream.since + OPENING;
-        let (late, rest): (Vec<Prepared>, Vec<Prepared>) = self.streams.drain(..).partition(late);
+        let is_late = |stream: &Prepared| !stream.is_ready() && now >= stream.since + OPENING;
+        let (late, rest): (Vec<Prepared>, Vec<Prepared>) = self.streams.drain(..).partition(is_late);
         self.streams = rest.into();
-        self.leaving.extend(late.into_iter().filter_map(Prepared::close));
-        self.leaving.retain(|leaving| now < leaving.since + LEAVING);
-        if self.streams.len() < before {
+        if !late.is_empty() {
+            late.into_iter().for_each(|stream| self.discard(stream));
             self.fail();
         }
     }

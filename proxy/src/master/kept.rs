@@ -6,7 +6,10 @@
 
 use std::{
     io::{self, Write},
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{net::UnixStream, process::CommandExt},
+    },
     path::Path,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -18,10 +21,14 @@ use nix::{
 };
 
 use super::{
-    Channel,
+    Channel, Endpoint,
     channel::Guard,
     connect_as,
     dialogue::{Confirmed, Incoming, WINDOW},
+    handle::{Master, avoided},
+    pool::Pool,
+    record::Record,
+    start::Files,
 };
 use crate::passing;
 
@@ -124,8 +131,72 @@ impl Hold {
     }
 }
 
+impl Pool {
+    /// Has a process open streams in advance from now on, up to `most` at a time, for [`Pool::take_kept`]. It ends 15
+    /// seconds after the last one was wanted. `program` is one that calls [`super::keep`] with its last three arguments.
+    /// Nothing is done for a master that [`Pool::take_kept`] would not ask for.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn keep(
+        &self,
+        endpoint: &Endpoint,
+        master: &Master,
+        program: Command,
+        recipe: &Recipe,
+        most: u8,
+    ) -> io::Result<()> {
+        match self.with_keepers(endpoint).find(|(files, _)| files.socket == master.control_path()) {
+            Some((Files { socket, keeper, keeping, .. }, _)) => {
+                start(program, [&socket, &keeper, &keeping], recipe, most)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a keeper has streams opened in advance on a master that [`Pool::live`] would give.
+    pub fn is_kept(&self, endpoint: &Endpoint) -> bool {
+        self.kept(endpoint).is_some_and(|(files, _)| is_there(&files.keeper))
+    }
+
+    /// A stream that a keeper has opened in advance ([`Pool::keep`]), if [`Pool::is_kept`]. Without a keeper this
+    /// takes microseconds.
+    pub fn take_kept(
+        &self,
+        endpoint: &Endpoint,
+        recipe: &Recipe,
+        bound: Duration,
+    ) -> Option<(Master, Channel)> {
+        let (files, is_foreign) = self.kept(endpoint)?;
+        let channel = take(&files.keeper, &files.socket, recipe, bound)?;
+        let destination = endpoint.destination.clone();
+        let master =
+            if is_foreign { Master::foreign(files, destination) } else { Master::of(files, destination) };
+        Some((master, channel))
+    }
+
+    /// The files of the master whose keeper is asked, and whether it was opened by hand.
+    fn kept(&self, endpoint: &Endpoint) -> Option<(Files, bool)> {
+        self.with_keepers(endpoint).find(|(files, is_foreign)| {
+            let is_current = || *is_foreign || Record::read(files).is_some_and(|record| record.is_current());
+            files.keeper.exists() && avoided(files).is_none() && is_current()
+        })
+    }
+
+    /// The masters that may have a keeper.
+    fn with_keepers(&self, endpoint: &Endpoint) -> impl Iterator<Item = (Files, bool)> {
+        let foreign = self.foreign(endpoint).map(|files| (files, true));
+        foreign.into_iter().chain([(self.files(endpoint), false)])
+    }
+}
+
+/// Whether a keeper listens there.
+fn is_there(keeper: &Path) -> bool {
+    connect_as(SockType::SeqPacket, keeper, Instant::now()).is_ok()
+}
+
 /// Takes a stream from the keeper that listens there. None if there is no keeper, or it has none within `bound`.
-pub(super) fn take(keeper: &Path, control: &Path, recipe: &Recipe, bound: Duration) -> Option<Channel> {
+fn take(keeper: &Path, control: &Path, recipe: &Recipe, bound: Duration) -> Option<Channel> {
     let mut connection = connect_as(SockType::SeqPacket, keeper, Instant::now()).ok()?;
     connection.write_all(&recipe.to_bytes()).ok()?;
     let deadline = Instant::now() + bound;
@@ -162,13 +233,15 @@ pub(super) fn take(keeper: &Path, control: &Path, recipe: &Recipe, bound: Durati
 /// Starts a keeper: a process that calls [`super::keep`] with the paths of a master's control socket, its own and its
 /// lock, which `program` is given as its last arguments. It lives on when this process ends, and has `most` streams
 /// ready at a time.
-pub(super) fn start(mut program: Command, paths: [&Path; 3], recipe: &Recipe, most: u8) -> io::Result<()> {
+fn start(mut program: Command, paths: [&Path; 3], recipe: &Recipe, most: u8) -> io::Result<()> {
     let mut child = program
         .args(paths)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .current_dir("/")
+        // What kills our process group, as Nix does when a hook has ended, must not kill it.
+        .process_group(0)
         .spawn()?;
     match child.stdin.take() {
         Some(mut stdin) => stdin.write_all(&[&[most], recipe.to_bytes().as_slice()].concat()),

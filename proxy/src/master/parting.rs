@@ -29,7 +29,7 @@ use nix::{
     sys::socket::{self, MsgFlags},
 };
 
-use super::connect;
+use super::{connect, dialogue::is_timeout};
 
 /// A connection that is ended on our side. Its channel must have been confirmed.
 #[derive(Debug)]
@@ -56,19 +56,23 @@ impl Parting {
         }
     }
 
-    /// The same, waiting for it until the deadline.
-    pub(super) fn finish(self, control: &Path, deadline: Instant) {
+    /// The same, waiting for it until the deadline, and waking the master. False if it has not parted by then.
+    pub(super) fn finish(self, control: &Path, deadline: Instant) -> bool {
         let mut buffer = [0; 16 * 1024];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.0.set_read_timeout(Some(left)).is_err() {
-                return;
+                return false;
             }
             match io::Read::read(&mut &self.0, &mut buffer) {
                 Ok(1..) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Ok(0) => return wake(control),
-                Err(_) => return,
+                Ok(0) => {
+                    wake(control);
+                    return true;
+                }
+                Err(error) if is_timeout(&error) => return false,
+                Err(_) => return true,
             }
         }
     }

@@ -14,14 +14,13 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    Channel, OpenError, Recipe, connect,
+    OpenError, connect,
     diagnosis::{CURE_OF_PROXY, Fault, SAID_BY_PROXY},
     directory::{self, DirectoryError},
     effective,
     error::StartError,
     forward,
     handle::{Avoid, Master, avoided, kill_recorded, remove},
-    kept,
     liveness::{self, ALIVE_BOUND, Liveness},
     lock::lock,
     mux,
@@ -151,38 +150,6 @@ impl Pool {
             return None;
         }
         Some(Master::of(files, endpoint.destination.clone()))
-    }
-
-    /// Whether a keeper has streams opened in advance on a master that [`Pool::live`] would give. It goes when its
-    /// master does.
-    pub fn is_kept(&self, endpoint: &Endpoint) -> bool {
-        self.kept(endpoint).is_some()
-    }
-
-    /// A stream that a keeper has opened in advance ([`Master::keep`]), if [`Pool::is_kept`]. Without a keeper this
-    /// takes microseconds.
-    pub fn take_kept(
-        &self,
-        endpoint: &Endpoint,
-        recipe: &Recipe,
-        bound: Duration,
-    ) -> Option<(Master, Channel)> {
-        let (files, is_foreign) = self.kept(endpoint)?;
-        let channel = kept::take(&files.keeper, &files.socket, recipe, bound)?;
-        let destination = endpoint.destination.clone();
-        let master =
-            if is_foreign { Master::foreign(files, destination) } else { Master::of(files, destination) };
-        Some((master, channel))
-    }
-
-    /// The files of the master whose keeper is asked, and whether it was opened by hand.
-    fn kept(&self, endpoint: &Endpoint) -> Option<(Files, bool)> {
-        let foreign = self.foreign(endpoint);
-        let (files, is_foreign) =
-            foreign.map_or_else(|| (self.files(endpoint), false), |files| (files, true));
-        let is_usable = files.keeper.exists() && avoided(&files).is_none();
-        let is_current = || is_foreign || Record::read(&files).is_some_and(|record| record.is_current());
-        (is_usable && is_current()).then_some((files, is_foreign))
     }
 
     /// The master, started if there is none that answers within a second. Concurrent calls, of whatever
@@ -559,7 +526,7 @@ impl Pool {
     }
 
     /// The files of the master that somebody opens by hand for an endpoint, if it is set that it may be used.
-    fn foreign(&self, endpoint: &Endpoint) -> Option<Files> {
+    pub(super) fn foreign(&self, endpoint: &Endpoint) -> Option<Files> {
         let socket = self.settings.of_host(endpoint.host()).control_path?;
         if endpoint.instance > 0 {
             return None;
@@ -575,7 +542,7 @@ impl Pool {
         Some(Files { socket, ..Files::new(&self.directory, &format!("own{}", endpoint.name())) })
     }
 
-    fn files(&self, endpoint: &Endpoint) -> Files {
+    pub(super) fn files(&self, endpoint: &Endpoint) -> Files {
         Files::new(&self.directory, &endpoint.name())
     }
 }
