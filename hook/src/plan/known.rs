@@ -23,8 +23,9 @@ pub struct Known {
     pub sample: Option<Sample>,
     /// What would have to travel, and how fast that is.
     pub link: Link,
-    /// Seconds until one of its slots is free, if all are taken and that can be estimated (from the times at which the
-    /// running builds began and how long such builds take). Not read while a slot is free.
+    /// Seconds until one of its slots is free for this build, if all are taken and that can be estimated: from the times
+    /// at which the running builds began, how long builds take, and how many wait already, as if this one were the last
+    /// of them (see [`slot_wait`](super::estimate::slot_wait)). Not read while a slot is free.
     pub slot_wait: Option<f64>,
     /// Whether it can be reached.
     pub health: Health,
@@ -119,7 +120,8 @@ pub struct Work {
     pub duration: Option<f64>,
     /// Bytes of its outputs, from the same source.
     pub output: Option<u64>,
-    /// When Nix first asked for it, if that was before.
+    /// When Nix first asked for it, if that was before. What is held back or waits for an obstacle to pass is held to
+    /// a bound by it, so it has to outlive the hook process where the answer was `postpone`.
     pub waiting_since: Option<SystemTime>,
 }
 

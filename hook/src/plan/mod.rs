@@ -222,15 +222,16 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     let basis = Basis { rules, work, now, missing };
     let is_any_measured = candidates.iter().any(|candidate| is_measured(&candidate.known, rules, now));
     let order = if is_any_measured { Order::Estimate } else { Order::Stock };
-    let mut ranked: Vec<(Candidate<'_>, Estimate)> = candidates
+    let candidates: Vec<(Candidate<'_>, Estimate)> = candidates
         .into_iter()
         .map(|candidate| {
             let estimate = estimate(candidate.machine, &candidate.known, candidate.weight, &basis);
             (candidate, estimate)
         })
         .collect();
+    let mut ranked: Vec<&(Candidate<'_>, Estimate)> = candidates.iter().collect();
     ranked.sort_by(|a, b| compare(order, a, b));
-    let free = ranked.first().filter(|(candidate, _)| candidate.is_free);
+    let free = ranked.first().copied().filter(|(candidate, _)| candidate.is_free);
     let awaited = if order == Order::Estimate { worth_holding_back(question, &ranked) } else { Vec::new() };
     let here = (rules.policy == Policy::Cost && question.can_build_now())
         .then(|| estimate_here(question.here, question.local.max_jobs, &basis));
@@ -281,25 +282,38 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
         }
     };
     let slots = free.map_or(1, |(candidate, _)| candidate.weight);
-    stand(&mut standings, ranked, order, &verdict, because);
+    let ranks: Vec<usize> = ranked.iter().map(|(candidate, _)| candidate.index).collect();
+    for (place, index) in ranks.iter().enumerate() {
+        standings[*index].place = Some(place + 1);
+    }
+    stand(&mut standings, candidates, order, &verdict, because);
     Decision { verdict, because, order, slots, standings, here, at: now }
 }
 
-/// Gives everyone who could do it a place, and a reason to all but the one who does.
+/// Builds that may wait in hooks for these machines: as many as they have slots, which keeps them busy until Nix asks
+/// again. Those above are better left to Nix: it goes through them in an order of its own, while here it is first come,
+/// first served, which is a poor order for a graph.
+pub fn most_waiting(rules: &Rules, machines: &[Machine], awaited: &[usize]) -> u64 {
+    let slots = awaited.iter().filter_map(|index| machines.get(*index)).map(|machine| machine.max_jobs);
+    rules.max_waiting.min(slots.fold(0, u64::saturating_add))
+}
+
+/// Gives everyone who could do it their estimate, and a reason to all but the one who does.
 fn stand(
     standings: &mut [Standing],
-    ranked: Vec<(Candidate<'_>, Estimate)>,
+    candidates: Vec<(Candidate<'_>, Estimate)>,
     order: Order,
     verdict: &Verdict,
     because: Because,
 ) {
     let is_local =
         matches!(because, Because::Builtin | Because::LocalFirst | Because::LocalSooner | Because::LocalFree);
-    let first = ranked.first().map(|(best, estimate)| (best.index, estimate.total));
-    for (place, (candidate, estimate)) in ranked.into_iter().enumerate() {
+    let is_first = |candidate: &Candidate<'_>| standings[candidate.index].place == Some(1);
+    let first = candidates.iter().find(|(candidate, _)| is_first(candidate));
+    let first = first.map(|(best, estimate)| (best.index, estimate.total));
+    for (candidate, estimate) in candidates {
         let Candidate { index, machine, known, weight, is_free } = candidate;
         let standing = &mut standings[index];
-        standing.place = Some(place + 1);
         standing.refusal = if !is_free {
             Some(Refusal::Full { taken: known.load.taken, slots: machine.max_jobs, needed: weight })
         } else if is_local {
@@ -317,8 +331,8 @@ fn stand(
 
 /// Machines that are full, and yet would be done with the build so much sooner than any with a free slot that it is
 /// held back for them.
-fn worth_holding_back(question: &Question<'_>, ranked: &[(Candidate<'_>, Estimate)]) -> Vec<usize> {
-    let Some((_, best)) = ranked.first().filter(|(candidate, _)| candidate.is_free) else {
+fn worth_holding_back(question: &Question<'_>, ranked: &[&(Candidate<'_>, Estimate)]) -> Vec<usize> {
+    let Some((_, best)) = ranked.first().copied().filter(|(candidate, _)| candidate.is_free) else {
         return Vec::new();
     };
     let left = question.rules.hold_back.saturating_sub(question.waited()).as_secs_f64();

@@ -1,5 +1,10 @@
 use super::*;
 
+mod estimating;
+mod obstacles;
+mod properties;
+mod telling;
+
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
 fn machine(name: &str, jobs: u64, speed: f32) -> Machine {
