@@ -26,7 +26,7 @@ use verdict::{Resource, Standing};
 
 /// A machine that is full must be this many times sooner than one with a free slot to be waited for, because how long
 /// running builds will take is a guess.
-const HOLD_BACK_MARGIN: f64 = 1.5;
+const HOLD_BACK_MARGIN: f64 = 2.0;
 
 /// One `try` of Nix: may this derivation be built elsewhere?
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -288,14 +288,6 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     }
     stand(&mut standings, candidates, order, &verdict, because);
     Decision { verdict, because, order, slots, standings, here, at: now }
-}
-
-/// Builds that may wait in hooks for these machines: as many as they have slots, which keeps them busy until Nix asks
-/// again. Those above are better left to Nix: it goes through them in an order of its own, while here it is first come,
-/// first served, which is a poor order for a graph.
-pub fn most_waiting(rules: &Rules, machines: &[Machine], awaited: &[usize]) -> u64 {
-    let slots = awaited.iter().filter_map(|index| machines.get(*index)).map(|machine| machine.max_jobs);
-    rules.max_waiting.min(slots.fold(0, u64::saturating_add))
 }
 
 /// Gives everyone who could do it their estimate, and a reason to all but the one who does.

@@ -16,9 +16,8 @@ pub struct Rules {
     /// Slots that a derivation takes which requires the feature `big-parallel`. At least 1; a machine with fewer gives
     /// all it has.
     pub big_parallel_slots: u64,
-    /// Builds that may be accepted to wait for one set of machines, at most (see
-    /// [`most_waiting`](super::most_waiting)). Each costs a process of about 1 MiB; those above are postponed: Nix asks for
-    /// them again when one of its builds ends, or after 5 seconds.
+    /// Builds that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above are
+    /// postponed, for which Nix has no better clock than asking again every 5 seconds.
     pub max_waiting: u64,
     /// What a machine must have left to get a build.
     pub floors: Floors,
@@ -70,7 +69,7 @@ impl Default for Rules {
             typical_duration: 30.0,
             typical_bandwidth: 50e6,
             stale_after: Duration::from_secs(60),
-            hold_back: Duration::from_secs(60),
+            hold_back: Duration::from_secs(300),
             obstacle_patience: Duration::from_secs(600),
         }
     }

@@ -17,7 +17,7 @@ pub enum Verdict {
     /// Build it on the machine of this index.
     Accept(usize),
     /// It cannot be built locally at any time, and these machines are worth waiting for: accept it and wait for a slot,
-    /// unless as many as [`most_waiting`](super::most_waiting) says do so already.
+    /// unless as many as [`Rules::max_waiting`](super::Rules) do so already.
     Wait(Vec<usize>),
     /// Ask again later: these machines are worth waiting for, but Nix may have a local slot for it sooner, or it may
     /// take long.

@@ -467,8 +467,7 @@ impl<'a> Hook<'a> {
 
     /// A place among the builds that wait here for a slot of these machines.
     fn place_in_queue(&self, machines: &[usize]) -> Option<Held> {
-        let places = plan::most_waiting(&self.rules, self.machines, machines);
-        self.queue.take_any(&self.queue_name(machines), places).unwrap_or_else(|error| {
+        self.queue.take_any(&self.queue_name(machines), self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("{}", exit::report(&error, None));
             None
         })

@@ -196,10 +196,3 @@ fn the_wait_for_a_slot_grows_with_those_who_wait_already() {
     assert_eq!(slot_wait(&[5.0, 3.0], 2, 9.0), Some(12.0));
     assert_eq!(slot_wait(&[-5.0], 0, 9.0), Some(0.0));
 }
-
-#[test]
-fn no_more_builds_wait_than_the_machines_have_slots() {
-    let machines = [machine("a", 4, 1.0), machine("b", 8, 1.0)];
-    let rules = Rules { max_waiting: 10, ..Rules::default() };
-    assert_eq!([&[0][..], &[1], &[0, 1]].map(|which| most_waiting(&rules, &machines, which)), [4, 8, 10]);
-}

@@ -15,7 +15,8 @@ fn here(max_jobs: u64) -> Local {
 #[test]
 fn a_machine_that_is_short_of_something_gets_nothing_even_if_it_is_the_only_one() {
     let machines = [machine("a", 1, 1.0)];
-    let short: [(fn(&mut Sample), Resource); 3] = [
+    type Change = fn(&mut Sample);
+    let short: [(Change, Resource); 3] = [
         (|sample| sample.disk_free = Some(1 << 20), Resource::Disk),
         (|sample| sample.inodes_free = Some(9), Resource::Inodes),
         (|sample| sample.memory_free = Some(1 << 20), Resource::Memory),

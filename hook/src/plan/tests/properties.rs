@@ -354,9 +354,9 @@ proptest! {
                 running.push((second + seconds, index, decision.slots));
                 false
             });
-            for index in 0..machines.len() {
+            for (index, machine) in machines.iter().enumerate() {
                 let taken: u64 = running.iter().filter(|(_, on, _)| *on == index).map(|(.., slots)| *slots).sum();
-                prop_assert!(taken <= machines[index].max_jobs);
+                prop_assert!(taken <= machine.max_jobs);
             }
             second += 1;
         }
