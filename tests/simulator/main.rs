@@ -24,7 +24,7 @@ use clap::Parser;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::{fs, thread};
-use world::Nix;
+use world::Conditions;
 
 #[derive(Parser)]
 #[command(about = "Simulates which machine gets a build, with our rule and with that of Nix's own hook")]
@@ -41,6 +41,9 @@ struct Arguments {
     /// Nix asks for what was postponed also when one of its builds ends, which is kinder to stock than the real one
     #[arg(long)]
     kind: bool,
+    /// Hooks of ours send a path though another one is sending it to the same machine
+    #[arg(long)]
+    twice: bool,
     /// Also writes choosing.svg, and the table into choosing.md, in this directory
     #[arg(long, value_name = "DIRECTORY")]
     docs: Option<PathBuf>,
@@ -60,8 +63,8 @@ fn main() -> ExitCode {
     let scenes: Vec<scene::Scene> =
         scene::all().into_iter().filter(|scene| scene.name().contains(&arguments.only)).collect();
     let workers = thread::available_parallelism().map_or(1, usize::from);
-    let run = |nix| scene::run_all(&scenes, arguments.seeds, scale, nix, workers);
-    let results = run(if arguments.kind { Nix::Kind } else { Nix::Real });
+    let conditions = Conditions { is_kind: arguments.kind, sends_twice: arguments.twice };
+    let results = scene::run_all(&scenes, arguments.seeds, scale, conditions, workers);
     let figures = format!("{}\n{}\n{speed}", report::table(&results), report::goals(&results));
     print!("{figures}");
     if let Some(directory) = &arguments.docs {

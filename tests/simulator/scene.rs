@@ -3,7 +3,7 @@
 use crate::bounds;
 use crate::fleet::Fleet;
 use crate::graph::Shape;
-use crate::world::{self, Contender, Nix, Outcome};
+use crate::world::{self, Conditions, Contender, Outcome};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -54,11 +54,11 @@ impl Scene {
         format!("{}, {}", self.fleet.label(), self.shape.label())
     }
 
-    pub(crate) fn play(self, seed: u64, scale: f64, nix: Nix) -> Played {
+    pub(crate) fn play(self, seed: u64, scale: f64, conditions: Conditions) -> Played {
         let graph = self.shape.make(seed, scale);
         let fleet = self.fleet.make(seed);
         let run = |contender| -> Vec<Outcome> {
-            (0..NAMINGS).map(|naming| world::run(&graph, &fleet, contender, nix, naming)).collect()
+            (0..NAMINGS).map(|naming| world::run(&graph, &fleet, contender, conditions, naming)).collect()
         };
         let makespan = |outcomes: &[Outcome]| {
             outcomes.iter().map(|outcome| outcome.makespan).sum::<f64>() / NAMINGS as f64
@@ -78,7 +78,13 @@ impl Scene {
 }
 
 /// Plays all, several at a time. Seeds count from 1.
-pub(crate) fn run_all(scenes: &[Scene], seeds: u64, scale: f64, nix: Nix, workers: usize) -> Vec<Result> {
+pub(crate) fn run_all(
+    scenes: &[Scene],
+    seeds: u64,
+    scale: f64,
+    conditions: Conditions,
+    workers: usize,
+) -> Vec<Result> {
     let rounds: Vec<(usize, u64)> =
         (0..scenes.len()).flat_map(|scene| (1..=seeds).map(move |seed| (scene, seed))).collect();
     let next = AtomicUsize::new(0);
@@ -87,7 +93,7 @@ pub(crate) fn run_all(scenes: &[Scene], seeds: u64, scale: f64, nix: Nix, worker
         for _ in 0..workers {
             scope.spawn(|| {
                 while let Some((scene, seed)) = rounds.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let outcome = scenes[*scene].play(*seed, scale, nix);
+                    let outcome = scenes[*scene].play(*seed, scale, conditions);
                     let place = scene * seeds as usize + (*seed - 1) as usize;
                     played.lock().expect("no panic elsewhere")[place] = Some(outcome);
                 }

@@ -49,14 +49,21 @@ pub(crate) enum Contender {
     Experienced,
 }
 
-/// When Nix asks again for what was postponed.
+/// What differs between worlds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Nix {
-    /// Every five seconds, as it does (`Worker::waitForInput` in `src/libstore/build/worker.cc` of Nix 2.26.3).
-    Real,
-    /// Also whenever one of its builds ends, as the comment there has it (`derivation-goal.cc`, at `rpPostpone`). It is
-    /// kinder to stock hooks.
-    Kind,
+pub(crate) struct Conditions {
+    /// Nix asks again for what was postponed whenever one of its builds ends, as a comment in it has it
+    /// (`derivation-goal.cc` of Nix 2.26.3, at `rpPostpone`). It is kinder to stock hooks than the real one, which does so
+    /// every five seconds only (`Worker::waitForInput` in `worker.cc`).
+    pub(crate) is_kind: bool,
+    /// Hooks of ours send a path to a machine though another one is doing that already.
+    pub(crate) sends_twice: bool,
+}
+
+#[cfg(test)]
+impl Conditions {
+    /// Nix as it is, and hooks that do nothing twice.
+    pub(crate) const REAL: Self = Self { is_kind: false, sends_twice: false };
 }
 
 /// How it went.
@@ -178,7 +185,7 @@ struct World<'a> {
     shunned: Vec<bool>,
     is_polling: bool,
     is_looking: bool,
-    nix: Nix,
+    conditions: Conditions,
     /// Builds so far, the sum of their seconds at speed 1, and that of their outputs' bytes.
     built: (u64, f64, u64),
     /// What is known of the seconds that each build takes at speed 1.
@@ -188,7 +195,13 @@ struct World<'a> {
 }
 
 /// Builds the graph on the fleet. `naming` is the seed of the names of the builds.
-pub(crate) fn run(graph: &Graph, fleet: &[Spec], contender: Contender, nix: Nix, naming: u64) -> Outcome {
+pub(crate) fn run(
+    graph: &Graph,
+    fleet: &[Spec],
+    contender: Contender,
+    conditions: Conditions,
+    naming: u64,
+) -> Outcome {
     let count = graph.jobs.len();
     let mut names: Vec<usize> = (0..count).collect();
     let mut random = Random::new(naming);
@@ -220,7 +233,7 @@ pub(crate) fn run(graph: &Graph, fleet: &[Spec], contender: Contender, nix: Nix,
         shunned: vec![false; fleet.len()],
         is_polling: false,
         is_looking: false,
-        nix,
+        conditions,
         built: (0, 0.0, 0),
         history: history(graph, contender, naming),
         left: count,
@@ -500,7 +513,7 @@ impl World<'_> {
         if !self.is_learning() {
             return known;
         }
-        let missing = |path: &usize| !site.coming.contains_key(path);
+        let missing = |path: &usize| self.conditions.sends_twice || !site.coming.contains_key(path);
         let outputs = self.graph.inputs[job].without(&site.holds).filter(missing);
         let missing = outputs.map(|path| self.graph.jobs[path].output).sum::<u64>();
         Known {
@@ -552,12 +565,13 @@ impl World<'_> {
 
     fn send_missing(&mut self, job: usize, index: usize) {
         let graph = self.graph;
+        let sends_twice = self.conditions.sends_twice;
         let site = &mut self.sites[index];
         let mut bytes = graph.jobs[job].source;
         let mut pending = HashSet::from([job]);
         let mut sending = Vec::new();
         for path in graph.inputs[job].without(&site.holds) {
-            match site.coming.get(&path) {
+            match site.coming.get(&path).filter(|_| !sends_twice) {
                 // Nobody sends what somebody else is sending.
                 Some(sender) => drop(pending.insert(*sender)),
                 None => {
@@ -640,9 +654,10 @@ impl World<'_> {
 
     /// A child of Nix ended.
     fn ended(&mut self) {
-        match self.nix {
-            Nix::Real => self.at(self.now, Event::Ask),
-            Nix::Kind => self.ask_again(),
+        if self.conditions.is_kind {
+            self.ask_again();
+        } else {
+            self.at(self.now, Event::Ask);
         }
     }
 

@@ -5,13 +5,13 @@ use crate::graph::Shape;
 use crate::random::Random;
 use crate::report::{BETTER, NEAR, NEVER_WORSE};
 use crate::scene::{Result, Scene, run_all};
-use crate::world::{self, Contender, Nix};
+use crate::world::{self, Conditions, Contender};
 use crate::{bounds, stock};
 
-fn play(scenes: &[(Fleet, Shape)], nix: Nix) -> Vec<Result> {
+fn play(scenes: &[(Fleet, Shape)], conditions: Conditions) -> Vec<Result> {
     let scenes: Vec<Scene> =
         scenes.iter().map(|(fleet, shape)| Scene { fleet: *fleet, shape: *shape }).collect();
-    run_all(&scenes, 2, 0.25, nix, 2)
+    run_all(&scenes, 2, 0.25, conditions, 2)
 }
 
 #[test]
@@ -26,8 +26,8 @@ fn ours_is_never_slower_than_stock_and_much_faster_where_machines_differ() {
         (Fleet::Links, Shape::Deep),
         (Fleet::Dying, Shape::Wide),
     ];
-    for nix in [Nix::Real, Nix::Kind] {
-        for result in play(&scenes, nix) {
+    for is_kind in [false, true] {
+        for result in play(&scenes, Conditions { is_kind, ..Conditions::REAL }) {
             let name = result.scene.name();
             let (gain, worst) = result.gain_of_ours();
             assert!(worst > -NEVER_WORSE, "{name}: {:.1} % slower", -100.0 * worst);
@@ -52,7 +52,7 @@ fn ours_is_never_slower_than_stock_and_much_faster_where_machines_differ() {
 #[test]
 fn the_rule_alone_is_better_where_machines_differ() {
     let scenes = [(Fleet::Speeds, Shape::Deep), (Fleet::Foreign, Shape::Deep), (Fleet::Links, Shape::Deep)];
-    for result in play(&scenes, Nix::Real) {
+    for result in play(&scenes, Conditions::REAL) {
         let (gain, _) = result.gain_of_rule();
         assert!(gain >= BETTER, "{}: only {:.1} %", result.scene.name(), 100.0 * gain);
     }
@@ -64,7 +64,7 @@ fn the_same_seed_gives_the_same_world() {
         let graph = shape.make(3, 0.02);
         let fleet = Fleet::Dying.make(3);
         for contender in [Contender::Stock, Contender::Unmeasured, Contender::Ours, Contender::Experienced] {
-            let run = |naming| world::run(&graph, &fleet, contender, Nix::Real, naming);
+            let run = |naming| world::run(&graph, &fleet, contender, Conditions::REAL, naming);
             assert_eq!(run(1), run(1), "{contender:?}");
         }
     }
@@ -76,7 +76,7 @@ fn builds_that_die_with_their_machine_are_made_elsewhere() {
     let mut fleet = Fleet::Equal.make(1);
     fleet[0].outages = vec![(30.0, 1e9)];
     for contender in [Contender::Stock, Contender::Ours] {
-        let outcome = world::run(&graph, &fleet, contender, Nix::Real, 1);
+        let outcome = world::run(&graph, &fleet, contender, Conditions::REAL, 1);
         assert!(outcome.lost > 0, "{contender:?} lost nothing");
         // Every stock hook asks the dead machine again, and Nix waits for each.
         let is_ours = contender == Contender::Ours;
@@ -93,7 +93,7 @@ fn one_machine_with_one_slot_needs_the_sum_of_all_durations() {
     fleet[0].bandwidth = 1e15;
     fleet[0].round_trip = 0.0;
     let sum: f64 = graph.jobs.iter().map(|job| job.work).sum();
-    let outcome = world::run(&graph, &fleet, Contender::Ours, Nix::Real, 2);
+    let outcome = world::run(&graph, &fleet, Contender::Ours, Conditions::REAL, 2);
     assert!((outcome.makespan - sum).abs() < 1e-6 * sum, "{} instead of {sum}", outcome.makespan);
     assert_eq!(bounds::list_schedule(&graph, &fleet), sum);
 }

@@ -184,8 +184,15 @@ fn a_build_is_held_back_for_a_machine_that_is_full_only_if_that_is_sooner_by_muc
     assert_eq!((held.verdict.clone(), held.because), (Verdict::Wait(vec![1]), Because::HeldBack));
     assert_eq!(held.standings[0].refusal, Some(Refusal::HeldBack));
     assert_eq!(ask(None, 0).verdict, Verdict::Accept(0));
-    assert_eq!(ask(Some(50.0), 0).verdict, Verdict::Accept(0), "60 s there are not sooner by much than 80 s");
-    assert_eq!(ask(Some(10.0), 60).verdict, Verdict::Accept(0), "it has waited long enough");
+    assert_eq!(ask(Some(50.0), 0).verdict, Verdict::Accept(0), "60 s are not sooner by much than 80 s");
+    let longest = Rules::default().hold_back.as_secs();
+    assert_eq!(ask(Some(10.0), longest).verdict, Verdict::Accept(0), "it has waited long enough");
+    assert_eq!(
+        ask(Some(10.0), longest - 5).verdict,
+        Verdict::Accept(0),
+        "it would by then have waited for too long"
+    );
+    assert_eq!(ask(Some(10.0), longest - 15).verdict, Verdict::Wait(vec![1]));
 }
 
 #[test]
