@@ -40,7 +40,7 @@ pub struct Slots {
 
 /// A lock that is free again when dropped, or when the process ends in whatever way.
 #[derive(Debug)]
-pub struct Held(#[expect(dead_code, reason = "held, not read")] Flock<File>);
+pub struct Held(Vec<Flock<File>>);
 
 /// Watches for slots becoming free.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl Slots {
     pub fn take(&self, machine: &str, number: u64) -> Result<Option<Held>, SlotError> {
         let path = self.path(machine, number);
         let held = lock(&path, FlockArg::LockExclusiveNonblock, true);
-        held.map(|held| held.map(Held)).map_err(|source| SlotError { path, source })
+        held.map(|held| held.map(|held| Held(vec![held]))).map_err(|source| SlotError { path, source })
     }
 
     /// Takes the first free slot of so many.
@@ -113,6 +113,23 @@ impl Slots {
             }
         }
         Ok(None)
+    }
+
+    /// Takes so many (`needed`) of a machine's slots as one, or none at all.
+    ///
+    /// # Errors
+    /// If a lock cannot be opened or tried.
+    pub fn take_many(&self, machine: &str, slots: u64, needed: u64) -> Result<Option<Held>, SlotError> {
+        let mut taken = Vec::new();
+        for number in 0..slots {
+            if taken.len() as u64 == needed {
+                break;
+            }
+            if let Some(Held(locks)) = self.take(machine, number)? {
+                taken.extend(locks);
+            }
+        }
+        Ok((taken.len() as u64 == needed && needed > 0).then_some(Held(taken)))
     }
 
     /// Takes the first free slot of so many, or waits for one until `bound` is over.
@@ -178,7 +195,7 @@ impl Watch {
 fn wait_for(path: PathBuf) -> Result<Held, SlotError> {
     lock(&path, FlockArg::LockExclusive, true)
         .and_then(|held| held.ok_or_else(|| io::ErrorKind::WouldBlock.into()))
-        .map(Held)
+        .map(|held| Held(vec![held]))
         .map_err(|source| SlotError { path, source })
 }
 
@@ -252,6 +269,18 @@ mod tests {
         });
         drop((first, second));
         assert!(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn several_slots_are_taken_and_given_back_together_or_not_at_all() {
+        let (_state, slots) = slots();
+        let first = slots.take("m", 1).unwrap();
+        assert!(slots.take_many("m", 4, 4).unwrap().is_none());
+        assert_eq!(slots.count("m", 4).unwrap().0.taken, 1);
+        let three = slots.take_many("m", 4, 3).unwrap();
+        assert_eq!(slots.count("m", 4).unwrap().0.taken, 4);
+        drop((first, three));
+        assert_eq!(slots.count("m", 4).unwrap().0.taken, 0);
     }
 
     #[test]

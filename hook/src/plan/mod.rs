@@ -1,22 +1,33 @@
 //! Choosing: which machine a build goes to, and why every other one does not get it.
 //!
-//! Owns the verdict and its reasons. Must never do I/O, read a clock or the environment, or log: the caller
-//! brings what is known (machines, load, request) and carries out what is decided.
+//! Owns the decision. Must never do I/O, read a clock or the environment, or log: the caller brings what is known
+//! (machines, load, health, request, time) and carries out what is decided.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod estimate;
 pub mod here;
+pub mod known;
 pub mod machine;
 pub mod outputs;
+pub mod rules;
+pub mod telling;
 pub mod trust;
+pub mod verdict;
 
+use estimate::{Basis, Estimate, estimate, estimate_here, is_measured};
+pub use known::{Health, Known, Load, Sample, Work};
 use machine::Machine;
+pub use rules::{Policy, Rules};
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
-use std::fmt;
+use std::time::{Duration, SystemTime};
+pub use verdict::{Because, Decision, Order, Refusal, Verdict};
+use verdict::{Resource, Standing};
 
-/// Builds that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above
-/// are postponed, for which Nix has no better clock than asking again every 5 seconds.
-pub const MAX_WAITING: u64 = 256;
+/// A machine that is full must be this many times sooner than one with a free slot to be waited for, because how long
+/// running builds will take is a guess.
+const HOLD_BACK_MARGIN: f64 = 2.0;
 
 /// One `try` of Nix: may this derivation be built elsewhere?
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +42,19 @@ pub struct Request {
     pub required_features: BTreeSet<String>,
 }
 
+impl Request {
+    /// Whether Nix does it itself, as `builtin:fetchurl`.
+    pub fn is_builtin(&self) -> bool {
+        self.system == "builtin"
+    }
+
+    /// Slots that it takes on a machine of which no slot is taken.
+    fn weight(&self, rules: &Rules, machine: &Machine) -> u64 {
+        let wish = if self.required_features.contains("big-parallel") { rules.big_parallel_slots } else { 1 };
+        wish.clamp(1, machine.max_jobs.max(1))
+    }
+}
+
 /// What the local machine could build itself, from Nix's settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Local {
@@ -43,103 +67,13 @@ pub struct Local {
 }
 
 impl Local {
-    /// Whether the request could be built locally at some time, be it not now.
+    /// Whether the request could be built locally at some time, be it not now. What Nix does itself (the system
+    /// `builtin`) it can do on any system.
     pub fn could_build(&self, request: &Request) -> bool {
         self.max_jobs > 0
-            && self.systems.contains(&request.system)
+            && (request.is_builtin() || self.systems.contains(&request.system))
             && request.required_features.is_subset(&self.features)
     }
-}
-
-/// How busy a machine is with builds of this client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Load {
-    /// Slots taken, of the machine's `max_jobs`.
-    pub taken: u64,
-}
-
-/// What is known of a machine besides its line in the list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
-    /// Nothing speaks against it; so many of its slots are taken.
-    Ready(Load),
-    /// It could not be reached a short while ago, as the text says. It is left alone while another one will do, but
-    /// never ruled out by memory alone.
-    Ailing(Load, String),
-    /// It sleeps and has been told to wake up. It gets nothing yet, but is worth waiting for.
-    Waking,
-    /// It failed earlier; the text says how.
-    Failed(String),
-    /// Its store URI is of a kind that cannot be reached; the text says why.
-    Unreachable(String),
-}
-
-/// Why a machine does not get a build.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Refusal {
-    /// It does not build for the derivation's system.
-    System,
-    /// It lacks these of the required features.
-    MissingFeatures(BTreeSet<String>),
-    /// It insists on these features, which the derivation does not require.
-    MandatoryFeatures(BTreeSet<String>),
-    /// All its slots are taken.
-    Full {
-        /// Slots it has.
-        slots: u64,
-    },
-    /// It is being woken.
-    Waking,
-    /// It failed when it was last tried; the text says how.
-    Failed(String),
-    /// Its store URI is of a kind that cannot be reached; the text says why.
-    Unreachable(String),
-    /// Another one was better.
-    Outranked,
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let join = |set: &BTreeSet<String>| set.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-        match self {
-            Self::System => write!(f, "does not build for this system"),
-            Self::MissingFeatures(set) => write!(f, "lacks the features [{}]", join(set)),
-            Self::MandatoryFeatures(set) => {
-                write!(f, "builds only derivations that require the features [{}]", join(set))
-            }
-            Self::Full { slots: 0 } => write!(f, "has no slots (its maximum of jobs is 0)"),
-            Self::Full { slots } => write!(f, "full: {slots} of {slots} slots taken"),
-            Self::Waking => write!(f, "is being woken"),
-            Self::Failed(why) => write!(f, "failed: {why}"),
-            Self::Unreachable(why) => write!(f, "cannot be used: {why}"),
-            Self::Outranked => write!(f, "another machine is less loaded or faster"),
-        }
-    }
-}
-
-/// What to answer to a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use]
-pub enum Verdict {
-    /// Build it on the machine of this index.
-    Accept(usize),
-    /// Suitable machines (these) are busy or about to wake up, and it cannot be built locally at any time: accept it and wait for a slot,
-    /// unless [`MAX_WAITING`] do so already.
-    Wait(Vec<usize>),
-    /// Ask again later: suitable machines (these) are busy or about to wake up, but Nix may have a local slot for it sooner.
-    Postpone(Vec<usize>),
-    /// Not to be built by any machine now.
-    Decline,
-}
-
-/// A verdict and, for every machine that is not to build, why.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[must_use]
-pub struct Decision {
-    /// What to answer.
-    pub verdict: Verdict,
-    /// Index of the machine and reason, in the order of the list.
-    pub refusals: Vec<(usize, Refusal)>,
 }
 
 /// Whether a machine's line in the list admits the request at all; the reason if not.
@@ -147,7 +81,7 @@ pub struct Decision {
 /// Follows `Machine::systemSupported`, `allSupported` and `mandatoryMet` in Nix 2.34
 /// `src/libstore/machines.cc`: any machine will do for the system `builtin`.
 pub fn suits(machine: &Machine, request: &Request) -> Result<(), Refusal> {
-    if request.system != "builtin" && !machine.systems.contains(&request.system) {
+    if !request.is_builtin() && !machine.systems.contains(&request.system) {
         return Err(Refusal::System);
     }
     let missing: BTreeSet<String> = request
@@ -167,251 +101,267 @@ pub fn suits(machine: &Machine, request: &Request) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Everything that a decision depends on, but what is known of each machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// The machines of the list.
+    pub machines: &'a [Machine],
+    /// The settings of the choice.
+    pub rules: &'a Rules,
+    /// What could be built on the client's own machine. Where Nix has no say any more, nothing.
+    pub local: &'a Local,
+    /// What the client's own machine says of its load, for [`Policy::Cost`].
+    pub here: Option<&'a Sample>,
+    /// What Nix asked.
+    pub request: &'a Request,
+    /// What is known of the build.
+    pub work: &'a Work,
+    /// The time.
+    pub now: SystemTime,
+}
+
+impl Question<'_> {
+    /// How long the build has been waiting.
+    fn waited(&self) -> Duration {
+        let since = self.work.waiting_since;
+        since.and_then(|since| self.now.duration_since(since).ok()).unwrap_or_default()
+    }
+
+    /// Whether Nix could build it itself at once.
+    fn can_build_now(&self) -> bool {
+        self.request.am_willing && self.local.could_build(self.request)
+    }
+
+    /// What keeps a machine of which this is known from getting anything, whoever else there is.
+    fn obstacle(&self, known: &Known) -> Option<Refusal> {
+        match &known.health {
+            Health::Failed(why) => return Some(Refusal::Failed(why.clone())),
+            Health::Unreachable(why) => return Some(Refusal::Unreachable(why.clone())),
+            Health::Well | Health::CoolDown { .. } | Health::Waking => {}
+        }
+        if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(self.now)) {
+            return Some(Refusal::Withheld(withheld.clone()));
+        }
+        let sample = known.sample.as_ref().filter(|s| !s.is_stale(self.now, self.rules.stale_after))?;
+        if let Some(why) = &sample.inhibited {
+            return Some(Refusal::Inhibited(why.clone()));
+        }
+        let floors = &self.rules.floors;
+        [
+            (Resource::Disk, sample.disk_free, floors.disk),
+            (Resource::Inodes, sample.inodes_free, floors.inodes),
+            (Resource::Memory, sample.memory_free, floors.memory),
+        ]
+        .into_iter()
+        .find_map(|(of, left, floor)| {
+            left.filter(|left| *left < floor).map(|left| Refusal::Short { of, left, floor })
+        })
+    }
+}
+
+/// A machine that could do it, now or when a slot is free.
+struct Candidate<'a> {
+    index: usize,
+    machine: &'a Machine,
+    known: Known,
+    weight: u64,
+    is_free: bool,
+}
+
 /// Chooses among the machines of the list.
 ///
-/// `state` is asked once for each machine whose line suits the request, with its index. The rule is that of the
-/// stock hook (`src/nix/build-remote/build-remote.cc`): the lowest load in relation to the speed factor wins,
-/// then the higher speed factor, then the lower load, then the earlier place in the list.
-pub fn decide(
-    machines: &[Machine],
-    local: &Local,
-    request: &Request,
-    mut state: impl FnMut(usize) -> State,
-) -> Decision {
-    let mut refusals = Vec::new();
-    let mut ready = Vec::new();
+/// `known` is asked once for each machine whose line suits the request, with its index. Machines with a free slot are
+/// put in the order of their estimated finish (see [`mod@estimate`]), equal ones in that of the stock hook. If nothing is
+/// measured of any of them, the stock hook's order alone counts.
+pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) -> Decision {
+    let Question { machines, rules, request, work, now, .. } = *question;
+    let mut standings = vec![Standing { place: None, estimate: None, refusal: None }; machines.len()];
+    let mut candidates = Vec::new();
     let mut ailing = Vec::new();
     let mut waking = Vec::new();
     for (index, machine) in machines.iter().enumerate() {
         if let Err(refusal) = suits(machine, request) {
-            refusals.push((index, refusal));
+            standings[index].refusal = Some(refusal);
             continue;
         }
-        match state(index) {
-            State::Ready(load) => ready.push((index, load)),
-            State::Ailing(load, why) => ailing.push((index, load, why)),
-            State::Waking => waking.push(index),
-            State::Failed(why) => refusals.push((index, Refusal::Failed(why))),
-            State::Unreachable(why) => refusals.push((index, Refusal::Unreachable(why))),
+        let known = known(index);
+        if let Some(refusal) = question.obstacle(&known) {
+            standings[index].refusal = Some(refusal);
+            continue;
+        }
+        let weight = request.weight(rules, machine);
+        // One who has waited for several slots for long is content with those that are free.
+        let left = machine.max_jobs.saturating_sub(known.load.taken);
+        let weight = if question.waited() >= rules.hold_back { weight.min(left.max(1)) } else { weight };
+        let is_free = left >= weight;
+        let is_cool = match &known.health {
+            Health::CoolDown { until, .. } => until.is_some_and(|until| until <= now),
+            _ => true,
+        };
+        let is_waking = known.health == Health::Waking;
+        let candidate = Candidate { index, machine, known, weight, is_free };
+        match (is_waking, is_cool) {
+            (true, _) => waking.push(candidate),
+            (false, true) => candidates.push(candidate),
+            (false, false) => ailing.push(candidate),
         }
     }
-    refusals.extend(waking.iter().map(|index| (*index, Refusal::Waking)));
-    if ready.is_empty() && waking.is_empty() {
-        ready = ailing.into_iter().map(|(index, load, _)| (index, load)).collect();
+    if candidates.is_empty() && waking.is_empty() {
+        candidates = ailing;
     } else {
-        refusals.extend(ailing.into_iter().map(|(index, _, why)| (index, Refusal::Failed(why))));
-    }
-    let (free, full): (Vec<_>, Vec<_>) =
-        ready.into_iter().partition(|(index, load)| load.taken < machines[*index].max_jobs);
-    refusals
-        .extend(full.iter().map(|(index, _)| (*index, Refusal::Full { slots: machines[*index].max_jobs })));
-    // A machine without slots will never have a free one, so nobody is to wait for it.
-    let mut full: Vec<usize> = full.iter().map(|(index, _)| *index).chain(waking).collect();
-    full.retain(|index| machines[*index].max_jobs > 0);
-    full.sort_unstable();
-    let best = free.iter().copied().reduce(|best, next| {
-        let outranks = outranks((&machines[next.0], next.1), (&machines[best.0], best.1));
-        if outranks { next } else { best }
-    });
-    let verdict = match best {
-        Some((best, _)) => {
-            let others = free.iter().filter(|(index, _)| *index != best);
-            refusals.extend(others.map(|(index, _)| (*index, Refusal::Outranked)));
-            Verdict::Accept(best)
+        for ailing in ailing {
+            if let Health::CoolDown { until, why } = ailing.known.health {
+                standings[ailing.index].refusal = Some(Refusal::CoolDown { until, why });
+            }
         }
-        None if full.is_empty() => Verdict::Decline,
-        // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
-        None if request.am_willing && local.could_build(request) => Verdict::Decline,
-        None if local.could_build(request) => Verdict::Postpone(full),
-        None => Verdict::Wait(full),
+    }
+    for waking in &waking {
+        standings[waking.index].refusal = Some(Refusal::Waking);
+    }
+
+    let missing = candidates.iter().filter_map(|candidate| candidate.known.link.missing).max();
+    let basis = Basis { rules, work, now, missing };
+    let is_any_measured = candidates.iter().any(|candidate| is_measured(&candidate.known, rules, now));
+    let order = if is_any_measured { Order::Estimate } else { Order::Stock };
+    let candidates: Vec<(Candidate<'_>, Estimate)> = candidates
+        .into_iter()
+        .map(|candidate| {
+            let estimate = estimate(candidate.machine, &candidate.known, candidate.weight, &basis);
+            (candidate, estimate)
+        })
+        .collect();
+    let mut ranked: Vec<&(Candidate<'_>, Estimate)> = candidates.iter().collect();
+    ranked.sort_by(|a, b| compare(order, a, b));
+    let free = ranked.first().copied().filter(|(candidate, _)| candidate.is_free);
+    let awaited = if order == Order::Estimate { worth_holding_back(question, &ranked) } else { Vec::new() };
+    let here = (rules.policy == Policy::Cost && question.can_build_now())
+        .then(|| estimate_here(question.here, question.local.max_jobs, &basis));
+
+    let mut worth_waiting: Vec<usize> = ranked
+        .iter()
+        .map(|(candidate, _)| candidate)
+        .chain(&waking)
+        // A machine without slots will never have a free one, so nobody is to wait for it.
+        .filter(|candidate| candidate.machine.max_jobs > 0 && (!candidate.is_free || free.is_none()))
+        .map(|candidate| candidate.index)
+        .collect();
+    worth_waiting.sort_unstable();
+    let passing: Vec<usize> = standings
+        .iter()
+        .enumerate()
+        .filter(|(_, standing)| standing.refusal.as_ref().is_some_and(Refusal::passes))
+        .map(|(index, _)| index)
+        .collect();
+
+    let could_build = question.local.could_build(request);
+    let sooner_here = |best: &Estimate| here.as_ref().is_some_and(|here| here.total < best.total);
+    let (verdict, because) = if request.is_builtin() && could_build {
+        (Verdict::Decline, Because::Builtin)
+    } else if rules.policy == Policy::LocalFirst && question.can_build_now() {
+        (Verdict::Decline, Because::LocalFirst)
+    } else {
+        match free {
+            Some((_, best)) if sooner_here(best) => (Verdict::Decline, Because::LocalSooner),
+            Some(_) if !awaited.is_empty() => {
+                let wait = if could_build { Verdict::Postpone(awaited) } else { Verdict::Wait(awaited) };
+                (wait, Because::HeldBack)
+            }
+            Some((best, _)) => (Verdict::Accept(best.index), Because::Best),
+            // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
+            None if question.can_build_now() && !(worth_waiting.is_empty() && passing.is_empty()) => {
+                (Verdict::Decline, Because::LocalFree)
+            }
+            None if !worth_waiting.is_empty() && could_build => {
+                (Verdict::Postpone(worth_waiting), Because::Full)
+            }
+            None if !worth_waiting.is_empty() => (Verdict::Wait(worth_waiting), Because::Full),
+            None if passing.is_empty() || could_build => (Verdict::Decline, Because::NothingFits),
+            None if question.waited() >= rules.obstacle_patience => {
+                (Verdict::Decline, Because::ObstaclesTooLong)
+            }
+            None => (Verdict::Postpone(passing), Because::Obstacles),
+        }
     };
-    refusals.sort_by_key(|(index, _)| *index);
-    Decision { verdict, refusals }
+    let slots = free.map_or(1, |(candidate, _)| candidate.weight);
+    let ranks: Vec<usize> = ranked.iter().map(|(candidate, _)| candidate.index).collect();
+    for (place, index) in ranks.iter().enumerate() {
+        standings[*index].place = Some(place + 1);
+    }
+    stand(&mut standings, candidates, order, &verdict, because);
+    Decision { verdict, because, order, slots, standings, here, at: now }
 }
 
-/// Whether the first machine is to be preferred to the second, which stands earlier in the list.
-fn outranks((a, load_a): (&Machine, Load), (b, load_b): (&Machine, Load)) -> bool {
-    let relative = |machine: &Machine, load: Load| load.taken as f32 / machine.speed_factor;
-    let (ra, rb) = (relative(a, load_a), relative(b, load_b));
-    if ra != rb {
-        return ra < rb;
+/// Gives everyone who could do it their estimate, and a reason to all but the one who does.
+fn stand(
+    standings: &mut [Standing],
+    candidates: Vec<(Candidate<'_>, Estimate)>,
+    order: Order,
+    verdict: &Verdict,
+    because: Because,
+) {
+    let is_local =
+        matches!(because, Because::Builtin | Because::LocalFirst | Because::LocalSooner | Because::LocalFree);
+    let is_first = |candidate: &Candidate<'_>| standings[candidate.index].place == Some(1);
+    let first = candidates.iter().find(|(candidate, _)| is_first(candidate));
+    let first = first.map(|(best, estimate)| (best.index, estimate.total));
+    for (candidate, estimate) in candidates {
+        let Candidate { index, machine, known, weight, is_free } = candidate;
+        let standing = &mut standings[index];
+        standing.refusal = if !is_free {
+            Some(Refusal::Full { taken: known.load.taken, slots: machine.max_jobs, needed: weight })
+        } else if is_local {
+            Some(Refusal::Local)
+        } else if *verdict == Verdict::Accept(index) {
+            None
+        } else {
+            let (by, total) = first.unwrap_or((index, estimate.total));
+            let later = (order == Order::Estimate).then_some(estimate.total - total);
+            Some(if by == index { Refusal::HeldBack } else { Refusal::Outranked { by, later } })
+        };
+        standing.estimate = Some(estimate);
     }
-    if a.speed_factor != b.speed_factor {
-        return a.speed_factor > b.speed_factor;
+}
+
+/// Machines that are full, and yet would be done with the build so much sooner than any with a free slot that it is
+/// held back for them.
+fn worth_holding_back(question: &Question<'_>, ranked: &[&(Candidate<'_>, Estimate)]) -> Vec<usize> {
+    let Some((_, best)) = ranked.first().copied().filter(|(candidate, _)| candidate.is_free) else {
+        return Vec::new();
+    };
+    let left = question.rules.hold_back.saturating_sub(question.waited()).as_secs_f64();
+    if question.can_build_now() {
+        return Vec::new();
     }
-    load_a.taken < load_b.taken
+    let mut sooner: Vec<usize> = ranked
+        .iter()
+        .filter(|(candidate, estimate)| {
+            !candidate.is_free
+                && candidate.known.slot_wait.is_some()
+                && estimate.wait < left
+                && estimate.total * HOLD_BACK_MARGIN < best.total
+        })
+        .map(|(candidate, _)| candidate.index)
+        .collect();
+    sooner.sort_unstable();
+    sooner
+}
+
+/// Who comes first: those with a free slot, then the sooner finish, then the rule of the stock hook
+/// (`src/nix/build-remote/build-remote.cc` in Nix 2.34): the lowest load in relation to the speed factor, the higher speed
+/// factor, the lower load, the earlier place in the list.
+fn compare(order: Order, a: &(Candidate<'_>, Estimate), b: &(Candidate<'_>, Estimate)) -> Ordering {
+    let relative = |(c, _): &(Candidate<'_>, Estimate)| c.known.load.taken as f32 / c.machine.speed_factor;
+    let estimated = match order {
+        Order::Estimate => a.1.total.total_cmp(&b.1.total),
+        Order::Stock => Ordering::Equal,
+    };
+    (b.0.is_free.cmp(&a.0.is_free))
+        .then(estimated)
+        .then(relative(a).total_cmp(&relative(b)))
+        .then(b.0.machine.speed_factor.total_cmp(&a.0.machine.speed_factor))
+        .then(a.0.known.load.taken.cmp(&b.0.known.load.taken))
+        .then(a.0.index.cmp(&b.0.index))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn machine(name: &str, jobs: u64, speed: f32) -> Machine {
-        Machine {
-            max_jobs: jobs,
-            speed_factor: speed,
-            ..Machine::for_uri(name, ["x86_64-linux".to_owned()].into()).unwrap()
-        }
-    }
-
-    fn request() -> Request {
-        Request {
-            am_willing: false,
-            system: "x86_64-linux".into(),
-            drv_path: "/nix/store/x.drv".into(),
-            required_features: BTreeSet::new(),
-        }
-    }
-
-    fn set(words: &[&str]) -> BTreeSet<String> {
-        words.iter().map(|w| (*w).to_owned()).collect()
-    }
-
-    fn with_loads(machines: &[Machine], request: &Request, loads: &[u64]) -> Decision {
-        decide(machines, &Local::default(), request, |i| State::Ready(Load { taken: loads[i] }))
-    }
-
-    #[test]
-    fn a_machine_of_another_system_is_refused_for_its_system() {
-        let mut m = machine("a", 1, 1.0);
-        m.systems = set(&["aarch64-linux"]);
-        let d = with_loads(&[m], &request(), &[0]);
-        assert_eq!(d, Decision { verdict: Verdict::Decline, refusals: vec![(0, Refusal::System)] });
-    }
-
-    #[test]
-    fn builtin_suits_any_machine() {
-        let mut m = machine("a", 1, 1.0);
-        m.systems = set(&["aarch64-linux"]);
-        let d = with_loads(&[m], &Request { system: "builtin".into(), ..request() }, &[0]);
-        assert_eq!(d.verdict, Verdict::Accept(0));
-    }
-
-    #[test]
-    fn features_must_be_supported_and_mandatory_ones_required() {
-        let mut plain = machine("plain", 1, 1.0);
-        plain.supported_features = set(&["kvm"]);
-        let mut strict = machine("strict", 1, 1.0);
-        strict.supported_features = set(&["kvm"]);
-        strict.mandatory_features = set(&["benchmark"]);
-        let machines = [plain, strict];
-        let ask = |features: &[&str]| {
-            with_loads(&machines, &Request { required_features: set(features), ..request() }, &[0, 0])
-        };
-        let none = ask(&[]);
-        assert_eq!(none.verdict, Verdict::Accept(0));
-        assert_eq!(none.refusals, [(1, Refusal::MandatoryFeatures(set(&["benchmark"])))]);
-        let benchmark = ask(&["benchmark"]);
-        assert_eq!(benchmark.verdict, Verdict::Accept(1));
-        assert_eq!(benchmark.refusals, [(0, Refusal::MissingFeatures(set(&["benchmark"])))]);
-        assert_eq!(ask(&["benchmark", "kvm"]).verdict, Verdict::Accept(1));
-        assert_eq!(ask(&["cuda"]).verdict, Verdict::Decline);
-    }
-
-    #[test]
-    fn the_lower_load_for_its_speed_wins_then_speed_then_load_then_place() {
-        let pick = |a: (u64, f32), b: (u64, f32)| {
-            let machines = [machine("a", 99, a.1), machine("b", 99, b.1)];
-            with_loads(&machines, &request(), &[a.0, b.0]).verdict
-        };
-        assert_eq!(pick((2, 1.0), (3, 2.0)), Verdict::Accept(1));
-        assert_eq!(pick((1, 1.0), (3, 2.0)), Verdict::Accept(0));
-        assert_eq!(pick((0, 1.0), (0, 2.0)), Verdict::Accept(1));
-        assert_eq!(pick((1, 1.0), (2, 2.0)), Verdict::Accept(1));
-        assert_eq!(pick((0, 1.0), (0, 1.0)), Verdict::Accept(0));
-        assert_eq!(pick((0, 1.5), (0, 1.25)), Verdict::Accept(0));
-    }
-
-    #[test]
-    fn the_leader_that_is_overtaken_is_reported_as_outranked() {
-        let machines = [machine("a", 9, 1.0), machine("b", 9, 2.0)];
-        let d = with_loads(&machines, &request(), &[0, 0]);
-        assert_eq!(d, Decision { verdict: Verdict::Accept(1), refusals: vec![(0, Refusal::Outranked)] });
-    }
-
-    #[test]
-    fn full_machines_postpone_unless_a_local_build_can_start_now() {
-        let machines = [machine("a", 2, 1.0)];
-        let local = Local { max_jobs: 1, systems: set(&["x86_64-linux"]), features: BTreeSet::new() };
-        let ask = |am_willing, local: &Local| {
-            decide(&machines, local, &Request { am_willing, ..request() }, |_| {
-                State::Ready(Load { taken: 2 })
-            })
-        };
-        assert_eq!(ask(false, &local).verdict, Verdict::Postpone(vec![0]));
-        assert_eq!(ask(true, &local).verdict, Verdict::Decline);
-        assert_eq!(ask(true, &Local::default()).verdict, Verdict::Wait(vec![0]));
-        assert_eq!(ask(false, &Local::default()).verdict, Verdict::Wait(vec![0]));
-        assert_eq!(ask(false, &local).refusals, [(0, Refusal::Full { slots: 2 })]);
-    }
-
-    #[test]
-    fn failed_and_unreachable_machines_are_left_out_with_their_reason() {
-        let machines = [machine("a", 1, 1.0), machine("b", 1, 1.0), machine("c", 1, 1.0)];
-        let d = decide(&machines, &Local::default(), &request(), |i| match i {
-            0 => State::Failed("no route".into()),
-            1 => State::Unreachable("file://".into()),
-            _ => State::Ready(Load::default()),
-        });
-        assert_eq!(d.verdict, Verdict::Accept(2));
-        assert_eq!(
-            d.refusals,
-            [(0, Refusal::Failed("no route".into())), (1, Refusal::Unreachable("file://".into()))]
-        );
-    }
-
-    #[test]
-    fn an_ailing_machine_is_left_alone_while_another_will_do() {
-        let machines = [machine("a", 1, 2.0), machine("b", 1, 1.0)];
-        let ask = |taken| {
-            decide(&machines, &Local::default(), &request(), |i| match i {
-                0 => State::Ailing(Load::default(), "no route".into()),
-                _ => State::Ready(Load { taken }),
-            })
-        };
-        let free = ask(0);
-        assert_eq!(free.verdict, Verdict::Accept(1));
-        assert_eq!(free.refusals, [(0, Refusal::Failed("no route".into()))]);
-        assert_eq!(ask(1).verdict, Verdict::Wait(vec![1]));
-    }
-
-    #[test]
-    fn a_machine_that_wakes_up_is_waited_for_unless_another_is_free() {
-        let machines = [machine("a", 4, 1.0), machine("b", 1, 1.0)];
-        let nowhere = Local::default();
-        let here = Local { max_jobs: 1, systems: set(&["x86_64-linux"]), ..Local::default() };
-        let states = |other: State| move |index| if index == 0 { State::Waking } else { other.clone() };
-        let decision = decide(&machines, &nowhere, &request(), states(State::Ready(Load::default())));
-        assert_eq!(decision.verdict, Verdict::Accept(1));
-        assert_eq!(decision.refusals, [(0, Refusal::Waking)]);
-        let full = State::Ready(Load { taken: 1 });
-        let decision = decide(&machines, &nowhere, &request(), states(full));
-        assert_eq!(decision.verdict, Verdict::Wait(vec![0, 1]));
-        let ill = State::Ailing(Load::default(), "no route".into());
-        let decision = decide(&machines, &here, &request(), states(ill));
-        assert_eq!(decision.verdict, Verdict::Postpone(vec![0]));
-    }
-
-    #[test]
-    fn an_ailing_machine_is_asked_when_there_is_no_other() {
-        let machines = [machine("a", 1, 1.0), machine("b", 1, 2.0)];
-        let d = decide(&machines, &Local::default(), &request(), |i| match i {
-            0 => State::Failed("just now".into()),
-            _ => State::Ailing(Load::default(), "a while ago".into()),
-        });
-        assert_eq!(d.verdict, Verdict::Accept(1));
-    }
-
-    #[test]
-    fn a_failed_machine_alone_declines_instead_of_postponing_for_ever() {
-        let d = decide(&[machine("a", 1, 1.0)], &Local::default(), &request(), |_| State::Failed("x".into()));
-        assert_eq!(d.verdict, Verdict::Decline);
-    }
-
-    #[test]
-    fn a_machine_without_slots_is_never_free() {
-        let d = with_loads(&[machine("a", 0, 1.0)], &request(), &[0]);
-        assert_eq!(d.verdict, Verdict::Decline);
-        assert_eq!(d.refusals, [(0, Refusal::Full { slots: 0 })]);
-    }
-}
+mod tests;

@@ -4,11 +4,12 @@
 
 use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
 use crate::job::{Blame, JobError, Report, Task};
-use crate::plan::Verdict;
 use crate::plan::trust::{self, Way};
+use crate::plan::{Local, Verdict};
 use crate::reach::ReachError;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,9 @@ const TRIES: usize = 3;
 
 /// A waiting build looks at the slots so often even if nothing seems to happen.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What Nix can still build itself of a derivation that is accepted: nothing, it has no say any more.
+const NOWHERE: Local = Local { max_jobs: 0, systems: BTreeSet::new(), features: BTreeSet::new() };
 
 /// How trying one machine for an accepted build ended.
 enum Attempt {
@@ -61,7 +65,7 @@ impl Hook<'_> {
                     return status;
                 }
                 Attempt::Asleep => {
-                    next = match self.choose(candidate, &mut failed, false) {
+                    next = match self.choose(candidate, &NOWHERE, &mut failed, false) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
                             self.wait_for_slot(candidate, &mut failed, &machines)
                         }
@@ -78,8 +82,7 @@ impl Hook<'_> {
                     self.nix.message(Verbosity::Warn, &format!("cannot build on '{name}': {text}"));
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
-                    next = match self.choose(candidate, &mut failed, true) {
-                        // Nix has no say any more, so what it could do locally does not count.
+                    next = match self.choose(candidate, &NOWHERE, &mut failed, true) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
                             self.wait_for_slot(candidate, &mut failed, &machines)
                         }
@@ -124,7 +127,7 @@ impl Hook<'_> {
             }
         };
         loop {
-            match self.choose(candidate, failed, false) {
+            match self.choose(candidate, &NOWHERE, failed, false) {
                 (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
                 (_, chosen) => {
                     let duration_ms = begin.elapsed().as_millis() as u64;

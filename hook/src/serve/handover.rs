@@ -139,8 +139,8 @@ impl Hook<'_> {
         if decision.verdict != Verdict::Decline || self.local.could_build(request) {
             return;
         }
-        for (index, refusal) in &decision.refusals {
-            let machine = &self.machines[*index];
+        for (index, refusal) in decision.refusals() {
+            let machine = &self.machines[index];
             if let (Refusal::Unreachable(why), true) = (refusal, machine.uri.is_ours()) {
                 let text = format!("cannot build '{}' on '{}': {why}", request.drv_path, machine.name);
                 self.nix.message(Verbosity::Warn, &text);

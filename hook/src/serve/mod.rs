@@ -14,7 +14,9 @@ use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::{self, OutputError, Wanted};
-use crate::plan::{self, Decision, Local, MAX_WAITING, Refusal, Request, State, Verdict};
+use crate::plan::{
+    self, Decision, Health, Known, Load, Local, Question, Request, Rules, Verdict, Work, telling,
+};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
@@ -32,7 +34,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
@@ -170,6 +172,7 @@ fn fleet(settings: &Settings) -> Fleet {
 /// A request that passed the checks which need no machine.
 struct Candidate {
     request: Request,
+    work: Work,
     drv_path: StorePath,
     drv: Derivation,
     outputs: BTreeMap<String, Wanted>,
@@ -206,6 +209,7 @@ struct Hook<'a> {
     nix: &'a NixSide,
     settings: &'a Settings,
     machines: &'a [Machine],
+    rules: Rules,
     local: Local,
     location: Location,
     slots: Slots,
@@ -235,7 +239,8 @@ impl<'a> Hook<'a> {
         let slots = Slots::open(location.state_dir.join("current-load"))?;
         let reach = Reach::new(env)?.following(settings);
         let queue = Slots::open(reach.directory().join("queue"))?;
-        Ok(Self { nix, settings, machines, local: settings.local(), location, slots, queue, reach })
+        let (rules, local) = (Rules::default(), settings.local());
+        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
@@ -243,12 +248,14 @@ impl<'a> Hook<'a> {
         let left =
             self.machines.iter().filter(|machine| !handover::is_own_store(machine, &self.location, env));
         let mut handover = Handover::new(self.nix, self.settings, verbosity, left);
+        let mut first_asked: HashMap<String, SystemTime> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
             let drv_path = request.drv_path.clone();
+            let since = *first_asked.entry(drv_path.clone()).or_insert_with(SystemTime::now);
             // A panic before the reply would make Nix give up the whole command.
             let answered =
-                catch_unwind(AssertUnwindSafe(|| self.answer(request, &mut failed, &mut handover)));
+                catch_unwind(AssertUnwindSafe(|| self.answer(request, since, &mut failed, &mut handover)));
             let answer = answered.unwrap_or_else(|_| {
                 self.nix.message(
                     Verbosity::Error,
@@ -279,8 +286,14 @@ impl<'a> Hook<'a> {
         Ok(exit::OK)
     }
 
-    fn answer(&self, request: Request, failed: &mut Failed, handover: &mut Handover<'_>) -> Answer {
-        let candidate = match self.candidate(&request) {
+    fn answer(
+        &self,
+        request: Request,
+        since: SystemTime,
+        failed: &mut Failed,
+        handover: &mut Handover<'_>,
+    ) -> Answer {
+        let candidate = match self.candidate(&request, since) {
             Ok(candidate) => candidate,
             Err(unfit) => {
                 let reason = exit::report(&unfit, None);
@@ -293,7 +306,7 @@ impl<'a> Hook<'a> {
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
-        match self.choose(&candidate, failed, true) {
+        match self.choose(&candidate, &self.local, failed, true) {
             (Verdict::Accept(index), Some(chosen)) => {
                 let accepted = Accepted::Now(Box::new(chosen));
                 Answer::Ours(Reply::Accept { machine: name(index) }, Box::new(candidate), accepted)
@@ -313,7 +326,7 @@ impl<'a> Hook<'a> {
         }
     }
 
-    fn candidate(&self, request: &Request) -> Result<Candidate, Unfit> {
+    fn candidate(&self, request: &Request, since: SystemTime) -> Result<Candidate, Unfit> {
         let no_path = || Unfit::NoDrvPath(request.drv_path.clone());
         let drv_path =
             self.location.store_dir.parse_path(request.drv_path.as_bytes()).map_err(|_| no_path())?;
@@ -322,8 +335,9 @@ impl<'a> Hook<'a> {
             return Err(Unfit::Dynamic);
         }
         let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
+        let work = Work { waiting_since: Some(since), ..Work::default() };
         let in_doubt = OnceCell::new();
-        Ok(Candidate { request: request.clone(), drv_path, drv, outputs, in_doubt })
+        Ok(Candidate { request: request.clone(), work, drv_path, drv, outputs, in_doubt })
     }
 
     /// A derivation of the local store; none if the path is not that of one.
@@ -350,13 +364,20 @@ impl<'a> Hook<'a> {
 
     /// Chooses until a machine is found that is known or seen to answer.
     ///
-    /// With `ask` a machine that has not answered lately is connected to first.
-    fn choose(&self, candidate: &Candidate, failed: &mut Failed, ask: bool) -> (Verdict, Option<Chosen>) {
+    /// With `ask` a machine that has not answered lately is connected to first. `local` is what Nix could still build
+    /// itself.
+    fn choose(
+        &self,
+        candidate: &Candidate,
+        local: &Local,
+        failed: &mut Failed,
+        ask: bool,
+    ) -> (Verdict, Option<Chosen>) {
         // What speaks against a machine for this derivation only.
         let mut unfit = Failed::new();
         let mut woken = HashSet::new();
         loop {
-            let (decision, slot) = match self.decide(&candidate.request, failed, &unfit) {
+            let (decision, slot) = match self.decide(candidate, local, failed, &unfit) {
                 Ok(decided) => decided,
                 Err(error) => {
                     let text = exit::report(&error, None);
@@ -380,9 +401,9 @@ impl<'a> Hook<'a> {
                 return (decision.verdict, Some(Chosen { index, slot, reached: None }));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
-            let outranked = decision.refusals.iter().filter(|(_, refusal)| *refusal == Refusal::Outranked);
-            let (warm, cold): (Vec<_>, Vec<_>) = outranked
-                .map(|(index, _)| *index)
+            let (warm, cold): (Vec<_>, Vec<_>) = decision
+                .outranked()
+                .into_iter()
                 .partition(|index| self.may_be_promised(&self.machines[*index], candidate));
             let mut runners = vec![self.runner(index)];
             runners.extend(cold.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
@@ -424,11 +445,11 @@ impl<'a> Hook<'a> {
                 return (Verdict::Accept(index), Some(Chosen { index, slot, reached }));
             }
             drop(slot);
-            let machine = &self.machines[winner];
+            let (machine, slots) = (&self.machines[winner], decision.weight(winner));
             let slot = self
                 .slots
                 .lock("main-lock")
-                .and_then(|_choosing| self.slots.take_any(&machine.name, machine.max_jobs));
+                .and_then(|_choosing| self.slots.take_many(&machine.name, machine.max_jobs, slots));
             if let Ok(Some(slot)) = slot {
                 tracing::info!(
                     derivation = candidate.request.drv_path,
@@ -450,7 +471,7 @@ impl<'a> Hook<'a> {
 
     /// A place among the builds that wait here for a slot of these machines.
     fn place_in_queue(&self, machines: &[usize]) -> Option<Held> {
-        self.queue.take_any(&self.queue_name(machines), MAX_WAITING).unwrap_or_else(|error| {
+        self.queue.take_any(&self.queue_name(machines), self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("{}", exit::report(&error, None));
             None
         })
@@ -466,43 +487,56 @@ impl<'a> Hook<'a> {
 
     fn decide(
         &self,
-        request: &Request,
+        candidate: &Candidate,
+        local: &Local,
         failed: &Failed,
         unfit: &Failed,
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let _choosing = self.slots.lock("main-lock")?;
         let mut free: HashMap<usize, u64> = HashMap::new();
         let mut fault = None;
-        let decision = plan::decide(self.machines, &self.local, request, |index| {
+        let question = Question {
+            machines: self.machines,
+            rules: &self.rules,
+            local,
+            here: None,
+            request: &candidate.request,
+            work: &candidate.work,
+            now: SystemTime::now(),
+        };
+        let decision = plan::decide(&question, |index| {
             let machine = &self.machines[index];
+            let unused = Known::ready(Load::default());
             if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
-                return State::Failed(reason.clone());
+                return unused.with_health(Health::Failed(reason.clone()));
             }
             if let Some(reason) = self.against(machine) {
-                return State::Unreachable(reason);
+                return unused.with_health(Health::Unreachable(reason));
             }
             match self.slots.count(&machine.name, machine.max_jobs) {
                 Ok((load, slot)) => {
                     free.extend(slot.map(|slot| (index, slot)));
-                    if self.reach.is_asleep(machine) {
-                        return State::Waking;
-                    }
-                    match self.reach.ailing(machine) {
-                        Some(reason) => State::Ailing(load, reason),
-                        None => State::Ready(load),
-                    }
+                    let health = if self.reach.is_asleep(machine) {
+                        Health::Waking
+                    } else {
+                        let why = self.reach.ailing(machine);
+                        why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
+                    };
+                    Known::ready(load).with_health(health)
                 }
                 Err(error) => {
                     let reason = exit::report(&error, None);
                     fault = Some(error);
-                    State::Failed(reason)
+                    unused.with_health(Health::Failed(reason))
                 }
             }
         });
         match (decision.verdict.clone(), fault) {
             (Verdict::Accept(index), _) => {
+                let machine = &self.machines[index];
                 let slot = match free.get(&index) {
-                    Some(number) => self.slots.take(&self.machines[index].name, *number)?,
+                    Some(number) if decision.slots == 1 => self.slots.take(&machine.name, *number)?,
+                    Some(_) => self.slots.take_many(&machine.name, machine.max_jobs, decision.slots)?,
                     None => None,
                 };
                 Ok((decision, slot))
@@ -514,29 +548,20 @@ impl<'a> Hook<'a> {
 
     fn log_decision(&self, candidate: &Candidate, decision: &Decision) {
         let derivation = candidate.request.drv_path.as_str();
-        for (index, refusal) in &decision.refusals {
-            let builder = self.machines[*index].name.as_str();
-            tracing::debug!(derivation, builder, reason = %refusal, "not chosen");
+        for (index, refusal) in decision.refusals() {
+            let builder = self.machines[index].name.as_str();
+            tracing::debug!(derivation, builder, reason = refusal.describe(decision.at), "not chosen");
         }
+        let reason = telling::answer(decision, self.machines);
         match &decision.verdict {
             Verdict::Accept(index) => {
-                tracing::info!(derivation, builder = self.machines[*index].name, "chosen");
+                tracing::info!(derivation, builder = self.machines[*index].name, reason, "chosen");
             }
-            Verdict::Wait(_) => {
-                let reason = "all suitable machines are full or about to wake up";
-                tracing::debug!(derivation, reason, "waiting");
-            }
-            Verdict::Postpone(_) => {
-                let reason = "all suitable machines are full or about to wake up";
-                tracing::info!(derivation, reason, "postponed");
-            }
+            Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
+            Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
             Verdict::Decline => {
-                let reasons: Vec<String> = decision
-                    .refusals
-                    .iter()
-                    .map(|(index, refusal)| format!("{} {refusal}", self.machines[*index].name))
-                    .collect();
-                tracing::info!(derivation, reason = reasons.join("; "), "declined");
+                let table = telling::table(decision, self.machines);
+                tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
             }
         }
     }

@@ -1,0 +1,174 @@
+//! What is known of a machine at the moment of choosing: the nouns that samplers fill in and the rule reads.
+//!
+//! Owns their meaning and units. What is not known is `None`, never 0. Must never measure anything itself.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use std::time::{Duration, SystemTime};
+
+/// How busy a machine is with builds of this client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Slots taken, of the machine's `max_jobs`. From Nix's lock files, so builds of a stock hook beside ours count.
+    pub taken: u64,
+}
+
+/// What is known of a machine besides its line in the list. [`Known::ready`] is a machine of which nothing is known but
+/// its taken slots.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Known {
+    /// Slots that this client has taken there.
+    pub load: Load,
+    /// What the machine said of itself when it was last looked at.
+    pub sample: Option<Sample>,
+    /// What would have to travel, and how fast that is.
+    pub link: Link,
+    /// Seconds until one of its slots is free for this build, if all are taken and that can be estimated: from the times
+    /// at which the running builds began, how long builds take, and how many wait already, as if this one were the last
+    /// of them (see [`slot_wait`](super::estimate::slot_wait)). Not read while a slot is free.
+    pub slot_wait: Option<f64>,
+    /// Whether it can be reached.
+    pub health: Health,
+    /// Whether somebody has taken it out of service.
+    pub withheld: Option<Withheld>,
+}
+
+/// What a machine said of its load and of what it has left, at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// When. All but the number of cores is forgotten when it is older than [`Rules::stale_after`](super::Rules).
+    pub at: SystemTime,
+    /// Its processors, as the scheduler counts them.
+    pub cores: Option<u32>,
+    /// Its load average over one minute: tasks that run or wait to run.
+    pub load_average: Option<f64>,
+    /// How much of that load average is due to builds of this client. If it is not known, it is taken for as many
+    /// as there are slots taken now.
+    pub own_load: Option<f64>,
+    /// The share of the last ten seconds in which some task waited for a processor, in percent (`some avg10` of
+    /// `/proc/pressure/cpu`).
+    pub cpu_pressure: Option<f64>,
+    /// Bytes of memory that can be had without swapping (`MemAvailable`).
+    pub memory_free: Option<u64>,
+    /// Free bytes on the file system of its store.
+    pub disk_free: Option<u64>,
+    /// Free inodes there; `None` also for file systems that do not count them.
+    pub inodes_free: Option<u64>,
+    /// The machine wants no builds at present, with the first line of its inhibit file.
+    pub inhibited: Option<String>,
+}
+
+/// What a build's inputs cost to bring there.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Link {
+    /// Bytes of the build's input closure that the machine does not have.
+    pub missing: Option<u64>,
+    /// Bytes that this client is still sending there for other builds.
+    pub backlog: Option<u64>,
+    /// Bytes per second, as measured in earlier transfers.
+    pub bandwidth: Option<f64>,
+    /// Seconds of one round trip.
+    pub round_trip: Option<f64>,
+}
+
+/// Whether a machine can be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Health {
+    /// Nothing speaks against it.
+    #[default]
+    Well,
+    /// It failed a short while ago. It is left alone until that time, or for now where it is not known, but only while
+    /// there is another machine: memory alone never rules out the last one.
+    CoolDown {
+        /// When it may be tried again.
+        until: Option<SystemTime>,
+        /// How it failed.
+        why: String,
+    },
+    /// It sleeps and has been told to wake up. It gets nothing yet, but is worth waiting for.
+    Waking,
+    /// It failed for this very request; the text says how.
+    Failed(String),
+    /// Its store URI is of a kind that cannot be reached; the text says why.
+    Unreachable(String),
+}
+
+/// A machine that somebody took out of service. It gets nothing new, even if it is the last one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Withheld {
+    /// In which way.
+    pub how: Withholding,
+    /// When it is over; `None` if somebody has to say so.
+    pub until: Option<SystemTime>,
+    /// What was given as the reason; may be empty.
+    pub why: String,
+}
+
+/// In which way a machine is out of service. To the choice it is the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Withholding {
+    /// Its running builds are to end and no new ones to begin.
+    Drained,
+    /// It is not to be used.
+    Disabled,
+}
+
+/// What is known of the build itself. Nothing, by default.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Seconds that it takes on an idle machine of speed factor 1: an average over builds of the same name.
+    pub duration: Option<f64>,
+    /// Bytes of its outputs, from the same source.
+    pub output: Option<u64>,
+    /// When Nix first asked for it, if that was before. What is held back or waits for an obstacle to pass is held to
+    /// a bound by it, so it has to outlive the hook process where the answer was `postpone`.
+    pub waiting_since: Option<SystemTime>,
+}
+
+impl Known {
+    /// A machine of which nothing is known but its taken slots.
+    pub fn ready(load: Load) -> Self {
+        Self {
+            load,
+            sample: None,
+            link: Link::default(),
+            slot_wait: None,
+            health: Health::Well,
+            withheld: None,
+        }
+    }
+
+    /// The same with another health.
+    pub fn with_health(self, health: Health) -> Self {
+        Self { health, ..self }
+    }
+}
+
+impl Sample {
+    /// A sample that says nothing yet.
+    pub fn empty(at: SystemTime) -> Self {
+        Self {
+            at,
+            cores: None,
+            load_average: None,
+            own_load: None,
+            cpu_pressure: None,
+            memory_free: None,
+            disk_free: None,
+            inodes_free: None,
+            inhibited: None,
+        }
+    }
+
+    /// Whether it is too old. A sample from the future, as after the clock was set back, is not.
+    pub fn is_stale(&self, now: SystemTime, after: Duration) -> bool {
+        now.duration_since(self.at).is_ok_and(|age| age > after)
+    }
+}
+
+impl Withheld {
+    /// Whether it is in force.
+    pub fn holds(&self, now: SystemTime) -> bool {
+        self.until.is_none_or(|until| now < until)
+    }
+}

@@ -1,0 +1,181 @@
+//! Machines that are out of service or short of something, builds of more than one slot, and the client's own machine.
+
+use super::estimating::{decide_with, idle, with_sample};
+use super::*;
+use crate::plan::known::{Withheld, Withholding};
+
+fn seconds(seconds: u64) -> SystemTime {
+    NOW + Duration::from_secs(seconds)
+}
+
+fn here(max_jobs: u64) -> Local {
+    Local { max_jobs, systems: set(&["x86_64-linux"]), features: set(&["big-parallel"]) }
+}
+
+#[test]
+fn a_machine_that_is_short_of_something_gets_nothing_even_if_it_is_the_only_one() {
+    let machines = [machine("a", 1, 1.0)];
+    type Change = fn(&mut Sample);
+    let short: [(Change, Resource); 3] = [
+        (|sample| sample.disk_free = Some(1 << 20), Resource::Disk),
+        (|sample| sample.inodes_free = Some(9), Resource::Inodes),
+        (|sample| sample.memory_free = Some(1 << 20), Resource::Memory),
+    ];
+    for (change, what) in short {
+        let known = [with_sample(idle(), change)];
+        let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known);
+        assert_eq!((decision.verdict, decision.because), (Verdict::Postpone(vec![0]), Because::Obstacles));
+        assert!(
+            matches!(decision.standings[0].refusal, Some(Refusal::Short { of, .. }) if of == what),
+            "{what}"
+        );
+    }
+    let enough = with_sample(idle(), |sample| {
+        sample.disk_free = Some(1 << 40);
+        sample.inodes_free = Some(1 << 20);
+        sample.memory_free = Some(1 << 30);
+    });
+    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &[enough]);
+    assert_eq!(decision.verdict, Verdict::Accept(0));
+}
+
+#[test]
+fn the_machines_owner_has_the_last_word() {
+    let machines = [machine("a", 1, 1.0), machine("b", 1, 1.0)];
+    let inhibited = with_sample(idle(), |sample| sample.inhibited = Some("a talk".into()));
+    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &[inhibited, idle()]);
+    assert_eq!(decision.verdict, Verdict::Accept(1));
+    assert_eq!(refusals(&decision), [(0, Refusal::Inhibited("a talk".into()))]);
+}
+
+#[test]
+fn obstacles_are_waited_for_with_a_bound_and_not_where_it_can_be_built_here() {
+    let machines = [machine("a", 1, 1.0)];
+    let inhibited = with_sample(idle(), |sample| sample.inhibited = Some(String::new()));
+    let rules = Rules::default();
+    let ask = |waited: u64, am_willing: bool, local: &Local| {
+        let work = Work { waiting_since: Some(seconds(0)), ..Work::default() };
+        let request = Request { am_willing, ..request() };
+        let now = seconds(waited);
+        let question = Question {
+            machines: &machines,
+            rules: &rules,
+            local,
+            here: None,
+            request: &request,
+            work: &work,
+            now,
+        };
+        decide(&question, |_| Known {
+            sample: inhibited.sample.clone().map(|s| Sample { at: now, ..s }),
+            ..idle()
+        })
+    };
+    assert_eq!(ask(0, false, &Local::default()).verdict, Verdict::Postpone(vec![0]));
+    let late = ask(rules.obstacle_patience.as_secs(), false, &Local::default());
+    assert_eq!((late.verdict, late.because), (Verdict::Decline, Because::ObstaclesTooLong));
+    assert_eq!(ask(0, false, &here(1)).verdict, Verdict::Decline);
+    assert_eq!(ask(0, true, &here(1)).because, Because::LocalFree);
+}
+
+#[test]
+fn a_machine_out_of_service_gets_nothing_until_that_is_over() {
+    let machines = [machine("a", 1, 1.0)];
+    let withheld = |until| Known {
+        withheld: Some(Withheld { how: Withholding::Drained, until, why: "disk swap".into() }),
+        ..busy(0)
+    };
+    let ask = |until| decide_with(&Rules::default(), &Work::default(), &machines, &[withheld(until)]).verdict;
+    assert_eq!(ask(Some(seconds(1))), Verdict::Postpone(vec![0]));
+    assert_eq!(ask(Some(NOW)), Verdict::Accept(0));
+    assert_eq!(ask(None), Verdict::Decline, "nobody knows when it will be back");
+}
+
+#[test]
+fn a_cool_down_that_is_over_counts_no_more() {
+    let machines = [machine("a", 1, 2.0), machine("b", 1, 1.0)];
+    let ask = |until| {
+        let cooling = busy(0).with_health(Health::CoolDown { until: Some(until), why: "no route".into() });
+        decide_with(&Rules::default(), &Work::default(), &machines, &[cooling, busy(0)]).verdict
+    };
+    assert_eq!(ask(seconds(1)), Verdict::Accept(1));
+    assert_eq!(ask(NOW), Verdict::Accept(0));
+}
+
+#[test]
+fn a_cool_down_is_ignored_when_every_other_machine_is_out_of_service() {
+    let machines = [machine("a", 1, 1.0), machine("b", 1, 1.0)];
+    let drained = Known {
+        withheld: Some(Withheld { how: Withholding::Disabled, until: None, why: String::new() }),
+        ..busy(0)
+    };
+    let decision =
+        decide_with(&Rules::default(), &Work::default(), &machines, &[cooling("no route"), drained]);
+    assert_eq!(decision.verdict, Verdict::Accept(0));
+}
+
+#[test]
+fn what_is_big_takes_several_slots_and_after_some_time_what_there_is() {
+    let machines = [machine("a", 8, 1.0), machine("small", 2, 1.0)];
+    let machines = machines.map(|m| Machine { supported_features: set(&["big-parallel"]), ..m });
+    let rules = Rules { big_parallel_slots: 4, ..Rules::default() };
+    let request = Request { required_features: set(&["big-parallel"]), ..request() };
+    let ask = |taken: [u64; 2], waited: u64| {
+        let work = Work { waiting_since: Some(seconds(0)), ..Work::default() };
+        let (local, now) = (Local::default(), seconds(waited));
+        let machines = &machines;
+        let question = Question {
+            machines,
+            rules: &rules,
+            local: &local,
+            here: None,
+            request: &request,
+            work: &work,
+            now,
+        };
+        let decision = decide(&question, |index| busy(taken[index]));
+        (decision.verdict.clone(), decision.slots)
+    };
+    assert_eq!(ask([4, 2], 0), (Verdict::Accept(0), 4));
+    assert_eq!(ask([5, 2], 0).0, Verdict::Wait(vec![0, 1]));
+    assert_eq!(ask([5, 2], rules.hold_back.as_secs()), (Verdict::Accept(0), 3));
+    assert_eq!(ask([8, 0], 0), (Verdict::Accept(1), 2), "a machine gives all it has");
+    assert_eq!(ask([8, 2], rules.hold_back.as_secs()).0, Verdict::Wait(vec![0, 1]));
+}
+
+#[test]
+fn what_nix_does_itself_is_sent_away_only_where_nothing_else_can_do_it() {
+    let machines = [machine("a", 1, 1.0)];
+    let builtin = |am_willing| Request { am_willing, system: "builtin".into(), ..request() };
+    let decision = decided(&machines, &here(1), &builtin(false), |_| busy(0));
+    assert_eq!((decision.verdict, decision.because), (Verdict::Decline, Because::Builtin));
+    assert_eq!(decided(&machines, &here(0), &builtin(false), |_| busy(0)).verdict, Verdict::Accept(0));
+}
+
+#[test]
+fn policies_say_what_this_machine_is_used_for() {
+    let machines = [machine("a", 4, 2.0)];
+    let ask = |policy, local_speed_factor, am_willing, known: &Known| {
+        let rules = Rules { policy, local_speed_factor, ..Rules::default() };
+        let (local, work, request) = (here(4), Work::default(), Request { am_willing, ..request() });
+        let machines = &machines;
+        let question = Question {
+            machines,
+            rules: &rules,
+            local: &local,
+            here: None,
+            request: &request,
+            work: &work,
+            now: NOW,
+        };
+        decide(&question, |_| known.clone()).because
+    };
+    assert_eq!(ask(Policy::RemoteFirst, 9.0, true, &busy(0)), Because::Best);
+    assert_eq!(ask(Policy::LocalFirst, 1.0, true, &busy(0)), Because::LocalFirst);
+    assert_eq!(ask(Policy::LocalFirst, 1.0, false, &busy(0)), Because::Best, "no slot is free here");
+    assert_eq!(ask(Policy::Cost, 3.0, true, &busy(0)), Because::LocalSooner);
+    assert_eq!(ask(Policy::Cost, 2.0, true, &busy(0)), Because::Best, "the same is not sooner");
+    assert_eq!(ask(Policy::Cost, 3.0, false, &busy(0)), Because::Best);
+    let loaded = with_sample(idle(), |sample| sample.load_average = Some(31.0));
+    assert_eq!(ask(Policy::Cost, 1.0, true, &loaded), Because::LocalSooner);
+}

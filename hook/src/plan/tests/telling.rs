@@ -1,0 +1,110 @@
+//! What people read.
+
+use super::estimating::{decide_with, idle, with_sample};
+use super::*;
+use crate::plan::known::{Link, Withheld, Withholding};
+use crate::plan::telling::{ranking, table};
+
+fn fleet() -> Vec<Machine> {
+    let mut machines: Vec<Machine> =
+        ["ssh://mac", "ssh://full", "ssh://tired", "ssh://tiny", "ssh://down", "ssh://strict", "ssh://other"]
+            .map(|name| machine(name, 8, 1.0))
+            .into();
+    machines[0].systems = set(&["aarch64-darwin"]);
+    machines[5].mandatory_features = set(&["benchmark"]);
+    machines[6].systems = set(&["aarch64-darwin"]);
+    machines
+}
+
+fn known() -> Vec<Known> {
+    let until = |seconds| Some(NOW + Duration::from_secs(seconds));
+    vec![
+        busy(0),
+        busy(8),
+        Known {
+            withheld: Some(Withheld {
+                how: Withholding::Drained,
+                until: until(7200),
+                why: "new disk".into(),
+            }),
+            ..busy(0)
+        },
+        with_sample(idle(), |sample| sample.disk_free = Some(300 << 20)),
+        busy(0).with_health(Health::CoolDown { until: until(42), why: "no route to host".into() }),
+        busy(0),
+        busy(0),
+    ]
+}
+
+#[test]
+fn the_table_says_of_every_machine_what_is_missing() {
+    let machines = fleet();
+    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known());
+    assert_eq!(decision.verdict, Verdict::Wait(vec![1]));
+    assert_eq!(
+        table(&decision, &machines),
+        "  ssh://mac, ssh://other  does not build for this system\n\
+         \x20 ssh://full              full: 8 of 8 slots taken\n\
+         \x20 ssh://tired             drained for 2.0 h: new disk\n\
+         \x20 ssh://tiny              short of disk: 300.0 MiB left, 1.0 GiB are the least\n\
+         \x20 ssh://down              failed: no route to host; left alone for 42 s\n\
+         \x20 ssh://strict            builds only derivations that require the features [benchmark]\n"
+    );
+}
+
+#[test]
+fn the_table_of_many_machines_is_short() {
+    let mut machines = vec![machine("a", 1, 1.0); 1000];
+    machines.iter_mut().for_each(|machine| machine.systems = set(&["aarch64-linux"]));
+    let decision = with_loads(&machines, &request(), &[]);
+    assert_eq!(
+        table(&decision, &machines),
+        "  ssh://a, ssh://a and 998 more  does not build for this system\n"
+    );
+}
+
+#[test]
+fn the_ranking_shows_the_arithmetic_and_what_is_assumed() {
+    let machines = [machine("slow", 4, 1.0), machine("fast", 8, 4.0), machine("gone", 1, 1.0)];
+    let fast = Known {
+        sample: Some(Sample { cores: Some(8), load_average: Some(15.0), ..Sample::empty(NOW) }),
+        link: Link {
+            missing: Some(600 << 20),
+            backlog: Some(100 << 20),
+            bandwidth: Some((100 << 20) as f64),
+            round_trip: Some(0.1),
+        },
+        ..busy(1)
+    };
+    let fast = with_sample(fast, |sample| sample.own_load = Some(1.0));
+    let work = Work { duration: Some(120.0), output: Some(10 << 20), ..Work::default() };
+    let rules = Rules { typical_bandwidth: (50 << 20) as f64, ..Rules::default() };
+    let decision = decide_with(&rules, &work, &machines, &[busy(1), fast, failed("no route")]);
+    assert_eq!(
+        ranking(&decision, &machines),
+        "to be built on ssh://fast: it would be done soonest\n\
+         \x20 1. ssh://fast  67 s\n\
+         \x20    send inputs 7.1 s: 600.0 MiB behind 100.0 MiB at 100.0 MiB/s\n\
+         \x20    build 60 s: 2 min at speed 4 x 50 % of a core (8 cores; 14.0 other tasks, 1 slot of ours, 1 for this)\n\
+         \x20    fetch outputs 0.1 s: 10.0 MiB at 100.0 MiB/s\n\
+         \x20 2. ssh://slow  2 min\n\
+         \x20    send inputs 12 s: (600.0 MiB) at (50.0 MiB/s)\n\
+         \x20    build 2 min: 2 min at speed 1 x 100 % of a core ((4) cores; (0.0) other tasks, 1 slot of ours, 1 for this)\n\
+         \x20    fetch outputs 0.2 s: 10.0 MiB at (50.0 MiB/s)\n\
+         \x20    would be done 65 s later than the best one\n\
+         \x20 -  ssh://gone  failed: no route\n"
+    );
+}
+
+#[test]
+fn a_ranking_without_measurements_says_so() {
+    let machines = [machine("a", 1, 1.0)];
+    let text = ranking(&with_loads(&machines, &request(), &[0]), &machines);
+    assert_eq!(
+        text,
+        "to be built on ssh://a: nothing is measured, and it is the least loaded for its speed\n\
+         nothing is measured: places follow Nix's own rule, and the estimates are guesses\n\
+         \x20 1. ssh://a  30 s\n\
+         \x20    build 30 s: (30 s) at speed 1 x 100 % of a core ((1) cores; (0.0) other tasks, 0 slots of ours, 1 for this)\n"
+    );
+}

@@ -1,0 +1,103 @@
+//! What came out, as a table and as sentences about the goals.
+
+use crate::scene::Result;
+use std::fmt::Write as _;
+
+/// Ours may be so much slower than stock, anywhere.
+pub(crate) const NEVER_WORSE: f64 = 0.02;
+/// And is to be so much faster where speeds, load or links differ.
+pub(crate) const BETTER: f64 = 0.20;
+/// And within so much of the list schedule on equal machines.
+pub(crate) const NEAR: f64 = 0.15;
+
+const BEGIN: &str = "<!-- figures: begin -->\n";
+const END: &str = "<!-- figures: end -->";
+
+pub(crate) fn table(results: &[Result]) -> String {
+    let mut text = String::from(
+        "| Fleet | Graph | Stock | Ours | to stock (worst) | rule alone (worst) | with history (worst) | Bound | to list schedule (worst) |\n\
+         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for result in results {
+        let list = match result.above_list() {
+            Some((above, worst)) => format!("{} ({})", percent(above), percent(worst)),
+            None => "-".into(),
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} | {} ({}) | {list} |",
+            result.scene.fleet.label(),
+            result.scene.shape.label(),
+            seconds(result.median(|p| p.stock)),
+            seconds(result.median(|p| p.ours)),
+            both(result.gain_of_ours()),
+            both(result.gain_of_rule()),
+            both(result.gain_of_experience()),
+            seconds(result.median(|p| p.lower)),
+            percent(-result.possible()),
+        );
+    }
+    text
+}
+
+/// For each goal, where it is missed.
+pub(crate) fn goals(results: &[Result]) -> String {
+    let mut text = String::new();
+    for (who, gain) in [
+        ("nix-offload", Result::gain_of_ours as fn(&Result) -> (f64, f64)),
+        ("nix-offload with a history of durations", Result::gain_of_experience),
+        ("Its rule alone, against stock's rule in nix-offload", Result::gain_of_rule),
+    ] {
+        let worse = results.iter().filter(|result| gain(result).0 < -NEVER_WORSE);
+        let worse = worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).0)));
+        goal(&mut text, who, "never more than 2 % slower (medians)", worse.collect());
+        let worse = results.iter().filter(|result| gain(result).1 < -NEVER_WORSE);
+        let worse = worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).1)));
+        goal(&mut text, who, "the same with the worst seed", worse.collect());
+        let little = results.iter().filter(|result| result.scene.fleet.differs() && gain(result).0 < BETTER);
+        let little = little.map(|result| {
+            let (reached, possible) = (percent(-gain(result).0), percent(-result.possible()));
+            format!("{} ({reached} of {possible} possible)", result.scene.name())
+        });
+        let title = "at least 20 % faster where speeds, load or links differ (medians)";
+        goal(&mut text, who, title, little.collect());
+    }
+    let far = results.iter().filter_map(|result| Some((result, result.above_list()?.0)));
+    let far = far.filter(|(_, above)| *above > NEAR);
+    let far = far.map(|(result, above)| format!("{} ({})", result.scene.name(), percent(above)));
+    goal(
+        &mut text,
+        "nix-offload",
+        "within 15 % of the list schedule on equal machines (medians)",
+        far.collect(),
+    );
+    text
+}
+
+fn goal(text: &mut String, who: &str, title: &str, missed: Vec<String>) {
+    let _ = match missed.as_slice() {
+        [] => writeln!(text, "- {who}, {title}: met."),
+        missed => writeln!(text, "- {who}, {title}: missed in {}.", missed.join("; ")),
+    };
+}
+
+fn both((gain, worst): (f64, f64)) -> String {
+    format!("{} ({})", percent(-gain), percent(-worst))
+}
+
+/// The page with these figures in the place of the old ones.
+pub(crate) fn put_into(page: &str, figures: &str) -> String {
+    let (before, rest) = page.split_once(BEGIN).expect("the line where the figures begin");
+    let (_, after) = rest.split_once(END).expect("the line where the figures end");
+    format!("{before}{BEGIN}\n{figures}\n{END}{after}")
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.0} s")
+}
+
+fn percent(part: f64) -> String {
+    let part = part * 100.0;
+    // No "-0 %".
+    if part.abs() < 0.05 { "0 %".into() } else { format!("{part:+.1} %") }
+}

@@ -1,0 +1,154 @@
+//! Scenes: a graph and a fleet. Each is made anew for each seed and played by all contenders.
+
+use crate::bounds;
+use crate::fleet::Fleet;
+use crate::graph::Shape;
+use crate::world::{self, Conditions, Contender, Outcome};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+/// A graph on a fleet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Scene {
+    pub(crate) fleet: Fleet,
+    pub(crate) shape: Shape,
+}
+
+/// Each scene is played with so many orders of names, since a graph in another order may take much longer with any rule.
+const NAMINGS: u64 = 15;
+
+/// One scene with one seed: means over the orders of names.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Played {
+    pub(crate) stock: f64,
+    pub(crate) unmeasured: f64,
+    pub(crate) ours: f64,
+    pub(crate) experienced: f64,
+    /// The worst of ours: slots taken beyond a machine's maximum, and seconds that a build waited.
+    pub(crate) overbooked: u64,
+    pub(crate) longest_wait: f64,
+    /// Seconds that no schedule can be below.
+    pub(crate) lower: f64,
+    /// Seconds of the list schedule, on equal machines.
+    pub(crate) list: Option<f64>,
+}
+
+/// One scene with all seeds.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Result {
+    pub(crate) scene: Scene,
+    pub(crate) played: Vec<Played>,
+}
+
+/// All scenes.
+pub(crate) fn all() -> Vec<Scene> {
+    Fleet::ALL
+        .into_iter()
+        .flat_map(|fleet| Shape::ALL.into_iter().map(move |shape| Scene { fleet, shape }))
+        .collect()
+}
+
+impl Scene {
+    pub(crate) fn name(self) -> String {
+        format!("{}, {}", self.fleet.label(), self.shape.label())
+    }
+
+    pub(crate) fn play(self, seed: u64, scale: f64, conditions: Conditions) -> Played {
+        let graph = self.shape.make(seed, scale);
+        let fleet = self.fleet.make(seed);
+        let run = |contender| -> Vec<Outcome> {
+            (0..NAMINGS).map(|naming| world::run(&graph, &fleet, contender, conditions, naming)).collect()
+        };
+        let makespan = |outcomes: &[Outcome]| {
+            outcomes.iter().map(|outcome| outcome.makespan).sum::<f64>() / NAMINGS as f64
+        };
+        let ours = run(Contender::Ours);
+        Played {
+            stock: makespan(&run(Contender::Stock)),
+            unmeasured: makespan(&run(Contender::Unmeasured)),
+            ours: makespan(&ours),
+            experienced: makespan(&run(Contender::Experienced)),
+            overbooked: ours.iter().map(|outcome| outcome.overbooked).max().unwrap_or_default(),
+            longest_wait: ours.iter().map(|outcome| outcome.longest_wait).fold(0.0, f64::max),
+            lower: bounds::lower(&graph, &fleet),
+            list: (self.fleet == Fleet::Equal).then(|| bounds::list_schedule(&graph, &fleet)),
+        }
+    }
+}
+
+/// Plays all, several at a time. Seeds count from 1.
+pub(crate) fn run_all(
+    scenes: &[Scene],
+    seeds: u64,
+    scale: f64,
+    conditions: Conditions,
+    workers: usize,
+) -> Vec<Result> {
+    let rounds: Vec<(usize, u64)> =
+        (0..scenes.len()).flat_map(|scene| (1..=seeds).map(move |seed| (scene, seed))).collect();
+    let next = AtomicUsize::new(0);
+    let played = Mutex::new(vec![None; rounds.len()]);
+    thread::scope(|scope| {
+        for _ in 0..workers {
+            scope.spawn(|| {
+                while let Some((scene, seed)) = rounds.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let outcome = scenes[*scene].play(*seed, scale, conditions);
+                    let place = scene * seeds as usize + (*seed - 1) as usize;
+                    played.lock().expect("no panic elsewhere")[place] = Some(outcome);
+                }
+            });
+        }
+    });
+    let played = played.into_inner().expect("no panic elsewhere");
+    let played: Vec<Played> = played.into_iter().map(|played| played.expect("all were played")).collect();
+    let results = scenes.iter().zip(played.chunks(seeds as usize));
+    results.map(|(scene, played)| Result { scene: *scene, played: played.to_vec() }).collect()
+}
+
+/// The middle one of an odd number, the mean of the two in the middle else.
+pub(crate) fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
+    let mut numbers: Vec<f64> = numbers.into_iter().collect();
+    numbers.sort_by(f64::total_cmp);
+    let middle = numbers.len() / 2;
+    if numbers.len() % 2 == 1 { numbers[middle] } else { (numbers[middle - 1] + numbers[middle]) / 2.0 }
+}
+
+impl Result {
+    pub(crate) fn median(&self, of: impl Fn(&Played) -> f64) -> f64 {
+        median(self.played.iter().map(of))
+    }
+
+    /// How much less the first is than the second, as a part of the second: the median and the worst.
+    pub(crate) fn gain(&self, of: impl Fn(&Played) -> f64, against: impl Fn(&Played) -> f64) -> (f64, f64) {
+        let gains = self.played.iter().map(|p| 1.0 - of(p) / against(p));
+        (median(gains.clone()), gains.fold(f64::INFINITY, f64::min))
+    }
+
+    /// How much less than stock's our makespan is.
+    pub(crate) fn gain_of_ours(&self) -> (f64, f64) {
+        self.gain(|p| p.ours, |p| p.stock)
+    }
+
+    /// The same when builds of most names were seen before.
+    pub(crate) fn gain_of_experience(&self) -> (f64, f64) {
+        self.gain(|p| p.experienced, |p| p.stock)
+    }
+
+    /// How much of ours is due to the rule alone: against our hook when nothing is measured.
+    pub(crate) fn gain_of_rule(&self) -> (f64, f64) {
+        self.gain(|p| p.ours, |p| p.unmeasured)
+    }
+
+    /// What stock could lose at most to a schedule that knows everything.
+    pub(crate) fn possible(&self) -> f64 {
+        self.gain(|p| p.lower, |p| p.stock).0
+    }
+
+    /// How much longer than the list schedule ours is, on equal machines: the median and the worst.
+    pub(crate) fn above_list(&self) -> Option<(f64, f64)> {
+        let above: Option<Vec<f64>> = self.played.iter().map(|p| Some(p.ours / p.list? - 1.0)).collect();
+        let above = above?;
+        Some((median(above.iter().copied()), above.into_iter().fold(f64::NEG_INFINITY, f64::max)))
+    }
+}

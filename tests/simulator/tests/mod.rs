@@ -1,0 +1,117 @@
+//! The goals, for a handful of small scenes, and what the world itself promises.
+
+use crate::fleet::Fleet;
+use crate::graph::Shape;
+use crate::random::Random;
+use crate::report::{BETTER, NEAR, NEVER_WORSE};
+use crate::scene::{Result, Scene, run_all};
+use crate::world::{self, Conditions, Contender};
+use crate::{bounds, stock};
+
+fn play(scenes: &[(Fleet, Shape)], conditions: Conditions) -> Vec<Result> {
+    let scenes: Vec<Scene> =
+        scenes.iter().map(|(fleet, shape)| Scene { fleet: *fleet, shape: *shape }).collect();
+    run_all(&scenes, 2, 0.25, conditions, 2)
+}
+
+#[test]
+fn ours_is_never_slower_than_stock_and_much_faster_where_machines_differ() {
+    let scenes = [
+        (Fleet::Equal, Shape::Wide),
+        (Fleet::Equal, Shape::Deep),
+        (Fleet::Speeds, Shape::Deep),
+        (Fleet::Speeds, Shape::Mixed),
+        (Fleet::Foreign, Shape::Deep),
+        (Fleet::Links, Shape::Wide),
+        (Fleet::Links, Shape::Deep),
+        (Fleet::Dying, Shape::Wide),
+    ];
+    for is_kind in [false, true] {
+        for result in play(&scenes, Conditions { is_kind, ..Conditions::REAL }) {
+            let name = result.scene.name();
+            let (gain, worst) = result.gain_of_ours();
+            assert!(worst > -NEVER_WORSE, "{name}: {:.1} % slower", -100.0 * worst);
+            if result.scene.fleet.differs() {
+                assert!(gain >= BETTER, "{name}: only {:.1} % faster", 100.0 * gain);
+            }
+            if let Some((above, _)) = result.above_list() {
+                assert!(above <= NEAR, "{name}: {:.1} % above the list schedule", 100.0 * above);
+            }
+            for played in &result.played {
+                assert_eq!(played.overbooked, 0, "{name}: more builds than slots");
+                assert!(played.longest_wait < played.ours, "{name}: a build starved");
+                assert!(
+                    played.ours.min(played.stock) > 0.999 * played.lower,
+                    "{name}: below what is possible"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_rule_alone_is_better_where_machines_differ() {
+    let scenes = [(Fleet::Speeds, Shape::Deep), (Fleet::Foreign, Shape::Deep), (Fleet::Links, Shape::Deep)];
+    for result in play(&scenes, Conditions::REAL) {
+        let (gain, _) = result.gain_of_rule();
+        assert!(gain >= BETTER, "{}: only {:.1} %", result.scene.name(), 100.0 * gain);
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_world() {
+    for shape in [Shape::Mixed, Shape::System] {
+        let graph = shape.make(3, 0.02);
+        let fleet = Fleet::Dying.make(3);
+        for contender in [Contender::Stock, Contender::Unmeasured, Contender::Ours, Contender::Experienced] {
+            let run = |naming| world::run(&graph, &fleet, contender, Conditions::REAL, naming);
+            assert_eq!(run(1), run(1), "{contender:?}");
+        }
+    }
+}
+
+#[test]
+fn builds_that_die_with_their_machine_are_made_elsewhere() {
+    let graph = Shape::Wide.make(1, 0.5);
+    let mut fleet = Fleet::Equal.make(1);
+    fleet[0].outages = vec![(30.0, 1e9)];
+    for contender in [Contender::Stock, Contender::Ours] {
+        let outcome = world::run(&graph, &fleet, contender, Conditions::REAL, 1);
+        assert!(outcome.lost > 0, "{contender:?} lost nothing");
+        // Every stock hook asks the dead machine again, and Nix waits for each.
+        let is_ours = contender == Contender::Ours;
+        assert!(!is_ours || outcome.makespan < 2.0 * bounds::lower(&graph, &fleet), "{outcome:?}");
+    }
+}
+
+#[test]
+fn one_machine_with_one_slot_needs_the_sum_of_all_durations() {
+    let graph = Shape::Deep.make(2, 0.1);
+    let mut fleet = Fleet::Equal.make(2);
+    fleet.truncate(1);
+    fleet[0].line.max_jobs = 1;
+    fleet[0].bandwidth = 1e15;
+    fleet[0].round_trip = 0.0;
+    let sum: f64 = graph.jobs.iter().map(|job| job.work).sum();
+    let outcome = world::run(&graph, &fleet, Contender::Ours, Conditions::REAL, 2);
+    assert!((outcome.makespan - sum).abs() < 1e-6 * sum, "{} instead of {sum}", outcome.makespan);
+    assert_eq!(bounds::list_schedule(&graph, &fleet), sum);
+}
+
+#[test]
+fn both_models_of_stocks_rule_agree() {
+    // The world's model goes through the list as Nix does; the hook's puts all machines in order.
+    let mut random = Random::new(5);
+    for _ in 0..2000 {
+        let count = 1 + random.below(6);
+        let mut fleet = Fleet::Equal.make(1);
+        fleet.extend(Fleet::Equal.make(1));
+        fleet.truncate(count);
+        let speeds = [0.5, 1.0, 2.0, 8.0];
+        fleet.iter_mut().for_each(|spec| spec.line.speed_factor = speeds[random.below(4)]);
+        let taken: Vec<u64> = (0..count).map(|_| random.below(10) as u64).collect();
+        let lines: Vec<_> = fleet.iter().map(|spec| spec.line.clone()).collect();
+        let chosen = stock::choose(&lines, &taken, &vec![false; count]);
+        assert_eq!(chosen, world::unmeasured_choice(&lines, &taken));
+    }
+}

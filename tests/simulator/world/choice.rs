@@ -1,0 +1,147 @@
+//! The choice: what a hook is told in the simulated world, and whom it asks.
+
+use super::{Contender, World};
+use crate::graph::Graph;
+use crate::random::Random;
+use crate::site::{Site, clock};
+use crate::stock;
+#[cfg(test)]
+use nix_offload::plan::Rules;
+use nix_offload::plan::estimate::slot_wait;
+use nix_offload::plan::known::Link;
+#[cfg(test)]
+use nix_offload::plan::machine::Machine;
+use nix_offload::plan::{self, Health, Known, Load, Local, Question, Request, Verdict, Work};
+use std::collections::BTreeSet;
+
+/// A history has so many of the names, with durations that are off by so much (two thirds are within a factor of
+/// `e^sigma`).
+const KNOWN_NAMES: f64 = 0.85;
+const KNOWN_SIGMA: f64 = 0.3;
+
+impl World<'_> {
+    pub(super) fn decide(&mut self, job: usize) -> Verdict {
+        if self.contender == Contender::Stock {
+            let taken: Vec<u64> = self.sites.iter().map(|site| site.taken.len() as u64).collect();
+            let best = stock::choose(&self.lines, &taken, &self.shunned);
+            return best.map_or(Verdict::Postpone(Vec::new()), Verdict::Accept);
+        }
+        let now = clock(self.now);
+        let (built, _, bytes) = self.built;
+        let is_learning = self.is_learning();
+        let work = Work {
+            duration: if is_learning { self.history[job].or_else(|| self.usual()) } else { None },
+            output: (built > 0 && is_learning).then(|| bytes / built),
+            waiting_since: self.jobs[job].asked.map(clock),
+        };
+        let request = any_request();
+        let local = Local::default();
+        let question = Question {
+            machines: &self.lines,
+            rules: &self.rules,
+            local: &local,
+            here: None,
+            request: &request,
+            work: &work,
+            now,
+        };
+        let decision = plan::decide(&question, |index| self.known(job, index));
+        if is_learning {
+            let now = self.now;
+            self.sites.iter_mut().for_each(|site| site.look(now));
+        }
+        decision.verdict
+    }
+
+    fn is_learning(&self) -> bool {
+        matches!(self.contender, Contender::Ours | Contender::Experienced)
+    }
+
+    /// Seconds of an average build at speed 1.
+    fn usual(&self) -> Option<f64> {
+        let (built, seconds, _) = self.built;
+        (built > 0).then(|| seconds / built as f64)
+    }
+
+    /// When slots will be free, from the times of the lock files and how long builds take. One that has run for longer
+    /// than usual is expected to go on for half as long again.
+    fn slot_wait(&self, site: &Site) -> Option<f64> {
+        let usual = self.usual()? / f64::from(site.spec.line.speed_factor);
+        let ages = site.taken.iter().map(|(_, since)| self.now - since);
+        let ends: Vec<f64> = ages.map(|age| (usual - age).max(age / 2.0)).collect();
+        slot_wait(&ends, self.waiting.len() as u64, usual)
+    }
+
+    /// Whether one build more may wait in a hook.
+    pub(super) fn may_wait(&self) -> bool {
+        (self.waiting.len() as u64) < self.rules.max_waiting
+    }
+
+    /// What a hook of ours knows of a machine.
+    fn known(&self, job: usize, index: usize) -> Known {
+        let site = &self.sites[index];
+        let health = if self.shunned[index] {
+            Health::Failed("no connection".into())
+        } else if self.now < site.cool_until {
+            Health::CoolDown { until: Some(clock(site.cool_until)), why: "no connection".into() }
+        } else {
+            Health::Well
+        };
+        let known = Known::ready(Load { taken: site.taken.len() as u64 }).with_health(health);
+        if !self.is_learning() {
+            return known;
+        }
+        let missing = |path: &usize| self.conditions.sends_twice || !site.coming.contains_key(path);
+        let outputs = self.graph.inputs[job].without(&site.holds).filter(missing);
+        let missing = outputs.map(|path| self.graph.jobs[path].output).sum::<u64>();
+        Known {
+            slot_wait: if site.is_free() { None } else { self.slot_wait(site) },
+            sample: site.sample.clone(),
+            link: Link {
+                missing: Some(missing + self.graph.jobs[job].source),
+                backlog: None,
+                bandwidth: site.bandwidth,
+                round_trip: Some(site.spec.round_trip),
+            },
+            ..known
+        }
+    }
+}
+
+fn any_request() -> Request {
+    Request {
+        am_willing: false,
+        system: "x86_64-linux".into(),
+        drv_path: String::new(),
+        required_features: BTreeSet::new(),
+    }
+}
+
+/// What our rule chooses when nothing is measured.
+#[cfg(test)]
+pub(crate) fn unmeasured_choice(lines: &[Machine], taken: &[u64]) -> Option<usize> {
+    let (rules, local, request, work) = (Rules::default(), Local::default(), any_request(), Work::default());
+    let now = clock(0.0);
+    let question = Question {
+        machines: lines,
+        rules: &rules,
+        local: &local,
+        here: None,
+        request: &request,
+        work: &work,
+        now,
+    };
+    let decision = plan::decide(&question, |index| Known::ready(Load { taken: taken[index] }));
+    match decision.verdict {
+        Verdict::Accept(index) => Some(index),
+        _ => None,
+    }
+}
+
+/// An earlier build of a similar graph: most of its names occur again and take about as long.
+pub(super) fn history(graph: &Graph, contender: Contender, seed: u64) -> Vec<Option<f64>> {
+    let mut random = Random::new(seed ^ 0x0415);
+    let mut about = |work: f64| random.chance(KNOWN_NAMES).then(|| random.log_normal(work, KNOWN_SIGMA));
+    let known = graph.jobs.iter().map(|job| about(job.work));
+    known.map(|known| known.filter(|_| contender == Contender::Experienced)).collect()
+}
