@@ -43,9 +43,9 @@ const SOCKET_AGAIN: Duration = Duration::from_secs(600);
 /// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
 const DAEMON_AGAIN: Duration = Duration::from_secs(600);
 
-/// Channels to one daemon's socket that hooks open at a time; a keeper opens two beside them. Daemons up to 2.8 let five
+/// Channels to one daemon's socket that hooks open at a time; a keeper opens three beside them. Daemons up to 2.8 let five
 /// wait, and each one refused for that costs a small process.
-const OPENING: u64 = 3;
+const OPENING: u64 = 2;
 
 /// How long to wait for a turn to open one.
 const TURN_BOUND: Duration = Duration::from_millis(500);

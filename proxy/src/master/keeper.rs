@@ -47,7 +47,7 @@ use crate::passing;
 const IDLE: Duration = Duration::from_secs(15);
 /// Streams that are being opened at a time. Some servers let no more than five connections wait, and others open some
 /// too.
-const MOST_OPENING: usize = 2;
+const MOST_OPENING: usize = 3;
 /// How long the far side may take to confirm a channel and to answer the first words.
 const OPENING: Duration = Duration::from_secs(20);
 /// After a failure nothing is opened for so long.
