@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix_offload_proxy::master::{Channel, CloseWrite, Master, OpenError, SessionEnd, Stream, TimedRead};
 use sha2::{Digest, Sha256};
 
-use crate::world::{BOUND, World, wait_until};
+use crate::world::{BOUND, Echo, World, wait_until};
 
 const MIB: usize = 1024 * 1024;
 
@@ -438,4 +438,35 @@ fn a_forward_to_where_nobody_listens_is_refused_and_costs_nothing() {
     assert!(master.connect_to("127.0.0.1", world.port, BOUND).is_ok());
     assert_eq!(world.logins(), 1);
     assert!(!crate::world::extensions(world.pool.directory()).contains(&"fwd".to_owned()));
+}
+
+/// The master mistakes the numbers of sessions here for those of channels there (see `parting`), so both must be few and
+/// the same.
+#[test]
+fn channels_that_close_beside_sessions_end_neither_these_nor_the_master() {
+    let world = World::new();
+    let path = world.path("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.unwrap();
+            // What comes tells that the channel was used, and its end that it was closed.
+            thread::spawn(move || io::copy(&mut client.try_clone().unwrap(), &mut client));
+        }
+    });
+    let master = world.start();
+    let mut sessions: Vec<Echo> =
+        (0..5).map(|_| Echo::of(master.open_session("cat", BOUND).unwrap())).collect();
+    for round in 0..3 {
+        let channels: Vec<Channel> = (0..8).map(|_| open(&master, &path)).collect();
+        for channel in channels {
+            let (mut reader, mut writer) = channel.split();
+            writer.write_all(b"x").unwrap();
+            reader.read_exact(&mut [0]).unwrap();
+        }
+        sessions.iter_mut().for_each(|session| session.says(&format!("round {round}")));
+    }
+    sessions.into_iter().for_each(Echo::ends);
+    assert_eq!(world.logins(), 1);
+    assert!(!world.sshd_log().contains("nonexistent channel"), "{}", world.sshd_log());
 }
