@@ -206,8 +206,10 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
             (false, false) => ailing.push(candidate),
         }
     }
-    if candidates.is_empty() && waking.is_empty() {
-        candidates = ailing;
+    // A machine without slots is no other one: it gets nothing.
+    if !candidates.iter().chain(&waking).any(|candidate| candidate.machine.max_jobs > 0) {
+        candidates.extend(ailing);
+        candidates.sort_by_key(|candidate| candidate.index);
     } else {
         for ailing in ailing {
             if let Health::CoolDown { until, why } = ailing.known.health {

@@ -179,3 +179,14 @@ fn policies_say_what_this_machine_is_used_for() {
     let loaded = with_sample(idle(), |sample| sample.load_average = Some(31.0));
     assert_eq!(ask(Policy::Cost, 1.0, true, &loaded), Because::LocalSooner);
 }
+
+#[test]
+fn a_cool_down_is_ignored_when_every_other_machine_has_no_slots() {
+    for first_is_cooling in [true, false] {
+        let slots = if first_is_cooling { [1, 0] } else { [0, 1] };
+        let machines = [machine("a", slots[0], 1.0), machine("b", slots[1], 1.0)];
+        let known = if first_is_cooling { [cooling("x"), busy(0)] } else { [busy(0), cooling("x")] };
+        let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known);
+        assert_eq!(decision.verdict, Verdict::Accept(usize::from(!first_is_cooling)));
+    }
+}

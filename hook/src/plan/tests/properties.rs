@@ -284,7 +284,9 @@ proptest! {
     fn a_machine_that_gets_worse_does_not_get_the_build_that_it_did_not_get_before(
         case in any_case(), index in any::<prop::sample::Index>(), way in 0_u8..5,
     ) {
-        prop_assume!(!case.fleet.is_empty());
+        if case.fleet.is_empty() {
+            return Ok(());
+        }
         let index = index.index(case.fleet.len());
         // Before anything is measured the rule is another one, so all of the fleet is.
         let mut case = case;
