@@ -1,9 +1,6 @@
 //! A cancelled build: how long the builder goes on with it.
 
-use std::{
-    fs, thread,
-    time::{Duration, Instant},
-};
+use std::{fs, time::Duration};
 
 use harness::{Builder, Client, Hook, Machine, Mode, Release, World, drv, wait_until};
 use nix::sys::signal::Signal;
@@ -12,8 +9,6 @@ use crate::report::{Bound, Figure, Section};
 
 const GOAL_MS: f64 = 100.0;
 const LIMIT: Duration = Duration::from_secs(60);
-/// How often it is looked whether the builder's process is there. A look takes some ten microseconds.
-const INTERVAL: Duration = Duration::from_micros(300);
 /// No build of these ends by itself.
 const FIRST_SLEEP: u32 = 40_000;
 
@@ -100,14 +95,10 @@ impl Way<'_> {
             pid.is_some()
         });
         let file = self.runs_on.path(&format!("/proc/{}/cmdline", pid.expect("it has begun")));
-        let begin = Instant::now();
         build.signal(signal);
         // One that is dead and still to be waited for has no command line.
-        while fs::read(&file).is_ok_and(|words| !words.is_empty()) {
-            assert!(begin.elapsed() < LIMIT, "{command_line} goes on: {}", self.label);
-            thread::sleep(INTERVAL);
-        }
-        let took = begin.elapsed();
+        let what = format!("{command_line} has ended: {}", self.label);
+        let took = wait_until(&what, LIMIT, || fs::read(&file).map_or(true, |words| words.is_empty()));
         build.wait().assert_failure();
         took.as_secs_f64() * 1000.0
     }

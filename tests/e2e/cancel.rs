@@ -181,12 +181,7 @@ fn killing_nix_build_of_a_build_that_talks_leaves_the_master_alive() {
         let world = World::new();
         let mac = world.builder("mac").start();
         let relay = Relay::to(mac.port(), Duration::from_millis(20));
-        let alias = format!(
-            "Host far\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  HostKeyAlias [127.0.0.1]:{}\n",
-            relay.port(),
-            mac.login(),
-            mac.port()
-        );
+        let alias = relay.ssh_config("far", &mac);
         let client = world
             .client()
             .hook(Hook::Ours)

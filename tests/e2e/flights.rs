@@ -19,12 +19,7 @@ fn far(release: Release, offload: &str) -> Far {
     let world = World::new();
     let mac = world.builder("mac").release(release).start();
     let relay = Relay::to(mac.port(), ROUND_TRIP);
-    let alias = format!(
-        "Host far\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  HostKeyAlias [127.0.0.1]:{}\n",
-        relay.port(),
-        mac.login(),
-        mac.port()
-    );
+    let alias = relay.ssh_config("far", &mac);
     let client = world
         .client()
         .release(release)

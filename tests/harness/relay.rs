@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::Builder;
+
 /// Chunks on their way in one direction of one connection; whoever sends more waits.
 const MOST_CHUNKS: usize = 1024;
 const CHUNK: usize = 64 << 10;
@@ -55,6 +57,16 @@ impl Relay {
     /// Where it listens, at 127.0.0.1.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Lines of ssh_config by which `name` is the builder at the other end.
+    pub fn ssh_config(&self, name: &str, builder: &Builder) -> String {
+        format!(
+            "Host {name}\n  HostName 127.0.0.1\n  Port {}\n  User {}\n  HostKeyAlias [127.0.0.1]:{}\n",
+            self.port,
+            builder.login(),
+            builder.port()
+        )
     }
 
     /// How many flights the client has made so far.
