@@ -5,6 +5,8 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod rules;
+
 use crate::plan::Local;
 use crate::plan::machine::{Machine, Place};
 use base64::Engine as _;

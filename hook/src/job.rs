@@ -97,7 +97,6 @@ impl JobError {
 }
 
 /// What is to be done, and for whom.
-#[derive(Debug)]
 pub struct Task<'a> {
     /// The side turned to Nix.
     pub nix: &'a NixSide,
@@ -113,6 +112,8 @@ pub struct Task<'a> {
     pub outputs: &'a BTreeMap<String, Wanted>,
     /// The machine's name.
     pub machine: &'a str,
+    /// What can be done here while the builder is at work, with the slot if there still is one.
+    pub meanwhile: &'a dyn Fn(Option<&Held>),
 }
 
 /// What happened, for the log.
@@ -128,6 +129,8 @@ pub struct Report {
     pub fetched_bytes: u64,
     /// How long asking for and sending inputs took.
     pub inputs: Duration,
+    /// Whether there was anything left to build.
+    pub was_built: bool,
     /// How long the build took, seen from here.
     pub build: Duration,
     /// How long fetching and registering the outputs took.
@@ -251,13 +254,14 @@ impl Task<'_> {
         relay: &mut Relay<'_>,
     ) -> Result<Report, JobError> {
         let mut report = Report::default();
+        (self.meanwhile)(slot.as_ref());
         // Now, while the builder is at work; if it fails it is done again when there is something to register.
         let registrar = self.registrar().ok();
         let clock = Instant::now();
         self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
         let clock = Instant::now();
-        self.build(builder, job, prepared, relay)?;
+        report.was_built = self.build(builder, job, prepared, relay)?.is_new();
         report.build = clock.elapsed();
         *slot = None;
         let clock = Instant::now();

@@ -15,6 +15,8 @@ pub mod programs;
 pub mod reach;
 pub mod serve;
 pub mod slots;
+pub mod state;
 pub mod stock;
 pub mod store;
+pub mod survey;
 pub mod wire;

@@ -11,18 +11,22 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix_derivation::{HashAlgorithm, hash_bytes};
+use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// The right to choose.
 const MAIN_LOCK: &str = "main-lock";
+
+/// Longest thing that a holder says, in bytes.
+const MOST_SAID: u64 = 4096;
 
 /// Why slots cannot be counted.
 #[derive(Debug, Error)]
@@ -41,6 +45,19 @@ pub struct Slots {
 /// A lock that is free again when dropped, or when the process ends in whatever way.
 #[derive(Debug)]
 pub struct Held(Vec<Flock<File>>);
+
+/// What a holder says of the build it has the slot for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Holder {
+    /// Its process.
+    pub pid: u32,
+    /// Full path of the derivation.
+    pub derivation: String,
+    /// When it took the slot, in seconds since 1970.
+    pub since: f64,
+    /// Seconds that this was expected to take then, if earlier builds tell.
+    pub expected: Option<f64>,
+}
 
 /// Watches for slots becoming free.
 #[derive(Debug)]
@@ -148,6 +165,16 @@ impl Slots {
         }
     }
 
+    /// What the holders of a machine's taken slots said of what they do; stock hooks say nothing.
+    pub fn holders(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
+        let taken = |path: &PathBuf| matches!(lock(path, FlockArg::LockExclusiveNonblock, false), Ok(None));
+        (0..max_jobs)
+            .map(|number| self.path(machine, number))
+            .filter(|path| path.exists() && taken(path))
+            .map(|path| Holder::of(&path))
+            .collect()
+    }
+
     /// Begins to watch for slots becoming free. What happens from now on is not missed.
     ///
     /// # Errors
@@ -168,6 +195,31 @@ impl Slots {
         // Stock fails here; a digest serves as well, for no stock hook can share such a machine.
         let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
         self.directory.join(format!("{}-{number}", digest.replace(':', "-")))
+    }
+}
+
+impl Held {
+    /// Says in the lock files what is being done, for people and for those who wait. That it cannot be said harms nobody.
+    pub fn say(&self, holder: &Holder) {
+        let Ok(text) = serde_json::to_string(holder) else { return };
+        for file in &self.0 {
+            let _ = file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0));
+        }
+    }
+}
+
+impl Holder {
+    /// Reads it. A stock hook that has the slot now leaves what the holder before it said, but sets the file's time.
+    fn of(path: &Path) -> Option<Self> {
+        const SLACK: Duration = Duration::from_secs(2);
+        let mut text = String::new();
+        let file = File::open(path).ok()?;
+        let said = file.metadata().and_then(|metadata| metadata.modified()).ok()?;
+        file.take(MOST_SAID).read_to_string(&mut text).ok()?;
+        let holder: Self = serde_json::from_str(&text).ok()?;
+        let began = UNIX_EPOCH.checked_add(Duration::try_from_secs_f64(holder.since).ok()?)?;
+        let apart = said.duration_since(began).unwrap_or_else(|error| error.duration());
+        (apart <= SLACK).then_some(holder)
     }
 }
 
@@ -281,6 +333,25 @@ mod tests {
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 4);
         drop((first, three));
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 0);
+    }
+
+    #[test]
+    fn holders_say_what_they_do_until_a_stock_hook_has_the_slot() {
+        let (_state, slots) = slots();
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        let holder = Holder { pid: 1, derivation: "/nix/store/d".into(), since, expected: Some(2.5) };
+        let held = slots.take("m", 1).unwrap().unwrap();
+        let silent = slots.take("m", 2).unwrap().unwrap();
+        held.say(&Holder { derivation: "/a/longer/one".into(), ..holder.clone() });
+        held.say(&holder);
+        assert_eq!(slots.holders("m", 4), [Some(holder.clone()), None]);
+        drop((held, silent));
+        assert_eq!(slots.holders("m", 4), []);
+        // As stock does: locked, the time set, nothing said.
+        let stock =
+            Held(vec![lock(&slots.path("m", 1), FlockArg::LockExclusiveNonblock, true).unwrap().unwrap()]);
+        stock.0[0].set_modified(SystemTime::now() + Duration::from_secs(60)).unwrap();
+        assert_eq!(slots.holders("m", 4), [None]);
     }
 
     #[test]

@@ -15,7 +15,10 @@ use std::{
 };
 
 use nix::unistd::geteuid;
-use serde::{Deserialize, Deserializer, de::Error as _};
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, Error as _, IgnoredAny},
+};
 use thiserror::Error;
 
 /// Names another file; one that is not there is an error then.
@@ -40,6 +43,21 @@ pub struct Settings {
     /// For some hosts, in the order of the file.
     #[serde(default, rename = "host")]
     pub hosts: Vec<HostBlock>,
+    /// Not for us: a program on top of this crate reads these of the same file, see [`read`].
+    #[serde(default, rename = "choice")]
+    _choice: Elsewhere,
+    #[serde(default, rename = "machine")]
+    _machine: Elsewhere,
+}
+
+/// A part of the file that somebody else reads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Elsewhere;
+
+impl<'de> Deserialize<'de> for Elsewhere {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        IgnoredAny::deserialize(deserializer).map(|_| Elsewhere)
+    }
 }
 
 /// The table `[ssh]`.
@@ -175,62 +193,7 @@ impl Settings {
     /// # Errors
     /// The first thing that is wrong with it.
     pub fn from_env(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, SettingsError> {
-        let set = |name| lookup(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-        if let Some(path) = set(FILE_VARIABLE) {
-            return Settings::read(&path);
-        }
-        // Root's environment may be that of somebody else (sudo).
-        if !geteuid().is_root() {
-            let directory = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")));
-            if let Some(path) = directory.map(|directory| directory.join(USER_FILE))
-                && path.exists()
-            {
-                return Settings::read(&path);
-            }
-        }
-        match Settings::read(Path::new(SYSTEM_FILE)) {
-            Err(SettingsError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                Ok(Settings::default())
-            }
-            other => other,
-        }
-    }
-
-    /// Reads one file.
-    ///
-    /// # Errors
-    /// The first thing that is wrong with it.
-    pub fn read(path: &Path) -> Result<Self, SettingsError> {
-        let io_error = |source| SettingsError::Io { path: path.to_owned(), source };
-        let file = File::open(path).map_err(io_error)?;
-        let metadata = file.metadata().map_err(io_error)?;
-        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
-        if (owner != 0 && owner != geteuid().as_raw()) || mode & 0o022 != 0 {
-            return Err(SettingsError::NotOurs { path: path.to_owned(), owner, mode });
-        }
-        let mut text = String::new();
-        file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(io_error)?;
-        if text.len() as u64 > MOST_BYTES {
-            return Err(io_error(io::Error::new(io::ErrorKind::FileTooLarge, "it has more than a mebibyte")));
-        }
-        Settings::parse(&text, path)
-    }
-
-    fn parse(text: &str, path: &Path) -> Result<Self, SettingsError> {
-        toml::from_str(text).map_err(|error| {
-            let span = error.span().unwrap_or(0..0);
-            let before = text.get(..span.start).unwrap_or_default();
-            let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-            let word = text.get(span).unwrap_or_default();
-            let message = error.message().lines().collect::<Vec<_>>().join(", ");
-            SettingsError::Content {
-                path: path.to_owned(),
-                line: before.matches('\n').count() + 1,
-                column: before[line_start..].chars().count() + 1,
-                suggestion: suggestion(&message, word),
-                message,
-            }
-        })
+        read(lookup)
     }
 
     /// What is set for a host, by the name it is asked for with. For each key the first block that has it counts,
@@ -248,6 +211,75 @@ impl Settings {
                 .unwrap_or(self.ssh.connections_per_second),
         }
     }
+}
+
+/// Reads the file that the environment leads to as what the caller makes of it. No file is as good as an empty one.
+///
+/// Programs that read parts of their own must let [`Settings`] have its parts, and the other way round.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn read<T: DeserializeOwned + Default>(
+    lookup: impl Fn(&str) -> Option<OsString>,
+) -> Result<T, SettingsError> {
+    let set = |name| lookup(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(path) = set(FILE_VARIABLE) {
+        return read_file(&path);
+    }
+    // Root's environment may be that of somebody else (sudo).
+    if !geteuid().is_root() {
+        let directory = set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")));
+        if let Some(path) = directory.map(|directory| directory.join(USER_FILE))
+            && path.exists()
+        {
+            return read_file(&path);
+        }
+    }
+    match read_file(Path::new(SYSTEM_FILE)) {
+        Err(SettingsError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(T::default()),
+        other => other,
+    }
+}
+
+/// Reads one file.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, SettingsError> {
+    let io_error = |source| SettingsError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io_error)?;
+    let metadata = file.metadata().map_err(io_error)?;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    if (owner != 0 && owner != geteuid().as_raw()) || mode & 0o022 != 0 {
+        return Err(SettingsError::NotOurs { path: path.to_owned(), owner, mode });
+    }
+    let mut text = String::new();
+    file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(io_error)?;
+    if text.len() as u64 > MOST_BYTES {
+        return Err(io_error(io::Error::new(io::ErrorKind::FileTooLarge, "it has more than a mebibyte")));
+    }
+    parse(&text, path)
+}
+
+/// Reads the text of a file; `path` is where faults are said to be.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn parse<T: DeserializeOwned>(text: &str, path: &Path) -> Result<T, SettingsError> {
+    toml::from_str(text).map_err(|error| {
+        let span = error.span().unwrap_or(0..0);
+        let before = text.get(..span.start).unwrap_or_default();
+        let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+        let word = text.get(span).unwrap_or_default();
+        let message = error.message().lines().collect::<Vec<_>>().join(", ");
+        SettingsError::Content {
+            path: path.to_owned(),
+            line: before.matches('\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+            suggestion: suggestion(&message, word),
+            message,
+        }
+    })
 }
 
 /// Among the words in backquotes behind "expected", which are the known keys.
@@ -279,21 +311,34 @@ pub fn matches(pattern: &str, host: &str) -> bool {
     rest(&pattern, host.as_bytes())
 }
 
-fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+/// Reads a time: seconds, or a text such as `90s` or `2m`.
+///
+/// # Errors
+/// If it is none, or longer than thirty days.
+pub fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "expected seconds, or a text such as \"90s\" or \"2m\"")]
     enum Given {
         Seconds(u64),
         Text(String),
     }
-    let duration = match Given::deserialize(deserializer)? {
+    let time = match Given::deserialize(deserializer)? {
         Given::Seconds(seconds) => Duration::from_secs(seconds),
         Given::Text(text) => humantime::parse_duration(&text).map_err(D::Error::custom)?,
     };
-    if duration < Duration::from_secs(1) || duration > LONGEST {
-        return Err(D::Error::custom("it must be between a second and thirty days"));
+    if time > LONGEST {
+        return Err(D::Error::custom("it must be at most thirty days"));
     }
-    Ok(duration)
+    Ok(time)
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    match time(deserializer) {
+        Ok(time) if time < Duration::from_secs(1) => {
+            Err(D::Error::custom("it must be between a second and thirty days"))
+        }
+        other => other,
+    }
 }
 
 fn some_duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -326,7 +371,11 @@ fn some_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBu
     Ok(Some(path))
 }
 
-fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+/// Reads a pattern of [`matches`] or a list of them.
+///
+/// # Errors
+/// If one of them cannot be a name, or there is none.
+pub fn names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged, expecting = "expected a host name or a list of them")]
     enum Given {
@@ -350,7 +399,7 @@ mod tests {
     use std::{fs, os::unix::fs::PermissionsExt};
 
     fn parse(text: &str) -> Result<Settings, SettingsError> {
-        Settings::parse(text, Path::new("/f"))
+        super::parse(text, Path::new("/f"))
     }
 
     fn complaint(text: &str) -> (String, Option<String>) {

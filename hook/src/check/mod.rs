@@ -14,6 +14,7 @@ mod nix_conf;
 mod settings;
 
 use crate::cli::Subject;
+use crate::config::rules::Offload;
 use crate::config::{self, Fleet};
 use crate::files::read_machines_file;
 use crate::plan::machine::Place;
@@ -27,7 +28,7 @@ use machines::{Judged, Own, Target};
 use nix::unistd::{Group, User, getegid, geteuid};
 use nix_conf::Assignment;
 use nix_offload_proxy::exit;
-use nix_offload_proxy::settings::{Settings as OffloadSettings, SettingsError};
+use nix_offload_proxy::settings::{self as offload, Settings as SshSettings, SettingsError};
 use serde_json::{Value, json};
 use settings::{Facts, Reader, plural};
 use std::cell::RefCell;
@@ -455,15 +456,25 @@ impl Look {
     fn offload_toml(&mut self, view: &View, reader: Reader) {
         let read = match reader {
             // It is not our own that counts.
-            Reader::UnseenDaemon => match OffloadSettings::read(Path::new("/etc/nix/offload.toml")) {
-                Err(SettingsError::Io { source, .. })
-                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>
-                {
-                    return;
+            Reader::UnseenDaemon => {
+                let path = Path::new("/etc/nix/offload.toml");
+                let read = offload::read_file::<SshSettings>(path).map(drop);
+                match read.and_then(|()| offload::read_file::<Offload>(path).map(drop)) {
+                    Err(SettingsError::Io { source, .. })
+                        if matches!(
+                            source.kind(),
+                            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
+                        ) =>
+                    {
+                        return;
+                    }
+                    other => other,
                 }
-                other => other,
-            },
-            Reader::Caller | Reader::Daemon => OffloadSettings::from_env(|name| view.variable(name)),
+            }
+            Reader::Caller | Reader::Daemon => {
+                let read = offload::read::<SshSettings>(|name| view.variable(name)).map(drop);
+                read.and_then(|()| offload::read::<Offload>(|name| view.variable(name)).map(drop))
+            }
         };
         let Err(error) = read else { return };
         let mut cure = error.cure().unwrap_or_else(|| "name a readable file, or take it away".into());

@@ -65,6 +65,11 @@ impl Machine {
         })
     }
 
+    /// The host of its store URI, without a user; empty if it has none.
+    pub fn host(&self) -> &str {
+        self.uri.destination.rsplit_once('@').map_or(self.uri.destination.as_str(), |(_, host)| host)
+    }
+
     /// The SSH identity file to use: the column wins over the URI's `ssh-key`, as in Nix.
     pub fn identity_file(&self) -> Option<&str> {
         self.identity.as_deref().or_else(|| self.uri.param("ssh-key"))

@@ -96,6 +96,12 @@ impl Decision {
         outranked
     }
 
+    /// How many seconds of an idle machine of speed factor 1 a second of this machine is worth to the build.
+    pub fn pace(&self, index: usize) -> f64 {
+        let estimate = self.standings.get(index).and_then(|standing| standing.estimate.as_ref());
+        estimate.map_or(1.0, |estimate| estimate.terms.speed * estimate.terms.share)
+    }
+
     /// Slots that the build would take on this machine.
     pub fn weight(&self, index: usize) -> u64 {
         let estimate = self.standings.get(index).and_then(|standing| standing.estimate.as_ref());

@@ -50,6 +50,21 @@ impl Seen {
         false
     }
 
+    /// Bytes of these paths that the machine was not seen to have, ever so long ago; none if nothing is known of it. For an
+    /// estimate only.
+    pub fn lacking(&self, paths: &[(StorePath, u64)]) -> Option<u64> {
+        let mut texts = [&self.path, &old(&self.path)].map(|file| fs::read_to_string(file).ok());
+        texts.iter().any(Option::is_some).then_some(())?;
+        let texts = texts.each_mut().map(|text| text.take().unwrap_or_default());
+        let seen: HashSet<&str> = texts
+            .iter()
+            .flat_map(|text| text.lines())
+            .filter_map(|line| Some(line.split_once(' ')?.1))
+            .collect();
+        let lacking = paths.iter().filter(|(path, _)| !seen.contains(digest(path).as_str()));
+        Some(lacking.fold(0, |sum: u64, (_, size)| sum.saturating_add(*size)))
+    }
+
     /// These are there now. That it cannot be noted only costs time.
     pub fn note<'a>(&self, paths: impl Iterator<Item = &'a StorePath>) {
         let now = seconds(SystemTime::now());
@@ -108,6 +123,18 @@ mod tests {
         seen.forget();
         assert!(!seen.has_all(&[path(5)]));
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_lacking_is_counted_in_bytes_whatever_the_age_of_the_memory() {
+        let directory = tempfile::tempdir().unwrap();
+        let seen = Seen::at(directory.path().join("m.seen"));
+        let inputs = [(path(1), 10), (path(2), 200), (path(3), 3000)];
+        assert_eq!(seen.lacking(&inputs), None);
+        fs::write(&seen.path, format!("1000 {}\n", digest(&path(2)))).unwrap();
+        assert_eq!(seen.lacking(&inputs), Some(3010));
+        seen.note([path(1), path(3)].iter());
+        assert_eq!(seen.lacking(&inputs), Some(0));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::trust::{self, Way};
 use crate::plan::{Local, Verdict};
 use crate::reach::ReachError;
+use crate::slots::Held;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
 use std::collections::BTreeSet;
@@ -103,6 +104,7 @@ impl Hook<'_> {
         };
         let text = format!("error: '{derivation}' could not be built on any machine{tried}");
         tracing::error!(derivation, reason = plain(&text), "failed");
+        self.memory.keep_latest(derivation, self.machines);
         self.nix.message(Verbosity::Error, &text);
         exit::FAILURE
     }
@@ -141,6 +143,13 @@ impl Hook<'_> {
     fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
         let machine = &self.machines[chosen.index];
         let derivation = candidate.request.drv_path.as_str();
+        let Chosen { slot, pace, mut reached, .. } = chosen;
+        let meanwhile = |slot: Option<&Held>| {
+            if let Some(slot) = slot {
+                self.say(candidate, slot, pace);
+            }
+            self.memory.keep_latest(derivation, self.machines);
+        };
         let task = Task {
             nix: self.nix,
             settings: self.settings,
@@ -149,6 +158,7 @@ impl Hook<'_> {
             drv: &candidate.drv,
             outputs: &candidate.outputs,
             machine: &machine.name,
+            meanwhile: &meanwhile,
         };
         let seen = self.reach.seen(machine);
         let direct = self.direct_inputs(&candidate.drv);
@@ -157,7 +167,6 @@ impl Hook<'_> {
             Ok(prepared) => prepared,
             Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
         };
-        let Chosen { slot, mut reached, .. } = chosen;
         let mut slot = Some(slot);
         let begin = Instant::now();
         let mut lost = String::new();
@@ -204,6 +213,10 @@ impl Hook<'_> {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
                     log_report(derivation, &machine.name, &report, begin.elapsed());
+                    if report.was_built {
+                        let seconds = report.build.as_secs_f64();
+                        self.memory.built(&candidate.drv, seconds, pace, report.fetched_bytes);
+                    }
                     return Attempt::Done;
                 }
                 Err(error) => error,

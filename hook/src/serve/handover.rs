@@ -6,17 +6,12 @@
 use super::{Hook, ServeError};
 use crate::config::{self, Settings};
 use crate::nix_side::NixSide;
-use crate::plan::here::Here;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Refusal, Request, Verdict};
 use crate::stock::{Stock, StockError};
-use crate::store::Location;
 use crate::wire::hook::{self, Reply, Verbosity};
 use nix_offload_proxy::exit;
-use std::ffi::OsString;
-use std::fs;
 use std::io::Read;
-use std::path::PathBuf;
 
 /// Which machines Nix's own hook may choose from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,16 +119,6 @@ pub(super) fn serve_all(
 }
 
 impl Hook<'_> {
-    /// What speaks against a machine whatever is to be built.
-    pub(super) fn against(&self, machine: &Machine) -> Option<String> {
-        if !machine.uri.is_ours() {
-            return Some("it is left to Nix's own hook".into());
-        }
-        is_own_store(machine, &self.location, super::env).then(|| {
-            "its store is this client's own, where the build would wait for the locks that Nix holds".into()
-        })
-    }
-
     /// Says why a machine that looks right did not get a build which nobody else will do.
     pub(super) fn tell_of_own_stores(&self, request: &Request, decision: &Decision) {
         if decision.verdict != Verdict::Decline || self.local.could_build(request) {
@@ -145,65 +130,6 @@ impl Hook<'_> {
                 let text = format!("cannot build '{}' on '{}': {why}", request.drv_path, machine.name);
                 self.nix.message(Verbosity::Warn, &text);
             }
-        }
-    }
-}
-
-/// Whether a machine's store is the client's own. Nix holds the locks of the outputs while its hook runs, so a build there
-/// would wait for ever (with the stock hook of Nix 2.8 to 2.34 it does).
-pub(super) fn is_own_store(
-    machine: &Machine,
-    own: &Location,
-    env: impl Fn(&str) -> Option<OsString>,
-) -> bool {
-    let state = |setting: &str| Location::parse(setting, &env).ok().map(|location| location.state_dir);
-    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
-    let theirs = match machine.uri.here() {
-        None => None,
-        Some(Here::Program) => match machine.uri.param("remote-store") {
-            Some(store) => state(store),
-            None => {
-                let named = env("NIX_REMOTE").and_then(|named| named.into_string().ok());
-                state(named.as_deref().filter(|named| *named != "daemon").unwrap_or("auto"))
-            }
-        },
-        Some(Here::Store(base)) => state(&plan::here::store_uri(machine, &base)),
-        Some(Here::Socket(path)) => {
-            let usual = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
-            let socket = path.map(PathBuf::from).or_else(usual);
-            match socket {
-                None => state("auto"),
-                Some(path) => {
-                    return settled(path) == settled(own.state_dir.join("daemon-socket/socket"));
-                }
-            }
-        }
-    };
-    theirs.is_some_and(|theirs| settled(theirs) == settled(own.state_dir.clone()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::BTreeSet;
-
-    #[test]
-    fn a_machine_that_is_the_clients_own_store_is_known() {
-        let env = |_: &str| None;
-        let is_own = |uri: &str, setting: &str| {
-            let machine = Machine::for_uri(uri, BTreeSet::new()).unwrap();
-            is_own_store(&machine, &Location::parse(setting, env).unwrap(), env)
-        };
-        for uri in ["auto", "local", "daemon", "localhost", "unix:///nix/var/nix/daemon-socket/socket"] {
-            assert!(is_own(uri, "auto"), "{uri}");
-            assert!(!is_own(uri, "/root/my-nix"), "{uri}");
-        }
-        for uri in ["/srv/x", "local?root=/srv/x", "ssh-ng://localhost?remote-store=/srv/x"] {
-            assert!(!is_own(uri, "auto"), "{uri}");
-            assert!(is_own(uri, "local:///srv/x"), "{uri}");
-        }
-        for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
-            assert!(!is_own(uri, "auto"), "{uri}");
         }
     }
 }

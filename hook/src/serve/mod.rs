@@ -3,10 +3,12 @@
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
 mod attempts;
+mod deciding;
 mod handover;
 mod race;
 mod trust;
 
+use crate::config::rules::Offload;
 use crate::config::{self, Fleet, Settings};
 use crate::fds;
 use crate::files::read_machines_file;
@@ -14,19 +16,20 @@ use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::{self, OutputError, Wanted};
-use crate::plan::{
-    self, Decision, Health, Known, Load, Local, Question, Request, Rules, Verdict, Work, telling,
-};
+use crate::plan::{Local, Request, Rules, Verdict, Work};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
+use crate::survey;
 use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
+use deciding::Memory;
 use handover::{Among, Handover};
 use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
+use nix_offload_proxy::settings::{self as offload, SettingsError};
 use race::{Runner, race};
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -94,12 +97,15 @@ enum Unable {
     Slots(#[from] SlotError),
     #[error(transparent)]
     Reach(#[from] ReachSetupError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
 }
 
 impl Unable {
     fn cure(&self) -> Option<String> {
         match self {
             Self::Reach(error) => error.cure(),
+            Self::Settings(error) => error.cure(),
             Self::Location(_) | Self::Slots(_) => None,
         }
     }
@@ -176,6 +182,8 @@ struct Candidate {
     drv_path: StorePath,
     drv: Derivation,
     outputs: BTreeMap<String, Wanted>,
+    /// The direct inputs and the sizes of their NARs, once they have been looked up.
+    inputs: OnceCell<Option<Vec<(StorePath, u64)>>>,
     /// The inputs that not every machine takes from us, once they have been looked up.
     in_doubt: OnceCell<Vec<PathInfo>>,
 }
@@ -183,6 +191,8 @@ struct Candidate {
 /// A machine that was chosen, its slot, and a connection if one was made to be sure.
 struct Chosen {
     index: usize,
+    /// How many seconds of an idle machine of speed factor 1 a second of this one is worth now.
+    pace: f64,
     slot: Held,
     reached: Option<Reached>,
 }
@@ -215,6 +225,7 @@ struct Hook<'a> {
     slots: Slots,
     queue: Slots,
     reach: Reach,
+    memory: Memory,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -239,20 +250,23 @@ impl<'a> Hook<'a> {
         let slots = Slots::open(location.state_dir.join("current-load"))?;
         let reach = Reach::new(env)?.following(settings);
         let queue = Slots::open(reach.directory().join("queue"))?;
-        let (rules, local) = (Rules::default(), settings.local());
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach })
+        let offload: Offload = offload::read(env)?;
+        let (rules, local) = (offload.rules(), settings.local());
+        let memory = Memory::new(&reach);
+        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
         let mut failed = Failed::new();
-        let left =
-            self.machines.iter().filter(|machine| !handover::is_own_store(machine, &self.location, env));
+        let left = self.machines.iter().filter(|machine| !survey::is_own_store(machine, &self.location, env));
         let mut handover = Handover::new(self.nix, self.settings, verbosity, left);
         let mut first_asked: HashMap<String, SystemTime> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
             let drv_path = request.drv_path.clone();
-            let since = *first_asked.entry(drv_path.clone()).or_insert_with(SystemTime::now);
+            let is_first = !first_asked.contains_key(&drv_path);
+            let since =
+                *first_asked.entry(drv_path.clone()).or_insert_with(|| self.memory.first_asked(&drv_path));
             // A panic before the reply would make Nix give up the whole command.
             let answered =
                 catch_unwind(AssertUnwindSafe(|| self.answer(request, since, &mut failed, &mut handover)));
@@ -273,7 +287,14 @@ impl<'a> Hook<'a> {
                 "answered"
             );
             match answer {
-                Answer::Reply(_) => {}
+                Answer::Reply(reply) => {
+                    if matches!(reply, Reply::Postpone) {
+                        self.memory.postponed(&drv_path, since);
+                    }
+                    if is_first {
+                        self.memory.keep_latest(&drv_path, self.machines);
+                    }
+                }
                 Answer::Ours(_, candidate, accepted) => {
                     drop(handover);
                     // Nix writes this with its whole event loop waiting, so it is read before anything else.
@@ -335,9 +356,9 @@ impl<'a> Hook<'a> {
             return Err(Unfit::Dynamic);
         }
         let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
-        let work = Work { waiting_since: Some(since), ..Work::default() };
-        let in_doubt = OnceCell::new();
-        Ok(Candidate { request: request.clone(), work, drv_path, drv, outputs, in_doubt })
+        let work = self.work(&drv, since);
+        let (inputs, in_doubt) = (OnceCell::new(), OnceCell::new());
+        Ok(Candidate { request: request.clone(), work, drv_path, drv, outputs, inputs, in_doubt })
     }
 
     /// A derivation of the local store; none if the path is not that of one.
@@ -398,7 +419,8 @@ impl<'a> Hook<'a> {
             };
             let machine = &self.machines[index];
             if !ask || self.may_be_promised(machine, candidate) {
-                return (decision.verdict, Some(Chosen { index, slot, reached: None }));
+                let chosen = Chosen { index, pace: decision.pace(index), slot, reached: None };
+                return (decision.verdict, Some(chosen));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
             let (warm, cold): (Vec<_>, Vec<_>) = decision
@@ -442,7 +464,8 @@ impl<'a> Hook<'a> {
                 },
             };
             if winner == index {
-                return (Verdict::Accept(index), Some(Chosen { index, slot, reached }));
+                let chosen = Chosen { index, pace: decision.pace(index), slot, reached };
+                return (Verdict::Accept(index), Some(chosen));
             }
             drop(slot);
             let (machine, slots) = (&self.machines[winner], decision.weight(winner));
@@ -456,7 +479,8 @@ impl<'a> Hook<'a> {
                     builder = machine.name,
                     "answered first"
                 );
-                return (Verdict::Accept(winner), Some(Chosen { index: winner, slot, reached }));
+                let chosen = Chosen { index: winner, pace: decision.pace(winner), slot, reached };
+                return (Verdict::Accept(winner), Some(chosen));
             }
             // Somebody else has the slot by now. It answers, at least.
         }
@@ -483,86 +507,5 @@ impl<'a> Hook<'a> {
         hash_bytes(HashAlgorithm::Sha256, names.join("\n").as_bytes())
             .to_nix_base16_string()
             .replace(':', "-")
-    }
-
-    fn decide(
-        &self,
-        candidate: &Candidate,
-        local: &Local,
-        failed: &Failed,
-        unfit: &Failed,
-    ) -> Result<(Decision, Option<Held>), SlotError> {
-        let _choosing = self.slots.lock("main-lock")?;
-        let mut free: HashMap<usize, u64> = HashMap::new();
-        let mut fault = None;
-        let question = Question {
-            machines: self.machines,
-            rules: &self.rules,
-            local,
-            here: None,
-            request: &candidate.request,
-            work: &candidate.work,
-            now: SystemTime::now(),
-        };
-        let decision = plan::decide(&question, |index| {
-            let machine = &self.machines[index];
-            let unused = Known::ready(Load::default());
-            if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
-                return unused.with_health(Health::Failed(reason.clone()));
-            }
-            if let Some(reason) = self.against(machine) {
-                return unused.with_health(Health::Unreachable(reason));
-            }
-            match self.slots.count(&machine.name, machine.max_jobs) {
-                Ok((load, slot)) => {
-                    free.extend(slot.map(|slot| (index, slot)));
-                    let health = if self.reach.is_asleep(machine) {
-                        Health::Waking
-                    } else {
-                        let why = self.reach.ailing(machine);
-                        why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
-                    };
-                    Known::ready(load).with_health(health)
-                }
-                Err(error) => {
-                    let reason = exit::report(&error, None);
-                    fault = Some(error);
-                    unused.with_health(Health::Failed(reason))
-                }
-            }
-        });
-        match (decision.verdict.clone(), fault) {
-            (Verdict::Accept(index), _) => {
-                let machine = &self.machines[index];
-                let slot = match free.get(&index) {
-                    Some(number) if decision.slots == 1 => self.slots.take(&machine.name, *number)?,
-                    Some(_) => self.slots.take_many(&machine.name, machine.max_jobs, decision.slots)?,
-                    None => None,
-                };
-                Ok((decision, slot))
-            }
-            (_, Some(error)) => Err(error),
-            (_, None) => Ok((decision, None)),
-        }
-    }
-
-    fn log_decision(&self, candidate: &Candidate, decision: &Decision) {
-        let derivation = candidate.request.drv_path.as_str();
-        for (index, refusal) in decision.refusals() {
-            let builder = self.machines[index].name.as_str();
-            tracing::debug!(derivation, builder, reason = refusal.describe(decision.at), "not chosen");
-        }
-        let reason = telling::answer(decision, self.machines);
-        match &decision.verdict {
-            Verdict::Accept(index) => {
-                tracing::info!(derivation, builder = self.machines[*index].name, reason, "chosen");
-            }
-            Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
-            Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
-            Verdict::Decline => {
-                let table = telling::table(decision, self.machines);
-                tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
-            }
-        }
     }
 }

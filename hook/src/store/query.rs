@@ -58,6 +58,21 @@ impl Query {
         self.read(path, &rendered, row, references).map(Some)
     }
 
+    /// Bytes of the NAR of `path`, or nothing if it is not valid.
+    pub fn nar_size(&self, path: &StorePath) -> Result<Option<u64>, DatabaseError> {
+        let failed = self.database.failed("look up a path");
+        let mut statement = self
+            .database
+            .connection
+            .prepare_cached("select narSize from ValidPaths where path = ?")
+            .map_err(&failed)?;
+        let size: Option<Option<i64>> = statement
+            .query_row([self.store_dir.render_path(path)], |row| row.get(0))
+            .optional()
+            .map_err(&failed)?;
+        Ok(size.map(|size| size.and_then(|size| u64::try_from(size).ok()).unwrap_or(0)))
+    }
+
     /// The paths that `path` refers to, or nothing if it is not valid.
     pub fn references(&self, path: &StorePath) -> Result<Option<BTreeSet<StorePath>>, DatabaseError> {
         let failed = self.database.failed("look up a path");

@@ -20,7 +20,7 @@ use nix_offload_proxy::{
         CloseWrite, Endpoint, Master, MasterInfo, OpenError, Pool, Session, SessionReader, SessionStatus,
         SessionWriter, StartError,
     },
-    settings::Settings,
+    settings,
 };
 use tempfile::TempDir;
 
@@ -147,7 +147,7 @@ impl World {
     /// A pool in the same directory for which something is set. So it is for the binary.
     pub(crate) fn pool_with(&self, settings: &str) -> Pool {
         fs::write(self.path("offload.toml"), settings).unwrap();
-        self.pool.clone().with_settings(Settings::read(&self.path("offload.toml")).unwrap())
+        self.pool.clone().with_settings(settings::read_file(&self.path("offload.toml")).unwrap())
     }
 
     /// The processes of sshd's connections.

@@ -47,6 +47,11 @@ impl BuildResult {
         Self { status: if timed_out { 8 } else { 9 }, message }
     }
 
+    /// Whether it was built now, rather than substituted or there already.
+    pub fn is_new(&self) -> bool {
+        self.status == 0
+    }
+
     /// Reads the status. To Nix every failure of a fixed-output derivation is transient, since it may come from the
     /// network (`derivation-building-goal.cc`); another machine is no cure for those.
     pub fn outcome(&self, fixed: bool) -> Outcome {

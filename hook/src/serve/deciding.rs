@@ -1,0 +1,185 @@
+//! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
+
+use super::{Candidate, Failed, Hook, env};
+use crate::plan::machine::Machine;
+use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict, Work, telling};
+use crate::reach::Reach;
+use crate::slots::{Held, Holder, SlotError};
+use crate::state::{self, Asked, Decided, History};
+use crate::store::Query;
+use crate::survey::{Needs, Survey};
+use nix_derivation::{Derivation, StorePath};
+use nix_offload_proxy::exit;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::process;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Inputs beyond so many are not looked up before the reply to Nix.
+const MOST_INPUTS: usize = 100;
+
+/// What hooks remember together.
+pub(super) struct Memory {
+    state: Option<PathBuf>,
+    history: Option<History>,
+    decided: Option<Decided>,
+    asked: Asked,
+    /// The last decision of this process, until it is kept.
+    latest: RefCell<Option<Decision>>,
+}
+
+impl Memory {
+    pub(super) fn new(reach: &Reach) -> Self {
+        let state = state::directory(env);
+        let history = state.as_deref().map(History::at);
+        let decided = state.as_deref().map(Decided::at);
+        Self { state, history, decided, asked: Asked::at(reach.directory()), latest: RefCell::default() }
+    }
+
+    /// When Nix first asked for this derivation.
+    pub(super) fn first_asked(&self, drv_path: &str) -> SystemTime {
+        let now = SystemTime::now();
+        self.asked.since(drv_path, now).unwrap_or(now)
+    }
+
+    pub(super) fn postponed(&self, drv_path: &str, since: SystemTime) {
+        self.asked.postponed(drv_path, since, SystemTime::now());
+    }
+
+    /// Keeps the last decision, about this derivation, for `explain --last`.
+    pub(super) fn keep_latest(&self, drv_path: &str, machines: &[Machine]) {
+        if let (Some(decided), Some(decision)) = (&self.decided, self.latest.take()) {
+            decided.note(drv_path, &telling::ranking(&decision, machines), decision.at);
+        }
+    }
+
+    /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
+    pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
+        if let Some(history) = &self.history {
+            history.note(drv.name(), seconds * pace, output);
+        }
+    }
+}
+
+impl Hook<'_> {
+    /// What is known of a build before it is done.
+    pub(super) fn work(&self, drv: &Derivation, since: SystemTime) -> Work {
+        let record = self.memory.history.as_ref().and_then(|history| history.of(drv.name()));
+        Work {
+            duration: record.map(|record| record.seconds),
+            output: record.map(|record| record.output as u64),
+            waiting_since: Some(since),
+        }
+    }
+
+    /// Decides, and takes the slot of the machine that is chosen; none if it is not free any more.
+    pub(super) fn decide(
+        &self,
+        candidate: &Candidate,
+        local: &Local,
+        failed: &Failed,
+        unfit: &Failed,
+    ) -> Result<(Decision, Option<Held>), SlotError> {
+        let now = SystemTime::now();
+        let state = self.memory.state.as_deref();
+        let needs = Needs { inputs: self.inputs(candidate), typical: self.rules.typical_duration };
+        let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        let question = Question {
+            machines: self.machines,
+            rules: &self.rules,
+            local,
+            here: None,
+            request: &candidate.request,
+            work: &candidate.work,
+            now,
+        };
+        let mut free: HashMap<usize, u64> = HashMap::new();
+        let mut fault = None;
+        let _choosing = self.slots.lock("main-lock")?;
+        let decision = plan::decide(&question, |index| {
+            let unused = Known::ready(Load::default());
+            if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
+                return unused.with_health(Health::Failed(reason.clone()));
+            }
+            match survey.look(&self.machines[index], &needs) {
+                Ok(look) => {
+                    free.extend(look.free.map(|slot| (index, slot)));
+                    look.known
+                }
+                Err(error) => {
+                    let reason = exit::report(&error, None);
+                    fault = Some(error);
+                    unused.with_health(Health::Failed(reason))
+                }
+            }
+        });
+        match (&decision.verdict, fault) {
+            (Verdict::Accept(index), _) => {
+                let machine = &self.machines[*index];
+                let slot = match free.get(index) {
+                    Some(number) if decision.slots == 1 => self.slots.take(&machine.name, *number)?,
+                    Some(_) => self.slots.take_many(&machine.name, machine.max_jobs, decision.slots)?,
+                    None => None,
+                };
+                Ok((decision, slot))
+            }
+            (_, Some(error)) => Err(error),
+            (_, None) => Ok((decision, None)),
+        }
+    }
+
+    /// The direct inputs and their sizes, where it matters which machine has them.
+    fn inputs<'c>(&self, candidate: &'c Candidate) -> Option<&'c [(StorePath, u64)]> {
+        let suitable =
+            self.machines.iter().filter(|machine| plan::suits(machine, &candidate.request).is_ok());
+        if suitable.take(2).count() < 2 {
+            return None;
+        }
+        let look_up = || {
+            let direct = self.direct_inputs(&candidate.drv)?;
+            if direct.len() > MOST_INPUTS {
+                return None;
+            }
+            let query = Query::open(&self.location).ok()?;
+            // What is not valid yet is not known to be large.
+            let size = |path: StorePath| {
+                let size = query.nar_size(&path).ok().flatten().unwrap_or(0);
+                (path, size)
+            };
+            Some(direct.into_iter().map(size).collect())
+        };
+        candidate.inputs.get_or_init(look_up).as_deref()
+    }
+
+    /// Says in the slot what it is used for.
+    pub(super) fn say(&self, candidate: &Candidate, slot: &Held, pace: f64) {
+        slot.say(&Holder {
+            pid: process::id(),
+            derivation: candidate.request.drv_path.clone(),
+            since: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
+            expected: candidate.work.duration.map(|seconds| seconds / pace),
+        });
+    }
+
+    pub(super) fn log_decision(&self, candidate: &Candidate, decision: &Decision) {
+        self.memory.latest.replace(Some(decision.clone()));
+        let derivation = candidate.request.drv_path.as_str();
+        for (index, refusal) in decision.refusals() {
+            let builder = self.machines[index].name.as_str();
+            tracing::debug!(derivation, builder, reason = refusal.describe(decision.at), "not chosen");
+        }
+        let reason = telling::answer(decision, self.machines);
+        match &decision.verdict {
+            Verdict::Accept(index) => {
+                tracing::info!(derivation, builder = self.machines[*index].name, reason, "chosen");
+            }
+            Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
+            Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
+            Verdict::Decline => {
+                let table = telling::table(decision, self.machines);
+                tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! What is kept between processes: small files, each written whole.
+//!
+//! Owns where they are and their form. What is lost or cannot be read is as if it had never been: nothing here may
+//! keep a build from being done.
+
+mod asked;
+mod decided;
+mod history;
+mod withheld;
+
+pub use asked::Asked;
+pub use decided::{Decided, Last};
+pub use history::{History, Record};
+pub use withheld::{Entry, Withholdings};
+
+use nix::unistd::geteuid;
+use nix_derivation::{HashAlgorithm, hash_bytes};
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// Names another directory.
+const VARIABLE: &str = "NIX_OFFLOAD_STATE_DIR";
+/// Root's.
+const SYSTEM: &str = "/var/lib/nix-offload";
+
+/// The directory of what is to survive a restart of this machine: `$NIX_OFFLOAD_STATE_DIR`, else
+/// `/var/lib/nix-offload` for root, else `nix-offload` in `$XDG_STATE_HOME` or `~/.local/state`. None if the
+/// environment leads nowhere.
+pub fn directory(env: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    let set = |name| env(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set(VARIABLE).or_else(|| {
+        if geteuid().is_root() {
+            return Some(SYSTEM.into());
+        }
+        let home = || Some(set("HOME")?.join(".local/state"));
+        Some(set("XDG_STATE_HOME").or_else(home)?.join("nix-offload"))
+    })
+}
+
+/// Values by key in a bounded number of files: a file for all keys whose hashes are alike, the newest first. Processes
+/// that write to one file at the same moment may lose a value.
+#[derive(Debug, Clone)]
+struct Ledger {
+    directory: PathBuf,
+    files: u32,
+    keep: usize,
+}
+
+impl Ledger {
+    /// The value of a key.
+    fn get(&self, key: &str) -> Option<String> {
+        let text = read(&self.file(key))?;
+        text.lines().find_map(|line| Some(line.strip_prefix(key)?.strip_prefix('\t')?.to_owned()))
+    }
+
+    /// Keeps a value of one line. The oldest one in its file is forgotten for it, if there are too many.
+    fn put(&self, key: &str, value: &str) -> io::Result<()> {
+        debug_assert!(!key.contains(['\t', '\n']) && !value.contains('\n'));
+        let file = self.file(key);
+        let mut text = format!("{key}\t{value}\n");
+        for line in read(&file).unwrap_or_default().lines().take(self.keep) {
+            if line.split_once('\t').is_some_and(|(other, _)| other != key)
+                && text.matches('\n').count() < self.keep
+            {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        write(&file, &text)
+    }
+
+    fn file(&self, key: &str) -> PathBuf {
+        let digest = hash_bytes(HashAlgorithm::Sha256, key.as_bytes()).to_nix_base16_string();
+        let number = digest.get(7..15).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
+        self.directory.join(format!("{:04x}", number % self.files))
+    }
+}
+
+/// A file's text; none unless it is ours.
+fn read(path: &Path) -> Option<String> {
+    const MOST_BYTES: u64 = 4 << 20;
+    let metadata = fs::symlink_metadata(path).ok()?;
+    let is_ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+    (metadata.is_file() && is_ours && metadata.len() <= MOST_BYTES).then(|| fs::read_to_string(path).ok())?
+}
+
+/// Writes a file whole, and makes its directory if need be.
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    let new = path.with_extension(format!("{}.new", std::process::id()));
+    let open = || OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let mut file = match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let parent = path.parent().ok_or(error)?;
+            if let Some(above) = parent.parent() {
+                fs::create_dir_all(above)?;
+            }
+            match DirBuilder::new().mode(0o700).create(parent) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => open()?,
+            }
+        }
+        other => other?,
+    };
+    let written = file.write_all(text.as_bytes()).and_then(|()| fs::rename(&new, path));
+    if written.is_err() {
+        let _ = fs::remove_file(&new);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_directory_follows_the_environment() {
+        let with = |name: &'static str, value: &'static str| {
+            move |asked: &str| (asked == name).then(|| OsString::from(value))
+        };
+        assert_eq!(directory(with("NIX_OFFLOAD_STATE_DIR", "/x")), Some("/x".into()));
+        let expected = if geteuid().is_root() { SYSTEM } else { "/home/a/.local/state/nix-offload" };
+        assert_eq!(directory(with("HOME", "/home/a")), Some(expected.into()));
+    }
+
+    #[test]
+    fn a_ledger_keeps_the_newest_values_and_stays_small() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger { directory: directory.path().join("new/ledger"), files: 2, keep: 3 };
+        assert_eq!(ledger.get("a"), None);
+        ledger.put("a", "1").unwrap();
+        ledger.put("ab", "2").unwrap();
+        ledger.put("a", "3").unwrap();
+        assert_eq!((ledger.get("a"), ledger.get("ab")), (Some("3".into()), Some("2".into())));
+        for number in 0..100 {
+            ledger.put(&format!("k{number}"), "v").unwrap();
+        }
+        let lines = |entry: io::Result<fs::DirEntry>| {
+            fs::read_to_string(entry.unwrap().path()).unwrap().lines().count()
+        };
+        let counts: Vec<usize> = fs::read_dir(&ledger.directory).unwrap().map(lines).collect();
+        assert_eq!(counts, [3, 3]);
+        assert_eq!(ledger.get("k99").as_deref(), Some("v"));
+    }
+
+    #[test]
+    fn what_others_could_have_written_is_not_read() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("f");
+        write(&file, "x").unwrap();
+        assert_eq!(read(&file).as_deref(), Some("x"));
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o662)).unwrap();
+        assert_eq!(read(&file), None);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        symlink(&file, directory.path().join("link")).unwrap();
+        assert_eq!(read(&directory.path().join("link")), None);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+}

@@ -1,0 +1,167 @@
+//! What is known of the machines at this moment, for a decision or for people: joins slots, health, what people said and
+//! what was measured.
+//!
+//! Must never decide, connect to a machine, or measure anything itself.
+
+use crate::plan::here::{self, Here};
+use crate::plan::known::Link;
+use crate::plan::machine::Machine;
+use crate::plan::{Health, Known, Load, estimate};
+use crate::reach::Reach;
+use crate::slots::{SlotError, Slots};
+use crate::state::Withholdings;
+use crate::store::Location;
+use nix_derivation::StorePath;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The state of things that every decision looks at anew.
+#[derive(Debug)]
+pub struct Survey<'a> {
+    slots: &'a Slots,
+    reach: &'a Reach,
+    location: &'a Location,
+    withheld: Withholdings,
+    now: SystemTime,
+}
+
+/// What was found out of one machine.
+#[derive(Debug)]
+pub struct Look {
+    /// For the decision.
+    pub known: Known,
+    /// The number of a free slot, if there is one.
+    pub free: Option<u64>,
+}
+
+/// What a build asks of the machines.
+#[derive(Debug, Clone, Copy)]
+pub struct Needs<'a> {
+    /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
+    pub inputs: Option<&'a [(StorePath, u64)]>,
+    /// Seconds that a build takes of which nothing is known.
+    pub typical: f64,
+}
+
+impl<'a> Survey<'a> {
+    /// Reads what is the same for all machines. `state` is the state directory.
+    pub fn begin(
+        slots: &'a Slots,
+        reach: &'a Reach,
+        location: &'a Location,
+        state: Option<&Path>,
+        now: SystemTime,
+    ) -> Self {
+        let withheld = state.map(Withholdings::read).unwrap_or_default();
+        Self { slots, reach, location, withheld, now }
+    }
+
+    /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
+    ///
+    /// # Errors
+    /// If its slots cannot be counted.
+    pub fn look(&self, machine: &Machine, needs: &Needs<'_>) -> Result<Look, SlotError> {
+        if let Some(reason) = against(machine, self.location) {
+            let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
+            return Ok(Look { known, free: None });
+        }
+        let (load, free) = self.slots.count(&machine.name, machine.max_jobs)?;
+        let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
+        let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        let known = Known {
+            link: Link { missing, ..Link::default() },
+            slot_wait,
+            health: self.health(machine),
+            withheld: self.withheld.of(&machine.name),
+            ..Known::ready(load)
+        };
+        Ok(Look { known, free })
+    }
+
+    fn health(&self, machine: &Machine) -> Health {
+        if self.reach.is_asleep(machine) {
+            return Health::Waking;
+        }
+        let why = self.reach.ailing(machine);
+        why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
+    }
+
+    /// When one of its slots is free, if all who have one say what they do.
+    fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>) -> Option<f64> {
+        let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let holders = self.slots.holders(&machine.name, machine.max_jobs);
+        let end = |holder: crate::slots::Holder| {
+            let expected = holder.expected.unwrap_or(needs.typical / f64::from(machine.speed_factor));
+            (holder.since + expected - now).max(0.0)
+        };
+        let ends: Option<Vec<f64>> = holders.into_iter().map(|holder| holder.map(end)).collect();
+        estimate::slot_wait(&ends?, 0, needs.typical)
+    }
+}
+
+/// What speaks against a machine whatever is to be built.
+pub fn against(machine: &Machine, own: &Location) -> Option<String> {
+    if !machine.uri.is_ours() {
+        return Some("it is left to Nix's own hook".into());
+    }
+    is_own_store(machine, own, |name| std::env::var_os(name)).then(|| {
+        "its store is this client's own, where the build would wait for the locks that Nix holds".into()
+    })
+}
+
+/// Whether a machine's store is the client's own. Nix holds the locks of the outputs while its hook runs, so a build there
+/// would wait for ever (with the stock hook of Nix 2.8 to 2.34 it does).
+pub fn is_own_store(machine: &Machine, own: &Location, env: impl Fn(&str) -> Option<OsString>) -> bool {
+    let state = |setting: &str| Location::parse(setting, &env).ok().map(|location| location.state_dir);
+    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
+    let theirs = match machine.uri.here() {
+        None => None,
+        Some(Here::Program) => match machine.uri.param("remote-store") {
+            Some(store) => state(store),
+            None => {
+                let named = env("NIX_REMOTE").and_then(|named| named.into_string().ok());
+                state(named.as_deref().filter(|named| *named != "daemon").unwrap_or("auto"))
+            }
+        },
+        Some(Here::Store(base)) => state(&here::store_uri(machine, &base)),
+        Some(Here::Socket(path)) => {
+            let usual = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
+            let socket = path.map(PathBuf::from).or_else(usual);
+            match socket {
+                None => state("auto"),
+                Some(path) => {
+                    return settled(path) == settled(own.state_dir.join("daemon-socket/socket"));
+                }
+            }
+        }
+    };
+    theirs.is_some_and(|theirs| settled(theirs) == settled(own.state_dir.clone()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn a_machine_that_is_the_clients_own_store_is_known() {
+        let env = |_: &str| None;
+        let is_own = |uri: &str, setting: &str| {
+            let machine = Machine::for_uri(uri, BTreeSet::new()).unwrap();
+            is_own_store(&machine, &Location::parse(setting, env).unwrap(), env)
+        };
+        for uri in ["auto", "local", "daemon", "localhost", "unix:///nix/var/nix/daemon-socket/socket"] {
+            assert!(is_own(uri, "auto"), "{uri}");
+            assert!(!is_own(uri, "/root/my-nix"), "{uri}");
+        }
+        for uri in ["/srv/x", "local?root=/srv/x", "ssh-ng://localhost?remote-store=/srv/x"] {
+            assert!(!is_own(uri, "auto"), "{uri}");
+            assert!(is_own(uri, "local:///srv/x"), "{uri}");
+        }
+        for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
+            assert!(!is_own(uri, "auto"), "{uri}");
+        }
+    }
+}
