@@ -7,6 +7,7 @@ pub mod config;
 pub mod fds;
 pub mod files;
 pub mod job;
+pub mod nix_here;
 pub mod nix_side;
 pub mod path_info;
 pub mod ping;

@@ -9,7 +9,7 @@ mod race;
 mod trust;
 
 use crate::config::rules::Offload;
-use crate::config::{self, Fleet, Settings};
+use crate::config::{self, Settings};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
@@ -123,7 +123,8 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     let nix = NixSide::new(log);
     let mut source = io::stdin().lock();
     let settings = hook::read_settings(&mut source).map_err(ServeError::Protocol)?;
-    let fleet = fleet(&settings);
+    let builders = settings.get("builders").unwrap_or_default();
+    let fleet = config::fleet(&settings, "builders", builders, &read_machines_file);
     for problem in &fleet.problems {
         tracing::warn!(place = %format_args!("{}:{}:{}", problem.place.source, problem.place.line,
             problem.place.column), "{}", problem.message);
@@ -160,19 +161,6 @@ fn level(verbosity: u64) -> LevelFilter {
         5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     })
-}
-
-fn fleet(settings: &Settings) -> Fleet {
-    let text = settings.get("builders").unwrap_or_default();
-    let mut fleet =
-        config::parse_machines("builders", text, &settings.default_systems(), &read_machines_file);
-    if settings.renders_uris() {
-        for machine in &mut fleet.machines {
-            // The names of slots are made from it, and those are shared with stock hooks.
-            machine.name = machine.uri.render().unwrap_or_else(|| machine.name.clone());
-        }
-    }
-    fleet
 }
 
 /// A request that passed the checks which need no machine.
