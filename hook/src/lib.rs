@@ -4,6 +4,7 @@ pub mod builder;
 pub mod check;
 pub mod cli;
 pub mod config;
+pub mod derivation;
 pub mod fds;
 pub mod files;
 pub mod job;

@@ -1,12 +1,12 @@
 //! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
 
 use super::{Candidate, Failed, Hook, env};
+use crate::derivation;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History};
-use crate::store::Query;
 use crate::survey::{Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
@@ -15,9 +15,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process;
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// Inputs beyond so many are not looked up before the reply to Nix.
-const MOST_INPUTS: usize = 100;
 
 /// What hooks remember together.
 pub(super) struct Memory {
@@ -136,19 +133,7 @@ impl Hook<'_> {
         if suitable.take(2).count() < 2 {
             return None;
         }
-        let look_up = || {
-            let direct = self.direct_inputs(&candidate.drv)?;
-            if direct.len() > MOST_INPUTS {
-                return None;
-            }
-            let query = Query::open(&self.location).ok()?;
-            // What is not valid yet is not known to be large.
-            let size = |path: StorePath| {
-                let size = query.nar_size(&path).ok().flatten().unwrap_or(0);
-                (path, size)
-            };
-            Some(direct.into_iter().map(size).collect())
-        };
+        let look_up = || derivation::weighed_inputs(&self.location, &candidate.drv);
         candidate.inputs.get_or_init(look_up).as_deref()
     }
 
