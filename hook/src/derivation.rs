@@ -98,12 +98,7 @@ pub fn request(drv: &Derivation, drv_path: &str, am_willing: bool) -> Request {
         }
         (None, None) => BTreeSet::new(),
     };
-    Request {
-        am_willing,
-        system: drv.system().to_owned(),
-        drv_path: drv_path.to_owned(),
-        required_features,
-    }
+    Request { am_willing, system: drv.system().to_owned(), drv_path: drv_path.to_owned(), required_features }
 }
 
 /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
@@ -153,7 +148,10 @@ mod tests {
     #[test]
     fn features_are_words_or_a_list_in_the_structured_attributes() {
         assert_eq!(required(""), [""; 0]);
-        assert_eq!(required("(\"requiredSystemFeatures\",\" kvm\\n big-parallel\"),"), ["big-parallel", "kvm"]);
+        assert_eq!(
+            required("(\"requiredSystemFeatures\",\" kvm\\n big-parallel\"),"),
+            ["big-parallel", "kvm"]
+        );
         let structured = r#"("__json","{\"requiredSystemFeatures\":[\"a\",\"b c\"]}"),"#;
         assert_eq!(required(structured), ["a", "b c"]);
         let both = format!("{structured}(\"requiredSystemFeatures\",\"kvm\"),");

@@ -3,8 +3,8 @@
 //! Asks ssh for what ssh_config makes of a name, and the name service for the rest, all of them side by side and not longer
 //! than a bound. Must never connect to a host.
 
-use crate::nix_here;
 use super::machines::Host;
+use crate::nix_here;
 use nix_offload_proxy::settings;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;

@@ -18,7 +18,6 @@ use crate::nix_here::{self, Daemon, Effective, View};
 use crate::plan::machine::Place;
 use crate::reach::DAEMON_SOCKET;
 
-
 use files::Runner;
 use finding::{Finding, Severity, Spot};
 use hosts::{Found, LookedUp};

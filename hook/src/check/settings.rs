@@ -4,7 +4,6 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-
 use super::files::Program;
 use super::finding::{Finding, Spot};
 use super::known::{self, Word};
