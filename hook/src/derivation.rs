@@ -101,6 +101,15 @@ pub fn request(drv: &Derivation, drv_path: &str, am_willing: bool) -> Request {
     Request { am_willing, system: drv.system().to_owned(), drv_path: drv_path.to_owned(), required_features }
 }
 
+/// Whether Nix builds it here without asking, wherever it can (`getBoolAttr` and `willBuildLocally` in the same file).
+pub fn prefers_local(drv: &Derivation) -> bool {
+    const NAME: &str = "preferLocalBuild";
+    match drv.structured_attrs() {
+        Some(attributes) => attributes.get(NAME).and_then(|flag| flag.as_bool()).unwrap_or(false),
+        None => drv.environment().get(NAME).is_some_and(|flag| flag == b"1"),
+    }
+}
+
 /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
 pub fn direct_inputs(location: &Location, drv: &Derivation) -> Option<Vec<StorePath>> {
     let mut direct: BTreeSet<StorePath> = drv.input_sources().iter().cloned().collect();

@@ -3,6 +3,7 @@
 //!
 //! Must never connect to a machine, nor change anything.
 
+use crate::cli::Meant;
 use crate::config::{self, Fleet, Settings};
 use crate::files::read_machines_file;
 use crate::nix_here::{self, AskError, View};
@@ -17,15 +18,6 @@ use serde::de::DeserializeOwned;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
-
-/// Which Nix is meant, as it was said on the command line.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Meant {
-    /// Machines instead of those of the configuration, in the form of the setting `builders`.
-    pub builders: Option<String>,
-    /// The store that builds are for, as with Nix's own `--store`.
-    pub store: Option<String>,
-}
 
 /// Why there is nothing to stand on.
 #[derive(Debug, Error)]

@@ -7,7 +7,7 @@ use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict,
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History};
-use crate::survey::{Needs, Survey};
+use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use std::cell::RefCell;
@@ -62,12 +62,7 @@ impl Memory {
 impl Hook<'_> {
     /// What is known of a build before it is done.
     pub(super) fn work(&self, drv: &Derivation, since: SystemTime) -> Work {
-        let record = self.memory.history.as_ref().and_then(|history| history.of(drv.name()));
-        Work {
-            duration: record.map(|record| record.seconds),
-            output: record.map(|record| record.output as u64),
-            waiting_since: Some(since),
-        }
+        survey::work(self.memory.history.as_ref(), drv.name(), since)
     }
 
     /// Decides, and takes the slot of the machine that is chosen; none if it is not free any more.
@@ -128,9 +123,7 @@ impl Hook<'_> {
 
     /// The direct inputs and their sizes, where it matters which machine has them.
     fn inputs<'c>(&self, candidate: &'c Candidate) -> Option<&'c [(StorePath, u64)]> {
-        let suitable =
-            self.machines.iter().filter(|machine| plan::suits(machine, &candidate.request).is_ok());
-        if suitable.take(2).count() < 2 {
+        if !survey::asks_for_inputs(self.machines, &candidate.request) {
             return None;
         }
         let look_up = || derivation::weighed_inputs(&self.location, &candidate.drv);

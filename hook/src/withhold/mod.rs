@@ -4,40 +4,25 @@
 
 mod names;
 
+use crate::cli::{Change, Meant};
 use crate::config::Fleet;
 use crate::local_time;
 use crate::plan::known::{Withheld, Withholding};
 use crate::plan::machine::Machine;
 use crate::slots::Holder;
 use crate::state::Withholdings;
-use crate::vantage::{Meant, Vantage, VantageError};
+use crate::vantage::{Vantage, VantageError};
 use nix_offload_proxy::exit;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// More names than this are not listed in one line.
 const MOST_NAMES: usize = 20;
-
-/// What is to become of machines.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
-    /// They are to get nothing new.
-    Withhold {
-        /// In which way.
-        how: Withholding,
-        /// For so long; until somebody says otherwise if it is not given.
-        span: Option<Duration>,
-        /// What people are told; may be empty.
-        reason: String,
-    },
-    /// They are to get builds again.
-    Enable,
-}
 
 /// Why nothing was changed.
 #[derive(Debug, Error)]

@@ -26,7 +26,14 @@ pub(super) fn meant<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) ->
 /// The name that a word without a meaning was probably meant to be.
 pub(super) fn likeliest<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<String> {
     let word = word.to_lowercase();
-    let alike = |form: &String| strsim::jaro_winkler(&form.to_lowercase(), &word);
+    let alike = |form: &String| {
+        let form = form.to_lowercase();
+        // One letter is enough for a slip, but in a short name it weighs too much for the other measure.
+        match strsim::osa_distance(&form, &word) {
+            ..=1 => 1.0,
+            _ => strsim::jaro_winkler(&form, &word),
+        }
+    };
     let forms = names.into_iter().flat_map(|name| shorter(name).collect::<Vec<_>>());
     let best = forms.max_by(|a, b| alike(a).total_cmp(&alike(b)))?;
     (alike(&best) >= ALIKE).then_some(best)
