@@ -22,5 +22,7 @@ mod proxycommand;
 mod serve;
 mod slots;
 mod support;
+mod telling;
 mod trust;
 mod waking;
+mod withholding;

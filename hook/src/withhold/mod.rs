@@ -261,6 +261,7 @@ fn to_text(report: &mut String, done: &Done, to: Option<&Withheld>, now: SystemT
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     fn list(uris: &[&str]) -> Vec<Machine> {
         uris.iter().map(|uri| Machine::for_uri(uri, BTreeSet::new()).unwrap()).collect()
