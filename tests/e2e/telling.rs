@@ -230,3 +230,71 @@ fn what_was_forgotten_is_looked_for_in_the_journal() {
     let text = told.assert_success().stdout();
     assert!(text.contains(" ago, from the journal:\n  to be built on ssh-ng://mac: "), "{text}");
 }
+
+/// 30 builds that require this feature, and after every third one that does not, which a new hook is started for.
+fn thirty(feature: &str, script: &str) -> String {
+    drv::expression(&format!(
+        r#"builtins.genList (i: d "x-${{toString (100 + i)}}" "{script}"
+             (if builtins.bitAnd i 3 == 3 then {{ }} else {{ requiredSystemFeatures = [ "{feature}" ]; }})) 40"#
+    ))
+}
+
+#[test]
+fn thirty_builds_that_fit_nowhere_have_one_table() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for release in Release::ALL {
+        for mode in [Mode::SingleUser, Mode::Daemon] {
+            let name = format!("{}-{mode:?}", release.name()).to_lowercase();
+            let client = plan(&world)
+                .named(&name)
+                .release(release)
+                .mode(mode)
+                .uses(&mac, "ssh-ng", 2)
+                .machines("ssh://arm aarch64-linux\nssh://bench x86_64-linux - 1 1 no-such benchmark\n")
+                .start();
+            for round in 0..2 {
+                let told = client.nix_build(&thirty("no-such", "echo > $out"), &["-j0", "-k"]);
+                told.assert_failure();
+                let table = |text: &str| told.stderr().matches(text).count();
+                assert_eq!(table("nix-offload: nothing can build '/nix/store/"), 1, "{name} {round}: {told}");
+                for line in [
+                    "' (x86_64-linux, features [no-such]):\n",
+                    "  ssh-ng://mac  lacks the features [no-such]\n",
+                    "  ssh://arm     does not build for this system\n",
+                    "  ssh://bench   builds only derivations that require the features [benchmark]\n",
+                    "  this machine  builds nothing (max-jobs is 0)\n",
+                ] {
+                    assert_eq!(table(line), 1, "{line:?} {name}: {told}");
+                }
+                // Nix's own words are still there.
+                let words = if release == Release::Sid {
+                    "local builds are disabled"
+                } else {
+                    "unable to start any build"
+                };
+                told.assert_stderr_has(words);
+            }
+            // Another reason is told, too.
+            let other = client.nix_build(&thirty("another", "echo > $out"), &["-j0", "-k"]);
+            other.assert_failure().assert_stderr_has("(x86_64-linux, features [another]):");
+        }
+    }
+}
+
+#[test]
+fn what_can_be_built_here_is_told_of_only_to_those_who_want_to_know() {
+    let world = World::new();
+    let client =
+        plan(&world).nix_conf("system-features = no-such").machines("ssh://mac x86_64-linux - 2").start();
+    let built = client.nix_build(&thirty("no-such", "echo > $out"), &["-j2", "-v"]);
+    let count = |output: &Output| output.stderr().matches("lacks the features [no-such]").count();
+    assert_eq!(count(&built), 1, "{built}");
+    built.assert_stderr_has("' (x86_64-linux, features [no-such]), but this one can:\n");
+    let quiet = client.nix_build(&thirty("no-such", "echo 2 > $out"), &["-j2"]);
+    assert_eq!(count(&quiet), 0, "{quiet}");
+    // Machines for other systems are not to blame.
+    client.set_machines("ssh://arm aarch64-linux\n");
+    let built = client.nix_build(&drv::trivial("a"), &["-j2", "-v"]);
+    built.assert_success().assert_stderr_lacks("nix-offload: ");
+}

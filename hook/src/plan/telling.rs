@@ -7,14 +7,63 @@
 use super::estimate::{Estimate, Figure};
 use super::machine::Machine;
 use super::verdict::{Because, Decision, Order, Refusal, Verdict, bytes, span};
+use super::{Local, Request};
 use std::fmt::Write as _;
+use std::time::SystemTime;
 
 /// The table shows so many machines; the others are counted.
 const MOST_ROWS: usize = 20;
 
-/// What keeps each machine from the build, one line for each; machines with the same reason share one.
-pub fn table(decision: &Decision, machines: &[Machine]) -> String {
-    rows(decision.refusals(), decision, machines, "  ")
+/// What keeps each machine from the build, one line for each; machines with the same reason share one. The last line is
+/// about the client's own machine, if there is something to say of it.
+pub fn table(decision: &Decision, machines: &[Machine], here: Option<&str>) -> String {
+    rows(decision.refusals(), decision, machines, "  ", here)
+}
+
+/// What was decided without the figures that change from one build to the next. Builds for which it is the same are kept
+/// from the machines by the same things.
+pub fn gist(decision: &Decision, request: &Request) -> String {
+    let mut gist = format!("{} {:?} {:?}", request.system, request.required_features, decision.because);
+    for (index, refusal) in decision.refusals() {
+        let _ = match refusal {
+            Refusal::System => write!(gist, " {index}"),
+            Refusal::MissingFeatures(features) => write!(gist, " {index} lacks {features:?}"),
+            Refusal::MandatoryFeatures(features) => write!(gist, " {index} wants {features:?}"),
+            Refusal::Unreachable(why) => write!(gist, " {index} cannot be used {why}"),
+            Refusal::Withheld(withheld) => write!(gist, " {index} {:?} {}", withheld.how, withheld.why),
+            Refusal::Inhibited(why) => write!(gist, " {index} inhibited {why}"),
+            Refusal::Short { of, .. } => write!(gist, " {index} {of}"),
+            Refusal::Full { slots: 0, .. } => write!(gist, " {index} no slots"),
+            // How it failed may be told in ever new words.
+            Refusal::Failed(_) | Refusal::CoolDown { .. } | Refusal::Waking => write!(gist, " {index} down"),
+            Refusal::Full { .. } | Refusal::Outranked { .. } | Refusal::HeldBack | Refusal::Local => Ok(()),
+        };
+    }
+    gist
+}
+
+/// Why the client's own machine does not build it; none if it could.
+pub fn here(local: &Local, request: &Request) -> Option<String> {
+    if local.could_build(request) {
+        return None;
+    }
+    if local.max_jobs == 0 {
+        return Some("builds nothing (max-jobs is 0)".into());
+    }
+    if !request.is_builtin() && !local.systems.contains(&request.system) {
+        return Some(Refusal::System.describe(SystemTime::UNIX_EPOCH));
+    }
+    let missing = request.required_features.difference(&local.features).cloned().collect();
+    Some(Refusal::MissingFeatures(missing).describe(SystemTime::UNIX_EPOCH))
+}
+
+/// What a build needs, in a few words: `x86_64-linux, features [kvm]`.
+pub fn needs(request: &Request) -> String {
+    let features: Vec<&str> = request.required_features.iter().map(String::as_str).collect();
+    match features.as_slice() {
+        [] => request.system.clone(),
+        features => format!("{}, features [{}]", request.system, features.join(", ")),
+    }
 }
 
 /// Refused machines with their reasons behind a mark.
@@ -23,7 +72,9 @@ fn rows<'a>(
     decision: &Decision,
     machines: &[Machine],
     mark: &str,
+    here: Option<&str>,
 ) -> String {
+    const HERE: &str = "this machine";
     let mut rows: Vec<(String, Vec<&str>)> = Vec::new();
     for (index, refusal) in refusals {
         let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
@@ -35,7 +86,8 @@ fn rows<'a>(
     }
     let shown: Vec<(String, &str)> =
         rows.iter().take(MOST_ROWS).map(|(why, names)| (short_list(names), why.as_str())).collect();
-    let width = shown.iter().map(|(names, _)| names.chars().count()).max().unwrap_or_default();
+    let own = here.map(|_| HERE.len());
+    let width = shown.iter().map(|(names, _)| names.chars().count()).chain(own).max().unwrap_or_default();
     let mut text = String::new();
     for (names, why) in shown {
         let _ = writeln!(text, "{mark}{names:width$}  {why}");
@@ -43,6 +95,9 @@ fn rows<'a>(
     let left: usize = rows.iter().skip(MOST_ROWS).map(|(_, names)| names.len()).sum();
     if left > 0 {
         let _ = writeln!(text, "{mark}and {left} more");
+    }
+    if let Some(why) = here {
+        let _ = writeln!(text, "{mark}{HERE:width$}  {why}");
     }
     text
 }
@@ -137,7 +192,7 @@ pub fn ranking(decision: &Decision, machines: &[Machine]) -> String {
         has_assumed |= arithmetic(&mut text, here);
     }
     let unranked = decision.refusals().filter(|(index, _)| decision.standings[*index].place.is_none());
-    text.push_str(&rows(unranked, decision, machines, "  -  "));
+    text.push_str(&rows(unranked, decision, machines, "  -  ", None));
     if has_assumed {
         text.push_str("in parentheses: what is not known, and assumed\n");
     }

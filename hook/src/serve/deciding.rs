@@ -6,11 +6,11 @@ use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
-use crate::state::{self, Asked, Decided, History};
+use crate::state::{self, Asked, Decided, History, Told};
 use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
-use std::cell::RefCell;
+use std::cell::{Ref, RefCell};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process;
@@ -22,6 +22,7 @@ pub(super) struct Memory {
     history: Option<History>,
     decided: Option<Decided>,
     asked: Asked,
+    told: Told,
     /// The last decision of this process, until it is kept.
     latest: RefCell<Option<Decision>>,
 }
@@ -31,7 +32,8 @@ impl Memory {
         let state = state::directory(env);
         let history = state.as_deref().map(History::at);
         let decided = state.as_deref().map(Decided::at);
-        Self { state, history, decided, asked: Asked::at(reach.directory()), latest: RefCell::default() }
+        let (asked, told) = (Asked::at(reach.directory()), Told::at(reach.directory()));
+        Self { state, history, decided, asked, told, latest: RefCell::default() }
     }
 
     /// When Nix first asked for this derivation.
@@ -42,6 +44,16 @@ impl Memory {
 
     pub(super) fn postponed(&self, drv_path: &str, since: SystemTime) {
         self.asked.postponed(drv_path, since, SystemTime::now());
+    }
+
+    /// The last decision of this process, unless it is kept already.
+    pub(super) fn latest(&self) -> Ref<'_, Option<Decision>> {
+        self.latest.borrow()
+    }
+
+    /// Whether nobody has told this in this Nix command.
+    pub(super) fn is_first_told(&self, what: &str) -> bool {
+        self.told.is_first(what)
     }
 
     /// Keeps the last decision, about this derivation, for `explain --last`.
@@ -155,7 +167,7 @@ impl Hook<'_> {
             Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
             Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
             Verdict::Decline => {
-                let table = telling::table(decision, self.machines);
+                let table = telling::table(decision, self.machines, None);
                 tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
             }
         }

@@ -5,6 +5,7 @@
 mod attempts;
 mod deciding;
 mod handover;
+mod notice;
 mod race;
 mod trust;
 
@@ -304,9 +305,21 @@ impl<'a> Hook<'a> {
                 }
                 _ => Answer::Reply(Reply::Postpone),
             },
-            (Verdict::Postpone(_), _) => Answer::Reply(Reply::Postpone),
+            (Verdict::Postpone(_), _) => {
+                self.tell_what_is_missing(&request, &self.local);
+                Answer::Reply(Reply::Postpone)
+            }
             _ => {
-                Answer::from(handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak"))
+                let why = "its machine is not of a kind we speak";
+                let answer = handover.ask(Among::Foreign, &request, why);
+                if answer.0 == Reply::Decline {
+                    self.tell_what_is_missing(&request, &self.local);
+                    if !self.local.could_build(&request) {
+                        // Nix may end us as soon as it has the answer.
+                        self.memory.keep_latest(&request.drv_path, self.machines);
+                    }
+                }
+                Answer::from(answer)
             }
         }
     }
@@ -352,10 +365,7 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => {
-                    self.tell_of_own_stores(&candidate.request, &decision);
-                    return (decision.verdict, None);
-                }
+                _ => return (decision.verdict, None),
             };
             let machine = &self.machines[index];
             if !ask || self.may_be_promised(machine, candidate) {

@@ -3,7 +3,7 @@
 use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::known::{Link, Withheld, Withholding};
-use crate::plan::telling::{ranking, table};
+use crate::plan::telling::{gist, here, needs, ranking, table};
 
 fn fleet() -> Vec<Machine> {
     let mut machines: Vec<Machine> =
@@ -42,7 +42,7 @@ fn the_table_says_of_every_machine_what_is_missing() {
     let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known());
     assert_eq!(decision.verdict, Verdict::Wait(vec![1]));
     assert_eq!(
-        table(&decision, &machines),
+        table(&decision, &machines, None),
         "  ssh://mac, ssh://other  does not build for this system\n\
          \x20 ssh://full              full: 8 of 8 slots taken\n\
          \x20 ssh://tired             drained for 2.0 h: new disk\n\
@@ -58,7 +58,7 @@ fn the_table_of_many_machines_is_short() {
     machines.iter_mut().for_each(|machine| machine.systems = set(&["aarch64-linux"]));
     let decision = with_loads(&machines, &request(), &[]);
     assert_eq!(
-        table(&decision, &machines),
+        table(&decision, &machines, None),
         "  ssh://a, ssh://a and 998 more  does not build for this system\n"
     );
 }
@@ -120,4 +120,45 @@ fn the_ranking_of_many_machines_is_short() {
     let text = ranking(&with_loads(&machines, &request(), &[0; 50]), &machines);
     assert_eq!(text.matches("done in").count(), 20);
     assert!(text.contains("\n     and 29 more\n  -  ssh://a  does not build for this system\n"), "{text}");
+}
+
+#[test]
+fn what_keeps_a_build_from_all_machines_is_the_same_whatever_the_figures() {
+    let machines = [machine("a", 4, 1.0), machine("b", 1, 1.0)];
+    let request = request();
+    let gist = |known: [Known; 2]| {
+        gist(&decide_with(&Rules::default(), &Work::default(), &machines, &known), &request)
+    };
+    let drained = |until| Known {
+        withheld: Some(Withheld { how: Withholding::Drained, until, why: "disk".into() }),
+        ..busy(0)
+    };
+    let short = |left| with_sample(idle(), |sample| sample.disk_free = Some(left));
+    let soon = Some(NOW + Duration::from_secs(9));
+    assert_eq!(gist([drained(soon), failed("a")]), gist([drained(None), failed("b")]));
+    assert_eq!(gist([short(1), failed("a")]), gist([short(2), failed("a")]));
+    assert_ne!(gist([short(1), failed("a")]), gist([drained(None), failed("a")]));
+    assert_ne!(gist([short(1), failed("a")]), gist([failed("a"), short(1)]));
+}
+
+#[test]
+fn the_clients_own_machine_has_its_reason_too() {
+    let request = Request { required_features: set(&["kvm", "x"]), ..request() };
+    let local = |max_jobs, system: &str| Local { max_jobs, systems: set(&[system]), features: set(&["x"]) };
+    assert_eq!(needs(&request), "x86_64-linux, features [kvm, x]");
+    for (local, expected) in [
+        (local(0, "x86_64-linux"), "builds nothing (max-jobs is 0)"),
+        (local(1, "aarch64-linux"), "does not build for this system"),
+        (local(1, "x86_64-linux"), "lacks the features [kvm]"),
+    ] {
+        assert_eq!(here(&local, &request).as_deref(), Some(expected));
+    }
+    let could = Local { features: set(&["x", "kvm"]), ..local(1, "x86_64-linux") };
+    assert_eq!(here(&could, &request), None);
+    let machines = [machine("a", 1, 1.0)];
+    let decision = decided(&machines, &local(0, "x86_64-linux"), &request, |_| busy(0));
+    assert_eq!(
+        table(&decision, &machines, here(&local(0, ""), &request).as_deref()),
+        "  ssh://a       lacks the features [kvm, x]\n  this machine  builds nothing (max-jobs is 0)\n"
+    );
 }
