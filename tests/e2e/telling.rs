@@ -271,7 +271,7 @@ fn thirty_builds_that_fit_nowhere_have_one_table() {
                 let words = if release == Release::Sid {
                     "local builds are disabled"
                 } else {
-                    "unable to start any build"
+                    "nable to start any build"
                 };
                 told.assert_stderr_has(words);
             }
