@@ -7,6 +7,7 @@ pub mod config;
 pub mod fds;
 pub mod files;
 pub mod job;
+pub mod local_load;
 pub mod nix_side;
 pub mod path_info;
 pub mod ping;

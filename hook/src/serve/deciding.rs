@@ -1,8 +1,9 @@
 //! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
 
 use super::{Candidate, Failed, Hook, env};
+use crate::local_load;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict, Work, telling};
+use crate::plan::{self, Decision, Health, Known, Load, Local, Policy, Question, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History};
@@ -85,11 +86,12 @@ impl Hook<'_> {
         let state = self.memory.state.as_deref();
         let needs = Needs { inputs: self.inputs(candidate), typical: self.rules.typical_duration };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
             rules: &self.rules,
             local,
-            here: None,
+            here: here.as_ref(),
             request: &candidate.request,
             work: &candidate.work,
             now,
