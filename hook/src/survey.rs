@@ -8,7 +8,7 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{Health, Known, Load, estimate};
 use crate::reach::Reach;
-use crate::slots::{SlotError, Slots};
+use crate::slots::{SlotError, Slots, Used};
 use crate::state::Withholdings;
 use crate::store::Location;
 use nix_derivation::StorePath;
@@ -24,6 +24,7 @@ pub struct Survey<'a> {
     reach: &'a Reach,
     location: &'a Location,
     withheld: Withholdings,
+    used: Used,
     now: SystemTime,
 }
 
@@ -55,7 +56,7 @@ impl<'a> Survey<'a> {
         now: SystemTime,
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
-        Self { slots, reach, location, withheld, now }
+        Self { slots, reach, location, withheld, used: slots.used(), now }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -67,7 +68,10 @@ impl<'a> Survey<'a> {
             let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
             return Ok(Look { known, free: None });
         }
-        let (load, free) = self.slots.count(&machine.name, machine.max_jobs)?;
+        let (load, free) = match self.used.has(&machine.name) {
+            true => self.slots.count(&machine.name, machine.max_jobs)?,
+            false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
+        };
         let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
         let known = Known {
