@@ -8,7 +8,7 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{Health, Known, Load, estimate};
 use crate::reach::Reach;
-use crate::slots::{SlotError, Slots, Used};
+use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::Withholdings;
 use crate::store::Location;
 use nix_derivation::StorePath;
@@ -42,8 +42,8 @@ pub struct Look {
 pub struct Needs<'a> {
     /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
     pub inputs: Option<&'a [(StorePath, u64)]>,
-    /// Seconds that a build takes of which nothing is known.
-    pub typical: f64,
+    /// Seconds that it takes on an idle machine of speed factor 1, if that is known.
+    pub duration: Option<f64>,
 }
 
 impl<'a> Survey<'a> {
@@ -92,16 +92,15 @@ impl<'a> Survey<'a> {
         why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
     }
 
-    /// When one of its slots is free, if all who have one say what they do.
+    /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
     fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>) -> Option<f64> {
+        let each = needs.duration?;
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
-        let end = |holder: crate::slots::Holder| {
-            let expected = holder.expected.unwrap_or(needs.typical / f64::from(machine.speed_factor));
-            (holder.since + expected - now).max(0.0)
-        };
-        let ends: Option<Vec<f64>> = holders.into_iter().map(|holder| holder.map(end)).collect();
-        estimate::slot_wait(&ends?, 0, needs.typical)
+        let end =
+            |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
+        let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
+        estimate::slot_wait(&ends, 0, each)
     }
 }
 
