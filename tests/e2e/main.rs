@@ -3,6 +3,7 @@
 
 mod cancel;
 mod checking;
+mod choosing;
 mod elsewhere;
 mod fallbacks;
 mod faults;

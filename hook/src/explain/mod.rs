@@ -9,10 +9,11 @@ use crate::cli::Wish;
 use crate::config::Fleet;
 use crate::config::rules::Offload;
 use crate::derivation::{self, Subject, Unfit};
+use crate::local_load;
 use crate::local_time;
 use crate::plan::machine::Machine;
 use crate::plan::{
-    self, Decision, Health, Known, Load, Local, Question, Request, Rules, Verdict, Work, telling,
+    self, Decision, Health, Known, Load, Local, Policy, Question, Request, Rules, Verdict, Work, telling,
 };
 use crate::reach::Reach;
 use crate::slots::Slots;
@@ -219,13 +220,14 @@ impl Desk<'_> {
         let inputs = survey::asks_for_inputs(self.machines, request)
             .then(|| derivation::weighed_inputs(self.location, &subject.drv))
             .flatten();
-        let needs = Needs { inputs: inputs.as_deref(), typical: self.rules.typical_duration };
+        let needs = Needs { inputs: inputs.as_deref(), duration: work.duration };
         let survey = Survey::begin(&self.slots, &self.reach, self.location, self.state.as_deref(), now);
+        let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
             rules: &self.rules,
             local: &self.local,
-            here: None,
+            here: here.as_ref(),
             request,
             work,
             now,

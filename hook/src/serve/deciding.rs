@@ -2,8 +2,9 @@
 
 use super::{Candidate, Failed, Hook, env};
 use crate::derivation;
+use crate::local_load;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Decision, Health, Known, Load, Local, Question, Verdict, Work, telling};
+use crate::plan::{self, Decision, Health, Known, Load, Local, Policy, Question, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History, Told};
@@ -87,13 +88,14 @@ impl Hook<'_> {
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), typical: self.rules.typical_duration };
+        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
             rules: &self.rules,
             local,
-            here: None,
+            here: here.as_ref(),
             request: &candidate.request,
             work: &candidate.work,
             now,
