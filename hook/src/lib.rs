@@ -21,6 +21,7 @@ pub mod reach;
 pub mod serve;
 pub mod slots;
 pub mod state;
+pub mod status;
 pub mod stock;
 pub mod store;
 pub mod survey;

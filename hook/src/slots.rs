@@ -90,6 +90,11 @@ impl Slots {
         }
     }
 
+    /// Uses a directory for looking only. If it is not there no slot is taken.
+    pub fn at(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
     /// Waits for a lock of that name.
     ///
     /// `main-lock` is the right to choose: whoever counts slots to take one holds it, stock hooks too, and for
