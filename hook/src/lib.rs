@@ -14,6 +14,7 @@ pub mod ping;
 pub mod plan;
 pub mod programs;
 pub mod reach;
+pub mod sample;
 pub mod serve;
 pub mod slots;
 pub mod state;
