@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix_derivation::{HashAlgorithm, hash_bytes};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -40,6 +41,17 @@ pub struct SlotError {
 #[derive(Debug, Clone)]
 pub struct Slots {
     directory: PathBuf,
+}
+
+/// Machines that had a slot taken at some time.
+#[derive(Debug, Clone)]
+pub struct Used(HashSet<String>);
+
+impl Used {
+    /// Whether this one is among them.
+    pub fn has(&self, machine: &str) -> bool {
+        self.0.contains(&stem(machine))
+    }
 }
 
 /// A lock that is free again when dropped, or when the process ends in whatever way.
@@ -87,6 +99,13 @@ impl Slots {
     /// If the lock cannot be opened or taken.
     pub fn lock(&self, name: &str) -> Result<Held, SlotError> {
         wait_for(self.directory.join(name))
+    }
+
+    /// Which machines ever had a slot taken. Others need not be counted, which matters with a thousand of them.
+    pub fn used(&self) -> Used {
+        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        let name = |entry: fs::DirEntry| Some(entry.file_name().to_str()?.rsplit_once('-')?.0.to_owned());
+        Used(entries.filter_map(name).collect())
     }
 
     /// Counts a machine's taken slots, and gives the number of a free one if there is one.
@@ -187,14 +206,7 @@ impl Slots {
     }
 
     fn path(&self, machine: &str, number: u64) -> PathBuf {
-        const LONGEST_NAME: usize = 255;
-        let name = format!("{}-{number}", machine.replace('/', "_"));
-        if name.len() <= LONGEST_NAME {
-            return self.directory.join(name);
-        }
-        // Stock fails here; a digest serves as well, for no stock hook can share such a machine.
-        let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
-        self.directory.join(format!("{}-{number}", digest.replace(':', "-")))
+        self.directory.join(format!("{}-{number}", stem(machine)))
     }
 }
 
@@ -242,6 +254,18 @@ impl Watch {
             }
         }
     }
+}
+
+/// The name of a machine's lock files without the number.
+fn stem(machine: &str) -> String {
+    /// Of a file, less a number of four digits.
+    const LONGEST_NAME: usize = 250;
+    let name = machine.replace('/', "_");
+    if name.len() <= LONGEST_NAME {
+        return name;
+    }
+    // Stock fails where the file's name is too long; a digest serves as well, for no stock hook can share such a machine.
+    hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string().replace(':', "-")
 }
 
 fn wait_for(path: PathBuf) -> Result<Held, SlotError> {
@@ -333,6 +357,7 @@ mod tests {
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 4);
         drop((first, three));
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 0);
+        assert!(slots.used().has("m") && !slots.used().has("n"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{Health, Known, Load, estimate};
 use crate::reach::Reach;
-use crate::slots::{SlotError, Slots};
+use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::Withholdings;
 use crate::store::Location;
 use nix_derivation::StorePath;
@@ -24,6 +24,7 @@ pub struct Survey<'a> {
     reach: &'a Reach,
     location: &'a Location,
     withheld: Withholdings,
+    used: Used,
     now: SystemTime,
 }
 
@@ -41,8 +42,8 @@ pub struct Look {
 pub struct Needs<'a> {
     /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
     pub inputs: Option<&'a [(StorePath, u64)]>,
-    /// Seconds that a build takes of which nothing is known.
-    pub typical: f64,
+    /// Seconds that it takes on an idle machine of speed factor 1, if that is known.
+    pub duration: Option<f64>,
 }
 
 impl<'a> Survey<'a> {
@@ -55,7 +56,7 @@ impl<'a> Survey<'a> {
         now: SystemTime,
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
-        Self { slots, reach, location, withheld, now }
+        Self { slots, reach, location, withheld, used: slots.used(), now }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -67,7 +68,10 @@ impl<'a> Survey<'a> {
             let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
             return Ok(Look { known, free: None });
         }
-        let (load, free) = self.slots.count(&machine.name, machine.max_jobs)?;
+        let (load, free) = match self.used.has(&machine.name) {
+            true => self.slots.count(&machine.name, machine.max_jobs)?,
+            false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
+        };
         let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
         let known = Known {
@@ -88,16 +92,15 @@ impl<'a> Survey<'a> {
         why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
     }
 
-    /// When one of its slots is free, if all who have one say what they do.
+    /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
     fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>) -> Option<f64> {
+        let each = needs.duration?;
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
-        let end = |holder: crate::slots::Holder| {
-            let expected = holder.expected.unwrap_or(needs.typical / f64::from(machine.speed_factor));
-            (holder.since + expected - now).max(0.0)
-        };
-        let ends: Option<Vec<f64>> = holders.into_iter().map(|holder| holder.map(end)).collect();
-        estimate::slot_wait(&ends?, 0, needs.typical)
+        let end =
+            |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
+        let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
+        estimate::slot_wait(&ends, 0, each)
     }
 }
 

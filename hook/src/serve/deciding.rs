@@ -84,7 +84,7 @@ impl Hook<'_> {
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), typical: self.rules.typical_duration };
+        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
