@@ -15,6 +15,7 @@ pub mod plan;
 pub mod programs;
 pub mod reach;
 pub mod sample;
+pub mod sampler;
 pub mod serve;
 pub mod slots;
 pub mod state;

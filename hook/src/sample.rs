@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! ping          -> PONG
-//! sample DIR    -> BEGIN, lines about the machine, LOADED, lines about the file system of DIR, END
+//! sample [DIR]  -> BEGIN, lines about the machine, LOADED, lines about the file system of DIR, END
 //! ```
 //!
 //! What a file system says comes last, because one that hangs never says anything.
@@ -66,6 +66,7 @@ machine() {
   fi
 }
 disk() {
+  [ -n "$1" ] || return
   echo "disk"
   df -Pk "$1"
   echo "inodes"
@@ -84,13 +85,15 @@ echo "nix-offload-sample ready"; while read -r word directory; do
 done
 "#;
 
-/// Asks for a sample, with the directory of the machine's store. None if it cannot be named in a line.
-pub fn request(store_dir: &str) -> Option<String> {
-    let is_plain = store_dir.starts_with('/')
-        && store_dir.trim() == store_dir
-        && store_dir.len() < 4096
-        && !store_dir.contains(|c: char| c.is_control());
-    is_plain.then(|| format!("sample {store_dir}\n"))
+/// Asks for a sample, with the directory of the machine's store. One that cannot be named in a line is left out.
+pub fn request(store_dir: Option<&str>) -> String {
+    let is_plain = |directory: &&str| {
+        directory.starts_with('/')
+            && directory.trim() == *directory
+            && directory.len() < 4096
+            && !directory.contains(|c: char| c.is_control())
+    };
+    store_dir.filter(is_plain).map_or_else(|| "sample\n".into(), |directory| format!("sample {directory}\n"))
 }
 
 /// How much of an answer has come.
