@@ -348,3 +348,27 @@ fn how_fast_bytes_travel_is_remembered_for_each_machine() {
     let fetching: f64 = fetching.parse().unwrap();
     assert!((1e5..1e10).contains(&fetching), "{said}");
 }
+
+#[test]
+fn a_hundred_machines_cost_one_small_process() {
+    const MACHINES: u64 = 100;
+    let world = World::new();
+    let mac = world.builder("mac").max_sessions(200).start();
+    // One builder under a hundred names, each a machine of its own to us.
+    let lines: String = (1..=MACHINES)
+        .map(|number| format!("ssh-ng://mac?max-connections={number} x86_64-linux - 1 1\n"))
+        .collect();
+    let client = world.client().hook(Hook::Ours).knows(&mac).machines(&lines).start();
+    client.write("/etc/nix/offload.toml", OFTEN);
+    client.nix_offload(&["ping-store"]).assert_success();
+    assert_built_on(&client, &build(&client, "one"), "mac");
+    let running = client.spawn_nix_build(&gated("running"), &["-j0"]);
+    wait_until("all machines are sampled", SOON * 2, || samples(&client).len() as u64 == MACHINES);
+    let status = client.read(&format!("/proc/{}/status", samplers(&client)[0]));
+    let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kib < 30 << 10, "{kib} KiB");
+    assert_eq!((samplers(&client).len(), shells(&mac) as u64, mac.logins()), (1, MACHINES, 1));
+    open(&client, "running");
+    assert_built_on(&client, &running.wait(), "mac");
+}
