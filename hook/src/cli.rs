@@ -172,6 +172,9 @@ enum Command {
         /// What to lock.
         lock: PathBuf,
     },
+    /// Look at the load of machines. Hooks start it. Not for people.
+    #[command(hide = true)]
+    Sample,
 }
 
 #[derive(Debug, Args)]
@@ -267,6 +270,8 @@ pub enum Action {
         /// Print JSON.
         json: bool,
     },
+    /// Look at the load of machines.
+    Sample,
     /// Tell what is wrong with the configuration.
     Check {
         /// With which part of it.
@@ -368,6 +373,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
     Ok(match Arguments::try_parse_from(arguments)?.command {
         Command::Hook { verbosity } => Action::Hook { verbosity },
         Command::Keep { control, door, lock } => Action::Keep { control, door, lock },
+        Command::Sample => Action::Sample,
         Command::PingStore { store, builders, timeout, json } => {
             let targets = match builders {
                 Some(text) => Targets::Builders(text),

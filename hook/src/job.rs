@@ -129,12 +129,16 @@ pub struct Report {
     pub fetched_bytes: u64,
     /// How long asking for and sending inputs took.
     pub inputs: Duration,
+    /// How long sending them took, until all had arrived.
+    pub sending: Duration,
     /// Whether there was anything left to build.
     pub was_built: bool,
     /// How long the build took, seen from here.
     pub build: Duration,
     /// How long fetching and registering the outputs took.
     pub outputs: Duration,
+    /// How long fetching them took.
+    pub fetching: Duration,
 }
 
 /// What is known before there is a connection.
@@ -343,7 +347,10 @@ impl Task<'_> {
             store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
             to.flush()
         };
-        Ok(builder.upload(&infos, &dump, &progress, ahead, &mut |e| relay.pass(e))?)
+        let clock = Instant::now();
+        builder.upload(&infos, &dump, &progress, ahead, &mut |e| relay.pass(e))?;
+        report.sending = clock.elapsed();
+        Ok(())
     }
 
     fn build(
@@ -408,6 +415,7 @@ impl Task<'_> {
         let durability = Durability::from_settings(|name| self.settings.get(name));
         let all = Copying::begin(self.nix, "fetching outputs", infos.len() as u64);
         let mut done = 0;
+        let clock = Instant::now();
         builder.nars(
             &infos,
             |info, nar| {
@@ -425,6 +433,7 @@ impl Task<'_> {
             },
             &mut |e| relay.pass(e),
         )?;
+        report.fetching = clock.elapsed();
         if self.settings.flag("auto-optimise-store") {
             for info in &infos {
                 // It saves space only, so that it fails is no reason to fail the build.

@@ -18,6 +18,8 @@ pub mod ping;
 pub mod plan;
 pub mod programs;
 pub mod reach;
+pub mod sample;
+pub mod sampler;
 pub mod serve;
 pub mod slots;
 pub mod state;

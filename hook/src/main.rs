@@ -1,7 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
-use nix_offload::{check, explain, ping, serve, status, withhold};
+use nix_offload::{check, explain, ping, sampler, serve, status, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -20,10 +20,15 @@ fn main() -> ExitCode {
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Keep { control, door, lock }) => {
-            master::detach();
-            let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
-            log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
+            stand_alone();
             match master::keep(&control, &door, &lock) {
+                Ok(()) => (exit::OK, None),
+                Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
+        Ok(Action::Sample) => {
+            stand_alone();
+            match sampler::run() {
                 Ok(()) => (exit::OK, None),
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
             }
@@ -59,4 +64,11 @@ fn main() -> ExitCode {
         let _ = writeln!(io::stderr(), "{text}");
     }
     ExitCode::from(code)
+}
+
+/// Leaves whoever started this process, which is to live on without him.
+fn stand_alone() {
+    master::detach();
+    let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
+    log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
 }

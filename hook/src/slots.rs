@@ -5,6 +5,10 @@
 //!
 //! Source: Nix 2.34 `src/nix/build-remote/build-remote.cc` (`openSlotLock`, `main-lock`).
 
+mod look;
+
+pub use look::FileLocks;
+
 use crate::plan::Load;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};

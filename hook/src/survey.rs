@@ -8,6 +8,7 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::reach::Reach;
+use crate::sampler::Samples;
 use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
@@ -25,6 +26,7 @@ pub struct Survey<'a> {
     location: &'a Location,
     withheld: Withholdings,
     used: Used,
+    samples: Samples,
     now: SystemTime,
 }
 
@@ -56,7 +58,8 @@ impl<'a> Survey<'a> {
         now: SystemTime,
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
-        Self { slots, reach, location, withheld, used: slots.used(), now }
+        let samples = Samples::read(&Samples::path(reach.directory()));
+        Self { slots, reach, location, withheld, used: slots.used(), samples, now }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -68,14 +71,19 @@ impl<'a> Survey<'a> {
             let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
             return Ok(Look { known, free: None });
         }
-        let (load, free) = match self.used.has(&machine.name) {
+        let is_used = self.used.has(&machine.name);
+        let (load, free) = match is_used {
             true => self.slots.count(&machine.name, machine.max_jobs)?,
             false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
         };
         let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
+        let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
+        let round_trip = said.and_then(|said| said.round_trip);
         let known = Known {
-            link: Link { missing, ..Link::default() },
+            sample: said.map(|said| said.sample.clone()),
+            link: Link { missing, bandwidth, round_trip, ..Link::default() },
             slot_wait,
             health: self.health(machine),
             withheld: self.withheld.of(&machine.name),

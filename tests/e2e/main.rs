@@ -20,6 +20,7 @@ mod penalties;
 mod ping;
 mod protocol;
 mod proxycommand;
+mod sampling;
 mod serve;
 mod slots;
 mod support;

@@ -7,10 +7,14 @@ mod error;
 mod local;
 mod seen;
 mod session;
+mod shell;
+mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
 pub use seen::Seen;
+pub use shell::Open;
+pub use speed::Speed;
 
 use crate::builder::{Ahead, Builder, BuilderError, Store};
 use crate::config::Settings;
@@ -192,6 +196,11 @@ impl Reach {
     /// Which paths the machine was seen to have lately.
     pub fn seen(&self, machine: &Machine) -> Seen {
         Seen::at(self.stamp(machine).with_extension("seen"))
+    }
+
+    /// How fast bytes went to the machine and came from there.
+    pub fn speed(&self, machine: &Machine) -> Speed {
+        Speed::at(self.stamp(machine).with_extension("speed"))
     }
 
     /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight.

@@ -20,6 +20,7 @@ use crate::plan::machine::Machine;
 use crate::plan::outputs::Wanted;
 use crate::plan::{Local, Request, Rules, Verdict, Work};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
+use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
@@ -191,6 +192,7 @@ struct Hook<'a> {
     queue: Slots,
     reach: Reach,
     memory: Memory,
+    interest: Interest<'a>,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -212,13 +214,16 @@ fn env(name: &str) -> Option<OsString> {
 impl<'a> Hook<'a> {
     fn new(nix: &'a NixSide, settings: &'a Settings, machines: &'a [Machine]) -> Result<Self, Unable> {
         let location = Location::find(settings.get("store").unwrap_or("auto"), env)?;
-        let slots = Slots::open(location.state_dir.join("current-load"))?;
+        let current_load = location.state_dir.join("current-load");
+        let slots = Slots::open(current_load.clone())?;
         let reach = Reach::new(env)?.following(settings);
         let queue = Slots::open(reach.directory().join("queue"))?;
         let offload: Offload = offload::read(env)?;
         let (rules, local) = (offload.rules(), settings.local());
         let memory = Memory::new(&reach);
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory })
+        let store_dir = location.store_dir.to_string();
+        let interest = Interest::new(&reach, machines, offload.sample_every(), &current_load, &store_dir);
+        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, interest })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
@@ -255,6 +260,7 @@ impl<'a> Hook<'a> {
                 Answer::Reply(reply) => {
                     if matches!(reply, Reply::Postpone) {
                         self.memory.postponed(&drv_path, since);
+                        self.interest.show();
                     }
                     if is_first {
                         self.memory.keep_latest(&drv_path, self.machines);

@@ -160,6 +160,11 @@ impl Master {
         gone
     }
 
+    /// Whether its control socket is where it was, and still its own: neither given up nor replaced.
+    pub fn is_in_place(&self) -> bool {
+        self.socket_identity.is_some() && socket_identity(&self.files.socket) == self.socket_identity
+    }
+
     /// Whether its process does nothing, though somebody waits for it. One that is only slow does not hang.
     pub fn hangs(&self) -> bool {
         !matches!(liveness::ask(&self.files.socket, Duration::ZERO), Liveness::Alive { .. })
