@@ -101,8 +101,8 @@ fn looking_on_shows_what_changes() {
     let mut watch = client.command("sh").args(["-c", &format!("exec {watch}")]).spawn();
     let last = || {
         let seen = if client.exists("/root/seen") { client.read("/root/seen") } else { String::new() };
-        let whole = seen.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        whole.last().map(|list| list[0]["state"].clone()).unwrap_or_default()
+        let mut whole = seen.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        whole.next_back().map(|list| list[0]["state"].clone()).unwrap_or_default()
     };
     wait_until("it looks", SOON, || last() == "ready");
     client.nix_offload(&["disable", "mac"]).assert_success();
