@@ -145,3 +145,31 @@ fn whose_hook_it_is_decides_whose_word_counts() {
     client.nix_offload(&["enable", "mac"]).assert_success();
     assert_eq!(built_on(&client, "c"), "mac");
 }
+
+#[test]
+fn nixs_own_hook_gets_no_machine_that_is_out_of_service() {
+    let world = World::new();
+    let features = "extra-experimental-features = ca-derivations";
+    let mac = world.builder("mac").release(Release::Sid).nix_conf(features).start();
+    let client = plan(&world)
+        .release(Release::Sid)
+        .nix_conf(features)
+        .knows(&mac)
+        .machines("ssh-ng://mac x86_64-linux - 2 1 ca-derivations")
+        .start();
+    let floating = |name: &str| {
+        drv::expression(&format!(
+            r#"d "{name}" "cat /etc/machine-name > $out" {{
+              __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+            }}"#
+        ))
+    };
+    client.nix_offload(&["disable", "mac"]).assert_success();
+    let refused = client.nix_build(&floating("a"), &["-j0"]);
+    refused
+        .assert_failure()
+        .assert_stderr_has("the machines that could do it are out of service: ssh-ng://mac");
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    let built = client.nix_build(&floating("a"), &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n");
+}
