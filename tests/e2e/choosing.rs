@@ -192,3 +192,14 @@ fn a_fault_in_the_settings_is_told_with_its_place_and_builds_go_on_here() {
     checked.assert_failure();
     assert!(checked.stdout().contains("/etc/nix/offload.toml:2:1"), "{checked}");
 }
+
+#[test]
+fn a_table_for_a_machine_that_is_not_in_the_list_is_told_by_check() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = client(&world, &[&mac], "[[machine]]\nname = ['mac', 'mca']\nshared-slots = 3\n");
+    let checked = client.nix_offload(&["check"]);
+    let told = format!("{}{}", checked.stdout(), checked.stderr());
+    assert!(told.contains("[[machine]] for 'mca', and no machine has that host"), "{checked}");
+    assert!(!told.contains("for 'mac'"), "{checked}");
+}
