@@ -2,12 +2,13 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
+use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, OnArrival, Store as Builder};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
+use crate::sending::{Mark, Sending};
 use crate::slots::Held;
 use crate::store::{
     self, CycleError, DatabaseError, Durability, Expected, Location, Query, Registrar, RestoreError,
@@ -23,6 +24,10 @@ use thiserror::Error;
 
 /// How long Nix may take to read the end of a log, before we leave.
 const LOG_BOUND: Duration = Duration::from_secs(10);
+
+/// How long others may take to send what this build needs too. As long as stock waits for its turn to send
+/// (`build-remote.cc` in Nix 2.34).
+const SENDING_BOUND: Duration = Duration::from_secs(15 * 60);
 
 /// Why an accepted build did not end with valid outputs.
 #[derive(Debug, Error)]
@@ -112,6 +117,8 @@ pub struct Task<'a> {
     pub outputs: &'a BTreeMap<String, Wanted>,
     /// The machine's name.
     pub machine: &'a str,
+    /// Who sends what to it.
+    pub sending: &'a Sending,
     /// What can be done here while the builder is at work, with the slot if there still is one.
     pub meanwhile: &'a dyn Fn(Option<&Held>),
 }
@@ -148,6 +155,8 @@ pub struct Prepared {
     guessed: bool,
     /// What else the derivation refers to, itself included, if the machine is to have that.
     closure: Option<Vec<StorePath>>,
+    /// What had been sent to the machine before it was asked anything.
+    mark: Mark,
     /// What the connection is to be sent without waiting.
     pub ahead: Ahead,
 }
@@ -201,7 +210,8 @@ impl Task<'_> {
             Way::Derivation => None,
             Way::Closure => Some(self.closure(&inputs)?),
         };
-        let mut prepared = Prepared { inputs, direct, guessed, closure, ahead: Ahead::default() };
+        let mark = self.sending.mark();
+        let mut prepared = Prepared { inputs, direct, guessed, closure, mark, ahead: Ahead::default() };
         let mut ahead = Ahead::default();
         let substitute = self.settings.flag("builders-use-substitutes");
         ahead.hold_and_query(&self.location.store_dir, prepared.asked(), substitute);
@@ -324,18 +334,80 @@ impl Task<'_> {
             };
             store::references_first(missing.into_iter().map(info).collect::<Result<_, _>>()?)?
         };
-        report.sent_paths = infos.len();
-        report.sent_bytes = infos.iter().map(|info| info.nar_size).sum();
-        let all = Copying::begin(self.nix, "sending inputs", infos.len() as u64);
-        let current = Mutex::new((0u64, None));
+        self.send_once(builder, infos, prepared.mark, ahead, relay, report)
+    }
+
+    /// Sends what the machine lacks, references first, but what another process is sending there. For that it is waited
+    /// without a lock, and then the machine is asked again.
+    fn send_once(
+        &self,
+        builder: &mut Builder,
+        mut missing: Vec<PathInfo>,
+        mut mark: Mark,
+        ahead: Ahead,
+        relay: &mut Relay<'_>,
+        report: &mut Report,
+    ) -> Result<(), JobError> {
+        let deadline = Instant::now() + SENDING_BOUND;
+        let mut patient = true;
+        let mut told = false;
+        let all = Copying::begin(self.nix, "sending inputs", missing.len());
+        while !missing.is_empty() {
+            let mut shares = match patient {
+                true => self.sending.share(missing, mark),
+                false => self.sending.all(missing),
+            };
+            let infos = std::mem::take(&mut shares.ours);
+            let others = std::mem::take(&mut shares.others);
+            report.sent_paths += infos.len();
+            report.sent_bytes += infos.iter().map(|info| info.nar_size).sum::<u64>();
+            let parts: Vec<&[PathInfo]> = infos.split_inclusive(|info| shares.is_locked(info)).collect();
+            let arrived = &mut |infos: &[PathInfo]| shares.arrived(infos);
+            let next = if others.is_empty() { ahead.clone() } else { Ahead::default() };
+            if !parts.is_empty() {
+                self.send(builder, &parts, arrived, next, &all, relay)?;
+            }
+            drop(shares);
+            if others.is_empty() {
+                return Ok(());
+            }
+            if let Some(info) = self.sending.in_progress(&others)
+                && !told
+            {
+                let path = self.location.render(&info.path);
+                tracing::debug!(builder = self.machine, path, "another build sends it");
+                let text = format!("waiting for another build to send '{path}' to '{}'", self.machine);
+                self.nix.message(Verbosity::Talkative, &text);
+                told = true;
+            }
+            patient = self.sending.wait(&others, deadline);
+            mark = self.sending.mark();
+            let paths: Vec<StorePath> = others.iter().map(|info| info.path.clone()).collect();
+            // It was asked to fetch them elsewhere before.
+            let valid = builder.hold_and_query(&paths, false, &mut |e| relay.pass(e))?;
+            all.spare(valid.len());
+            missing = others.into_iter().filter(|info| !valid.contains(&info.path)).collect();
+        }
+        Ok(builder.send_ahead(ahead)?)
+    }
+
+    fn send(
+        &self,
+        builder: &mut Builder,
+        parts: &[&[PathInfo]],
+        arrived: OnArrival<'_>,
+        ahead: Ahead,
+        all: &Copying<'_>,
+        relay: &mut Relay<'_>,
+    ) -> Result<(), JobError> {
+        let current = Mutex::new(None);
         let progress = |info: Option<&PathInfo>| {
             let Ok(mut current) = current.lock() else { return };
-            if let Some(id) = current.1.take() {
+            if let Some(id) = current.take() {
                 self.nix.stop(id);
-                current.0 += 1;
-                all.progress(current.0);
+                all.one_done();
             }
-            current.1 = info
+            *current = info
                 .map(|info| self.nix.start_copy(&self.location.render(&info.path), "local", self.machine));
         };
         let dump = |path: &StorePath, to: &mut dyn Write| {
@@ -343,7 +415,7 @@ impl Task<'_> {
             store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
             to.flush()
         };
-        Ok(builder.upload(&infos, &dump, &progress, ahead, &mut |e| relay.pass(e))?)
+        Ok(builder.upload(parts, &dump, &progress, arrived, ahead, &mut |e| relay.pass(e))?)
     }
 
     fn build(
@@ -406,8 +478,7 @@ impl Task<'_> {
         report.fetched_paths = infos.len();
         report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
         let durability = Durability::from_settings(|name| self.settings.get(name));
-        let all = Copying::begin(self.nix, "fetching outputs", infos.len() as u64);
-        let mut done = 0;
+        let all = Copying::begin(self.nix, "fetching outputs", infos.len());
         builder.nars(
             &infos,
             |info, nar| {
@@ -419,8 +490,7 @@ impl Task<'_> {
                     Expected { nar_size: info.nar_size, nar_hash: Some(info.nar_hash), content_address };
                 let restored = store::restore(self.location, &info.path, nar, &expected, &durability);
                 self.nix.stop(copy);
-                done += 1;
-                all.progress(done);
+                all.one_done();
                 restored.map(drop)
             },
             &mut |e| relay.pass(e),
@@ -450,19 +520,31 @@ impl Task<'_> {
 struct Copying<'a> {
     nix: &'a NixSide,
     id: u64,
-    expected: u64,
+    /// How many are done, and are to be done in all.
+    counts: Mutex<(u64, u64)>,
 }
 
 impl<'a> Copying<'a> {
-    fn begin(nix: &'a NixSide, what: &str, expected: u64) -> Self {
+    fn begin(nix: &'a NixSide, what: &str, expected: usize) -> Self {
         let id = nix.start(Verbosity::Talkative as u64, activity::COPY_PATHS, what, &[]);
-        let copying = Self { nix, id, expected };
-        copying.progress(0);
+        let copying = Self { nix, id, counts: Mutex::new((0, expected as u64)) };
+        copying.spare(0);
         copying
     }
 
-    fn progress(&self, done: u64) {
-        self.nix.progress(self.id, done, self.expected);
+    fn one_done(&self) {
+        self.count(|(done, _)| *done += 1);
+    }
+
+    /// So many need not be done.
+    fn spare(&self, number: usize) {
+        self.count(|(_, expected)| *expected = expected.saturating_sub(number as u64));
+    }
+
+    fn count(&self, change: impl FnOnce(&mut (u64, u64))) {
+        let Ok(mut counts) = self.counts.lock() else { return };
+        change(&mut counts);
+        self.nix.progress(self.id, counts.0, counts.1);
     }
 }
 

@@ -13,6 +13,7 @@ pub mod ping;
 pub mod plan;
 pub mod programs;
 pub mod reach;
+pub mod sending;
 pub mod serve;
 pub mod slots;
 pub mod state;

@@ -21,6 +21,7 @@ mod ping;
 mod protocol;
 mod proxycommand;
 mod running;
+mod sending;
 mod serve;
 mod slots;
 mod support;
