@@ -155,7 +155,7 @@ impl Killer<'_> {
             0..45 => {
                 let number = self.aim(running.iter().map(|(number, _)| *number).collect())?;
                 let (_, client) = running.iter().find(|(other, _)| *other == number)?;
-                client.signal(Signal::SIGKILL);
+                client.signal_if_running(Signal::SIGKILL).then_some(())?;
                 ("client", Whose::Named(name_of(number)))
             }
             45..75 => {

@@ -143,7 +143,7 @@ fn every_version_of_every_release_uploads_builds_and_fetches() {
             let mut arrived = Vec::new();
             let mut note = |part: &[PathInfo]| arrived.extend_from_slice(part);
             serving.upload(std::slice::from_ref(&info), &dump, &|_| {}, &mut note, &mut |_| {}).unwrap();
-            assert_eq!(arrived, [info.clone()], "{context}");
+            assert_eq!(arrived.as_slice(), std::slice::from_ref(&info), "{context}");
             let valid = serving.hold_and_query(ask, false, &mut |_| {}).unwrap();
             assert_eq!(valid, [input.clone()].into(), "{context}");
             let there = serving.path_infos(ask, &mut |_| {}).unwrap().remove(0).unwrap();
