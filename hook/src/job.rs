@@ -2,10 +2,11 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
-use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, OnArrival, Store as Builder};
+mod inputs;
+
+use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
-use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
 use crate::sending::{Mark, Sending};
@@ -17,17 +18,12 @@ use crate::wire::hook::{Job, Verbosity, activity};
 use crate::wire::worker::{BuildResult, Options, Outcome};
 use nix_derivation::{Derivation, StorePath};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::{self, BufWriter, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// How long Nix may take to read the end of a log, before we leave.
 const LOG_BOUND: Duration = Duration::from_secs(10);
-
-/// How long others may take to send what this build needs too. As long as stock waits for its turn to send
-/// (`build-remote.cc` in Nix 2.34).
-const SENDING_BOUND: Duration = Duration::from_secs(15 * 60);
 
 /// Why an accepted build did not end with valid outputs.
 #[derive(Debug, Error)]
@@ -136,12 +132,16 @@ pub struct Report {
     pub fetched_bytes: u64,
     /// How long asking for and sending inputs took.
     pub inputs: Duration,
+    /// How long sending them took, until all had arrived.
+    pub sending: Duration,
     /// Whether there was anything left to build.
     pub was_built: bool,
     /// How long the build took, seen from here.
     pub build: Duration,
     /// How long fetching and registering the outputs took.
     pub outputs: Duration,
+    /// How long fetching them took.
+    pub fetching: Duration,
 }
 
 /// What is known before there is a connection.
@@ -295,129 +295,6 @@ impl Task<'_> {
         Ok(job.wanted_outputs.iter().map(find).collect::<Result<_, _>>()?)
     }
 
-    fn send_inputs(
-        &self,
-        builder: &mut Builder,
-        job: &Job,
-        prepared: &Prepared,
-        relay: &mut Relay<'_>,
-        report: &mut Report,
-    ) -> Result<(), JobError> {
-        let substitute = self.settings.flag("builders-use-substitutes");
-        let mut valid = builder.hold_and_query(prepared.asked(), substitute, &mut |e| relay.pass(e))?;
-        let closure = prepared.closure.as_deref();
-        if let Some(closure) = closure {
-            // No substituter has derivations, so it is not asked.
-            valid.extend(builder.hold_and_query(closure, false, &mut |e| relay.pass(e))?);
-        }
-        let asked = prepared.asked().iter().chain(closure.unwrap_or_default());
-        let missing: Vec<&StorePath> = asked.filter(|path| !valid.contains(*path)).collect();
-        if prepared.guessed {
-            return match missing.is_empty() {
-                true => Ok(()),
-                false => Err(BuilderError::Guess { doing: "asking which inputs are there" }.into()),
-            };
-        }
-        let mut ahead = Ahead::default();
-        if closure.is_none() && !self.settings.flag("keep-failed") {
-            self.build_and_fetch(&mut ahead, prepared, job)?;
-        }
-        let ahead = ahead.if_small();
-        if missing.is_empty() {
-            return Ok(builder.send_ahead(ahead)?);
-        }
-        let infos = {
-            let query = Query::open(self.location)?;
-            let info = |path: &StorePath| {
-                let missing = || JobError::InputMissing(self.location.render(path));
-                query.path_info(path)?.ok_or_else(missing)
-            };
-            store::references_first(missing.into_iter().map(info).collect::<Result<_, _>>()?)?
-        };
-        self.send_once(builder, infos, prepared.mark, ahead, relay, report)
-    }
-
-    /// Sends what the machine lacks, references first, but what another process is sending there. For that it is waited
-    /// without a lock, and then the machine is asked again.
-    fn send_once(
-        &self,
-        builder: &mut Builder,
-        mut missing: Vec<PathInfo>,
-        mut mark: Mark,
-        ahead: Ahead,
-        relay: &mut Relay<'_>,
-        report: &mut Report,
-    ) -> Result<(), JobError> {
-        let deadline = Instant::now() + SENDING_BOUND;
-        let mut patient = true;
-        let mut told = false;
-        let all = Copying::begin(self.nix, "sending inputs", missing.len());
-        while !missing.is_empty() {
-            let mut shares = match patient {
-                true => self.sending.share(missing, mark),
-                false => self.sending.all(missing),
-            };
-            let infos = std::mem::take(&mut shares.ours);
-            let others = std::mem::take(&mut shares.others);
-            report.sent_paths += infos.len();
-            report.sent_bytes += infos.iter().map(|info| info.nar_size).sum::<u64>();
-            let parts: Vec<&[PathInfo]> = infos.split_inclusive(|info| shares.is_locked(info)).collect();
-            let arrived = &mut |infos: &[PathInfo]| shares.arrived(infos);
-            let next = if others.is_empty() { ahead.clone() } else { Ahead::default() };
-            if !parts.is_empty() {
-                self.send(builder, &parts, arrived, next, &all, relay)?;
-            }
-            drop(shares);
-            if others.is_empty() {
-                return Ok(());
-            }
-            if let Some(info) = self.sending.in_progress(&others)
-                && !told
-            {
-                let path = self.location.render(&info.path);
-                tracing::debug!(builder = self.machine, path, "another build sends it");
-                let text = format!("waiting for another build to send '{path}' to '{}'", self.machine);
-                self.nix.message(Verbosity::Talkative, &text);
-                told = true;
-            }
-            patient = self.sending.wait(&others, deadline);
-            mark = self.sending.mark();
-            let paths: Vec<StorePath> = others.iter().map(|info| info.path.clone()).collect();
-            // It was asked to fetch them elsewhere before.
-            let valid = builder.hold_and_query(&paths, false, &mut |e| relay.pass(e))?;
-            all.spare(valid.len());
-            missing = others.into_iter().filter(|info| !valid.contains(&info.path)).collect();
-        }
-        Ok(builder.send_ahead(ahead)?)
-    }
-
-    fn send(
-        &self,
-        builder: &mut Builder,
-        parts: &[&[PathInfo]],
-        arrived: OnArrival<'_>,
-        ahead: Ahead,
-        all: &Copying<'_>,
-        relay: &mut Relay<'_>,
-    ) -> Result<(), JobError> {
-        let current = Mutex::new(None);
-        let progress = |info: Option<&PathInfo>| {
-            let Ok(mut current) = current.lock() else { return };
-            if let Some(id) = current.take() {
-                self.nix.stop(id);
-                all.one_done();
-            }
-            *current = info
-                .map(|info| self.nix.start_copy(&self.location.render(&info.path), "local", self.machine));
-        };
-        let dump = |path: &StorePath, to: &mut dyn Write| {
-            let mut to = BufWriter::with_capacity(64 << 10, to);
-            store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
-            to.flush()
-        };
-        Ok(builder.upload(parts, &dump, &progress, arrived, ahead, &mut |e| relay.pass(e))?)
-    }
-
     fn build(
         &self,
         builder: &mut Builder,
@@ -479,6 +356,7 @@ impl Task<'_> {
         report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
         let durability = Durability::from_settings(|name| self.settings.get(name));
         let all = Copying::begin(self.nix, "fetching outputs", infos.len());
+        let clock = Instant::now();
         builder.nars(
             &infos,
             |info, nar| {
@@ -495,6 +373,7 @@ impl Task<'_> {
             },
             &mut |e| relay.pass(e),
         )?;
+        report.fetching = clock.elapsed();
         if self.settings.flag("auto-optimise-store") {
             for info in &infos {
                 // It saves space only, so that it fails is no reason to fail the build.

@@ -1,7 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
-use nix_offload::{check, ping, serve};
+use nix_offload::{check, explain, ping, sampler, serve, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -20,10 +20,15 @@ fn main() -> ExitCode {
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Keep { control, door, lock }) => {
-            master::detach();
-            let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
-            log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
+            stand_alone();
             match master::keep(&control, &door, &lock) {
+                Ok(()) => (exit::OK, None),
+                Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
+        Ok(Action::Sample) => {
+            stand_alone();
+            match sampler::run() {
                 Ok(()) => (exit::OK, None),
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
             }
@@ -31,6 +36,19 @@ fn main() -> ExitCode {
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
             Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
+        Ok(Action::Withhold { change, names, meant, json }) => {
+            match withhold::withhold(&change, &names, &meant, json) {
+                Ok(code) => (code, None),
+                Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+            }
+        }
+        Ok(Action::Explain { wish, json }) => match explain::explain(&wish, json) {
+            Ok(code) => (code, None),
+            Err(error) => {
+                let said = error.said().map(|said| format!("{said}\n")).unwrap_or_default();
+                (error.exit_code(), Some(format!("{said}{}", exit::report(&error, error.cure().as_deref()))))
+            }
         },
         Ok(Action::Check { subject, strict, json }) => match check::check(&subject, strict, json) {
             Ok(code) => (code, None),
@@ -42,4 +60,11 @@ fn main() -> ExitCode {
         let _ = writeln!(io::stderr(), "{text}");
     }
     ExitCode::from(code)
+}
+
+/// Leaves whoever started this process, which is to live on without him.
+fn stand_alone() {
+    master::detach();
+    let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
+    log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
 }

@@ -61,7 +61,7 @@ enum Part {
     Independent,
     /// 20 builds, each with the one before as its input
     Chain,
-    /// From Nix's question to the hook's answer, also while a large input is sent
+    /// From Nix's question to the hook's answer, also with a thousand machines, and while a large input is sent
     Reply,
     /// A large output and a large input: time, and memory of the hook
     Big,
@@ -216,6 +216,7 @@ fn builds(arguments: &Arguments, report: &mut Report) {
     if arguments.wants(Part::Reply) {
         let times = if quick { 20 } else { 200 };
         report.add(ask::reply(&scene, times));
+        report.add(ask::reply_in_a_fleet(&scene, times, 1000));
         report.add(ask::reply_while_sending(&scene, times, arguments.mebibytes()));
     }
     if arguments.wants(Part::Cpu) {

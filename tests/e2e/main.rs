@@ -3,6 +3,7 @@
 
 mod cancel;
 mod checking;
+mod choosing;
 mod elsewhere;
 mod fallbacks;
 mod faults;
@@ -21,9 +22,12 @@ mod ping;
 mod protocol;
 mod proxycommand;
 mod running;
+mod sampling;
 mod sending;
 mod serve;
 mod slots;
 mod support;
+mod telling;
 mod trust;
 mod waking;
+mod withholding;

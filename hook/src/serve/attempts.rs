@@ -98,6 +98,7 @@ impl Hook<'_> {
                 }
             }
         }
+        self.tell_what_is_missing(&candidate.request, &NOWHERE);
         let tried = if tried.is_empty() {
             " (see above)".to_owned()
         } else {
@@ -130,6 +131,7 @@ impl Hook<'_> {
             }
         };
         loop {
+            self.interest.show();
             match self.choose(candidate, &NOWHERE, failed, false) {
                 (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
                 (_, chosen) => {
@@ -150,6 +152,7 @@ impl Hook<'_> {
                 self.say(candidate, slot, pace);
             }
             self.memory.keep_latest(derivation, self.machines);
+            self.interest.show();
         };
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
@@ -215,6 +218,8 @@ impl Hook<'_> {
                 Ok(report) => {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
+                    let (sent, fetched) = (report.sent_bytes, report.fetched_bytes);
+                    self.reach.speed(machine).note((sent, report.sending), (fetched, report.fetching));
                     log_report(derivation, &machine.name, &report, begin.elapsed());
                     if report.was_built {
                         let seconds = report.build.as_secs_f64();

@@ -78,6 +78,11 @@ impl Master {
         self.took
     }
 
+    /// When it was started, if that was written down: not for one that somebody opened by hand.
+    pub fn started_at(&self) -> Option<SystemTime> {
+        Record::read(&self.files).map(|record| record.started_at)
+    }
+
     /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
     pub fn first_output(&self) -> Option<String> {
         start::first_output(&self.files)
@@ -153,6 +158,11 @@ impl Master {
         let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
         gone
+    }
+
+    /// Whether its control socket is where it was, and still its own: neither given up nor replaced.
+    pub fn is_in_place(&self) -> bool {
+        self.socket_identity.is_some() && socket_identity(&self.files.socket) == self.socket_identity
     }
 
     /// Whether its process does nothing, though somebody waits for it. One that is only slow does not hang.
