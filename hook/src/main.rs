@@ -1,7 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
-use nix_offload::{check, ping, sampler, serve};
+use nix_offload::{check, explain, ping, sampler, serve, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -36,6 +36,19 @@ fn main() -> ExitCode {
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
             Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
+        Ok(Action::Withhold { change, names, meant, json }) => {
+            match withhold::withhold(&change, &names, &meant, json) {
+                Ok(code) => (code, None),
+                Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+            }
+        }
+        Ok(Action::Explain { wish, json }) => match explain::explain(&wish, json) {
+            Ok(code) => (code, None),
+            Err(error) => {
+                let said = error.said().map(|said| format!("{said}\n")).unwrap_or_default();
+                (error.exit_code(), Some(format!("{said}{}", exit::report(&error, error.cure().as_deref()))))
+            }
         },
         Ok(Action::Check { subject, strict, json }) => match check::check(&subject, strict, json) {
             Ok(code) => (code, None),

@@ -198,6 +198,19 @@ impl Slots {
             .collect()
     }
 
+    /// The builds that run on a machine, each once; none within for those of which nobody says anything.
+    pub fn running(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
+        // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
+        let _choosing = self.lock(MAIN_LOCK);
+        let mut running: Vec<Option<Holder>> = Vec::new();
+        for holder in self.holders(machine, max_jobs) {
+            if holder.is_none() || !running.contains(&holder) {
+                running.push(holder);
+            }
+        }
+        running
+    }
+
     /// Begins to watch for slots becoming free. What happens from now on is not missed.
     ///
     /// # Errors
@@ -225,6 +238,19 @@ impl Held {
 }
 
 impl Holder {
+    /// The name of what it builds, for people.
+    pub fn name(&self) -> &str {
+        let base = self.derivation.rsplit('/').next().unwrap_or_default();
+        let name = base.split_once('-').map_or(base, |(_, name)| name);
+        name.strip_suffix(".drv").unwrap_or(name)
+    }
+
+    /// When it took the slot.
+    pub fn began(&self) -> SystemTime {
+        let since = Duration::try_from_secs_f64(self.since).unwrap_or_default();
+        UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
+    }
+
     /// Reads it. A stock hook that has the slot now leaves what the holder before it said, but sets the file's time.
     fn of(path: &Path) -> Option<Self> {
         const SLACK: Duration = Duration::from_secs(2);
@@ -374,6 +400,11 @@ mod tests {
         held.say(&Holder { derivation: "/a/longer/one".into(), ..holder.clone() });
         held.say(&holder);
         assert_eq!(slots.holders("m", 4), [Some(holder.clone()), None]);
+        assert_eq!(slots.running("m", 4), [Some(holder.clone()), None]);
+        let second = slots.take("m", 3).unwrap().unwrap();
+        second.say(&holder);
+        assert_eq!(slots.running("m", 4), [Some(holder.clone()), None], "one build with two slots");
+        drop(second);
         drop((held, silent));
         assert_eq!(slots.holders("m", 4), []);
         // As stock does: locked, the time set, nothing said.

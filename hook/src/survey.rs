@@ -6,11 +6,11 @@
 use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
-use crate::plan::{Health, Known, Load, estimate};
+use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::reach::Reach;
 use crate::sampler::Samples;
 use crate::slots::{Holder, SlotError, Slots, Used};
-use crate::state::Withholdings;
+use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
 use std::ffi::OsString;
@@ -110,6 +110,21 @@ impl<'a> Survey<'a> {
         let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
         estimate::slot_wait(&ends, 0, each)
     }
+}
+
+/// What earlier builds tell of one that is to be done. `since` is when Nix first asked for it.
+pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
+    let record = history.and_then(|history| history.of(name));
+    Work {
+        duration: record.map(|record| record.seconds),
+        output: record.map(|record| record.output as u64),
+        waiting_since: Some(since),
+    }
+}
+
+/// Whether it matters which machine has the inputs: not while there is only one to choose.
+pub fn asks_for_inputs(machines: &[Machine], request: &Request) -> bool {
+    machines.iter().filter(|machine| plan::suits(machine, request).is_ok()).nth(1).is_some()
 }
 
 /// What speaks against a machine whatever is to be built.

@@ -24,5 +24,7 @@ mod sampling;
 mod serve;
 mod slots;
 mod support;
+mod telling;
 mod trust;
 mod waking;
+mod withholding;

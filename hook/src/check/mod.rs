@@ -2,9 +2,6 @@
 //!
 //! Owns the order of looking and the report's form. Must never connect to a machine or to a daemon: that is `ping`'s.
 
-mod command;
-mod daemon;
-mod effective;
 mod files;
 mod finding;
 mod hosts;
@@ -17,10 +14,10 @@ use crate::cli::Subject;
 use crate::config::rules::Offload;
 use crate::config::{self, Fleet};
 use crate::files::read_machines_file;
+use crate::nix_here::{self, Daemon, Effective, View};
 use crate::plan::machine::Place;
 use crate::reach::DAEMON_SOCKET;
-use daemon::Daemon;
-use effective::{Effective, View};
+
 use files::Runner;
 use finding::{Finding, Severity, Spot};
 use hosts::{Found, LookedUp};
@@ -158,7 +155,7 @@ impl Report {
 }
 
 fn look(subject: &Subject) -> Report {
-    let daemon = daemon::find(Path::new(DAEMON_SOCKET));
+    let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET));
     let runner = Runner::new(daemon.as_ref().map_or_else(|| geteuid().as_raw(), |daemon| daemon.uid));
     let mut look = Look { report: Report::default(), runner, unseen: BTreeSet::new() };
     match subject {

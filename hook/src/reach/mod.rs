@@ -125,7 +125,7 @@ impl Reach {
     pub fn new(env: impl Fn(&str) -> Option<OsString>) -> Result<Self, ReachSetupError> {
         let options = env("NIX_SSHOPTS").unwrap_or_default().to_string_lossy().into_owned();
         let ssh_options = shlex::split(&options).ok_or(ReachSetupError::SshOptions(options))?;
-        let pool = Pool::from_env()?;
+        let pool = Pool::from_lookup(&env)?;
         let opening = Slots::open(pool.directory().join("opening"))?;
         Ok(Self { pool, opening, ssh_options, around: local::Surroundings::new(env) })
     }
@@ -179,6 +179,13 @@ impl Reach {
         let down =
             endpoint(machine, &self.ssh_options).is_ok_and(|endpoint| self.pool.down(&endpoint).is_some());
         down && self.waking(machine).is_some()
+    }
+
+    /// Since when there is a master to the machine, if one takes connections; none within if that is not known. Looks at
+    /// the first one only, and asks nobody.
+    pub fn master(&self, machine: &Machine) -> Option<Option<SystemTime>> {
+        let endpoint = endpoint(machine, &self.ssh_options).ok()?;
+        self.pool.live(&endpoint).map(|master| master.started_at())
     }
 
     /// Forgets that the machine answered.

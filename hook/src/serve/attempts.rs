@@ -97,6 +97,7 @@ impl Hook<'_> {
                 }
             }
         }
+        self.tell_what_is_missing(&candidate.request, &NOWHERE);
         let tried = if tried.is_empty() {
             " (see above)".to_owned()
         } else {

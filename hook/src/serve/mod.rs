@@ -5,17 +5,19 @@
 mod attempts;
 mod deciding;
 mod handover;
+mod notice;
 mod race;
 mod trust;
 
 use crate::config::rules::Offload;
-use crate::config::{self, Fleet, Settings};
+use crate::config::{self, Settings};
+use crate::derivation::{self, Subject, Unfit};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
-use crate::plan::outputs::{self, OutputError, Wanted};
+use crate::plan::outputs::Wanted;
 use crate::plan::{Local, Request, Rules, Verdict, Work};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::sampler::Interest;
@@ -33,9 +35,8 @@ use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
 use race::{Runner, race};
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
-use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant, SystemTime};
@@ -63,30 +64,6 @@ pub enum ServeError {
     /// Nix is gone.
     #[error("Nix no longer listens")]
     NixGone(#[source] io::Error),
-}
-
-/// Why a request is declined before any machine is looked at.
-#[derive(Debug, Error)]
-enum Unfit {
-    #[error("'{0}' is no path of a derivation in the local store")]
-    NoDrvPath(String),
-    #[error("the derivation cannot be read from the local store")]
-    Unreadable(#[source] io::Error),
-    #[error("the derivation cannot be parsed")]
-    Unparsable(#[source] nix_derivation::Error),
-    #[error(transparent)]
-    Output(#[from] OutputError),
-    #[error(
-        "the derivation has an input that is itself built by a build (an experimental kind of derivation)"
-    )]
-    Dynamic,
-}
-
-impl Unfit {
-    /// Whether it is of a kind that Nix's own hook may know how to build.
-    fn is_for_stock(&self) -> bool {
-        matches!(self, Self::Dynamic | Self::Unparsable(_) | Self::Output(OutputError::UnknownPath(_)))
-    }
 }
 
 /// Why no request can be served, though Nix and its machines are well.
@@ -124,7 +101,8 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     let nix = NixSide::new(log);
     let mut source = io::stdin().lock();
     let settings = hook::read_settings(&mut source).map_err(ServeError::Protocol)?;
-    let fleet = fleet(&settings);
+    let builders = settings.get("builders").unwrap_or_default();
+    let fleet = config::fleet(&settings, "builders", builders, &read_machines_file);
     for problem in &fleet.problems {
         tracing::warn!(place = %format_args!("{}:{}:{}", problem.place.source, problem.place.line,
             problem.place.column), "{}", problem.message);
@@ -161,19 +139,6 @@ fn level(verbosity: u64) -> LevelFilter {
         5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     })
-}
-
-fn fleet(settings: &Settings) -> Fleet {
-    let text = settings.get("builders").unwrap_or_default();
-    let mut fleet =
-        config::parse_machines("builders", text, &settings.default_systems(), &read_machines_file);
-    if settings.renders_uris() {
-        for machine in &mut fleet.machines {
-            // The names of slots are made from it, and those are shared with stock hooks.
-            machine.name = machine.uri.render().unwrap_or_else(|| machine.name.clone());
-        }
-    }
-    fleet
 }
 
 /// A request that passed the checks which need no machine.
@@ -346,47 +311,35 @@ impl<'a> Hook<'a> {
                 }
                 _ => Answer::Reply(Reply::Postpone),
             },
-            (Verdict::Postpone(_), _) => Answer::Reply(Reply::Postpone),
+            (Verdict::Postpone(_), _) => {
+                self.tell_what_is_missing(&request, &self.local);
+                Answer::Reply(Reply::Postpone)
+            }
             _ => {
-                Answer::from(handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak"))
+                let why = "its machine is not of a kind we speak";
+                let answer = handover.ask(Among::Foreign, &request, why);
+                if answer.0 == Reply::Decline {
+                    self.tell_what_is_missing(&request, &self.local);
+                    if !self.local.could_build(&request) {
+                        // Nix may end us as soon as it has the answer.
+                        self.memory.keep_latest(&request.drv_path, self.machines);
+                    }
+                }
+                Answer::from(answer)
             }
         }
     }
 
     fn candidate(&self, request: &Request, since: SystemTime) -> Result<Candidate, Unfit> {
-        let no_path = || Unfit::NoDrvPath(request.drv_path.clone());
-        let drv_path =
-            self.location.store_dir.parse_path(request.drv_path.as_bytes()).map_err(|_| no_path())?;
-        let drv = self.read_drv(&drv_path)?.ok_or_else(no_path)?;
-        if drv.input_derivations().values().any(|input| input.is_dynamic()) {
-            return Err(Unfit::Dynamic);
-        }
-        let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
+        let Subject { path, drv, outputs } = derivation::subject(&self.location, &request.drv_path)?;
         let work = self.work(&drv, since);
         let (inputs, in_doubt) = (OnceCell::new(), OnceCell::new());
-        Ok(Candidate { request: request.clone(), work, drv_path, drv, outputs, inputs, in_doubt })
-    }
-
-    /// A derivation of the local store; none if the path is not that of one.
-    fn read_drv(&self, path: &StorePath) -> Result<Option<Derivation>, Unfit> {
-        let Some(name) = path.name().strip_suffix(".drv") else { return Ok(None) };
-        let aterm = fs::read(self.location.real_path(path)).map_err(Unfit::Unreadable)?;
-        Derivation::from_aterm_bytes_in(&aterm, name, self.location.store_dir.clone())
-            .map(Some)
-            .map_err(Unfit::Unparsable)
+        Ok(Candidate { request: request.clone(), work, drv_path: path, drv, outputs, inputs, in_doubt })
     }
 
     /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
     fn direct_inputs(&self, drv: &Derivation) -> Option<Vec<StorePath>> {
-        let mut direct: BTreeSet<StorePath> = drv.input_sources().iter().cloned().collect();
-        for (path, wanted) in drv.input_derivations() {
-            let input = self.read_drv(path).ok()??;
-            let outputs = outputs::output_paths(&input, &self.location.store_dir).ok()?;
-            for name in wanted.outputs() {
-                direct.insert(outputs.get(name)?.path.clone());
-            }
-        }
-        Some(direct.into_iter().collect())
+        derivation::direct_inputs(&self.location, drv)
     }
 
     /// Chooses until a machine is found that is known or seen to answer.
@@ -418,10 +371,7 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => {
-                    self.tell_of_own_stores(&candidate.request, &decision);
-                    return (decision.verdict, None);
-                }
+                _ => return (decision.verdict, None),
             };
             let machine = &self.machines[index];
             if !ask || self.may_be_promised(machine, candidate) {

@@ -78,6 +78,11 @@ impl Master {
         self.took
     }
 
+    /// When it was started, if that was written down: not for one that somebody opened by hand.
+    pub fn started_at(&self) -> Option<SystemTime> {
+        Record::read(&self.files).map(|record| record.started_at)
+    }
+
     /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
     pub fn first_output(&self) -> Option<String> {
         start::first_output(&self.files)
