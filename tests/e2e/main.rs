@@ -30,4 +30,5 @@ mod support;
 mod telling;
 mod trust;
 mod waking;
+mod watching;
 mod withholding;
