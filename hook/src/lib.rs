@@ -20,6 +20,7 @@ pub mod programs;
 pub mod reach;
 pub mod sample;
 pub mod sampler;
+pub mod sending;
 pub mod serve;
 pub mod slots;
 pub mod state;
