@@ -66,7 +66,7 @@ fn what_runs_where_and_what_is_drained() {
     let inner = [lines[2], lines[3]];
     assert!(inner.iter().any(|line| line.starts_with("  one-1, for ")), "{shown}");
     assert!(inner.contains(&"  a build that another hook sent, or that has only begun"), "{shown}");
-    assert!(lines[4].starts_with("ssh://pi      drained 1h  0/3  "), "{shown}");
+    assert!(lines[4].starts_with("ssh://pi      drained 2h  0/3  "), "{shown}");
     assert_eq!(lines[5], "  new disk", "{shown}");
     assert!(!shown.contains('\u{1b}') && lines.iter().all(|line| line.chars().count() <= 110), "{shown}");
     for name in ["one-1", "two-2"] {
@@ -91,6 +91,7 @@ fn a_machine_that_failed_is_down_and_nobody_is_asked() {
     let down = status(&client);
     assert_eq!(down[0]["state"], "down", "{down:?}");
     assert!(down[0]["reason"].as_str().unwrap().contains("refused"), "{down:?}");
+    assert!(down[0]["hint"].as_str().unwrap().starts_with("check that sshd runs on off"), "{down:?}");
 }
 
 #[test]

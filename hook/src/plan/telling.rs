@@ -148,7 +148,9 @@ pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
         }
         Verdict::Accept(index) => format!("to be built on {}: {why}", name(index)),
         Verdict::Wait(indexes) => format!("to wait for a slot of {}: {why}", names(indexes)),
-        Verdict::Postpone(indexes) => format!("to be asked again, for {}: {why}", names(indexes)),
+        Verdict::Postpone(indexes) => {
+            format!("postponed until Nix asks again, for {}: {why}", names(indexes))
+        }
         Verdict::Decline => format!("left to Nix: {why}"),
     }
 }
