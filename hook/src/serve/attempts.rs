@@ -7,6 +7,7 @@ use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::trust::{self, Way};
 use crate::plan::{Local, Verdict};
 use crate::reach::ReachError;
+use crate::sending::Sending;
 use crate::slots::Held;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
@@ -153,6 +154,7 @@ impl Hook<'_> {
             self.memory.keep_latest(derivation, self.machines);
             self.interest.show();
         };
+        let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
             nix: self.nix,
             settings: self.settings,
@@ -161,6 +163,7 @@ impl Hook<'_> {
             drv: &candidate.drv,
             outputs: &candidate.outputs,
             machine: &machine.name,
+            sending: &sending,
             meanwhile: &meanwhile,
         };
         let seen = self.reach.seen(machine);
