@@ -95,6 +95,31 @@ fn a_machine_that_failed_is_down_and_nobody_is_asked() {
 }
 
 #[test]
+fn what_a_machine_said_of_itself_is_shown_with_its_age() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = '1s'\n");
+    let build = client.spawn_nix_build(&gated("a"), &["-j0"]);
+    wait_for_begin(&client, "a", &["mac"]);
+    let mut sample = Value::Null;
+    wait_until("there is a sample", SOON, || {
+        sample = status(&client)[0]["sample"].clone();
+        !sample.is_null()
+    });
+    for field in ["at", "ageSeconds", "cores", "loadAverage", "memoryFree", "diskFree"] {
+        assert!(sample[field].is_number(), "{field}: {sample}");
+    }
+    let shown = text(&client.nix_offload(&["status"]));
+    let words: Vec<&str> = shown.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!((words.len(), words[0]), (8, "ssh-ng://mac"), "{shown}");
+    assert!(words[3].ends_with(&format!("/{}", sample["cores"])), "{shown}");
+    assert!(words[6].ends_with('s') && words[3..].iter().all(|word| *word != "-"), "{shown}");
+    open(&client, "a");
+    build.wait().assert_success();
+}
+
+#[test]
 fn looking_on_shows_what_changes() {
     let world = World::new();
     let client = plan(&world).machines("ssh://mac x86_64-linux").start();

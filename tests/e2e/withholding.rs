@@ -3,7 +3,7 @@
 use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{SOON, begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, begun, gated, open, wait_for_begin};
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
@@ -31,6 +31,7 @@ fn a_drained_machine_finishes_its_build_and_gets_no_other_one() {
             .machines("ssh-ng://pi x86_64-linux - 4 0.1\n")
             .knows(&pi)
             .start();
+        client.write("/etc/nix/offload.toml", NO_SAMPLES);
         let running = format!("running-{name}");
         let build = client.spawn_nix_build(&gated(&running), &["-j0"]);
         wait_for_begin(&client, &running, &["mac"]);

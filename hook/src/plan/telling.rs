@@ -234,7 +234,9 @@ fn arithmetic(text: &mut String, estimate: &Estimate) -> bool {
     }
     let duration = show(terms.duration, span(terms.duration.value));
     let share = format!("{:.0} % of a core", terms.share * 100.0);
-    line("build", estimate.build, &format!("{duration} / (speed {} x {share})", terms.speed));
+    // It was written down with the precision of the list of machines.
+    let speed = terms.speed as f32;
+    line("build", estimate.build, &format!("{duration} / (speed {speed} x {share})"));
     let cores = show(terms.cores, format!("{:.0}", terms.cores.value));
     let foreign = show(terms.foreign, format!("{:.1}", terms.foreign.value));
     let _ = writeln!(
