@@ -1,16 +1,19 @@
-//! A shell on a machine that is connected already, for looking at it.
+//! A shell on a machine: for looking at one that is connected already, and beside a build.
 //!
-//! Must never start a master, wake a machine or ask for anything that a person would have to answer.
+//! To look at a machine must never start a master, wake it or ask for anything that a person would have to answer.
 
-use super::{Reach, Way, endpoint, local};
+use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local, note, noted_lately};
 use crate::plan::machine::Machine;
-use nix_offload_proxy::master::{Master, OpenError, Stream};
+use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
 use std::fs;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
 const COMMAND: &str = "sh";
+
+/// A machine that turned out to have no means for leases is asked for none for so long.
+const LEASES_AGAIN: Duration = Duration::from_secs(600);
 
 /// A machine on which a shell can be started without connecting to it.
 #[derive(Debug)]
@@ -46,6 +49,46 @@ impl Reach {
         }
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
         self.pool.live(&endpoint).map(|master| Open::Master(Box::new(master)))
+    }
+
+    /// A shell on the machine beside a build there. As for builds in sessions, another master is started where those of
+    /// one are used up.
+    ///
+    /// # Errors
+    /// If there is no session to be had; see [`ReachError::is_no_session`].
+    pub fn shell_beside(
+        &self,
+        machine: &Machine,
+        bound: Duration,
+    ) -> Result<(Stream, Option<SessionStatus>), ReachError> {
+        if machine.uri.here().is_some() {
+            return Ok((Open::Here.shell(bound)?, None));
+        }
+        let deadline = Instant::now() + bound;
+        self.pool.with_master(
+            &endpoint(machine, &self.ssh_options)?,
+            deadline,
+            FIRST_COMMAND,
+            |master| {
+                let session = master.open_session(COMMAND, left(deadline).min(OPEN_BOUND))?;
+                let (stream, status) = session.into_stream();
+                Ok((stream, Some(status)))
+            },
+            |error| match error {
+                ReachError::Open(error) => Some(error),
+                _ => None,
+            },
+        )
+    }
+
+    /// Whether it turned out lately that the machine has not the means for leases.
+    pub fn is_without_leases(&self, machine: &Machine) -> bool {
+        noted_lately(&self.stamp(machine).with_extension("unleased"), LEASES_AGAIN).is_some()
+    }
+
+    /// Notes that it has not.
+    pub fn note_without_leases(&self, machine: &Machine, reason: &str) {
+        note(&self.stamp(machine).with_extension("unleased"), reason);
     }
 }
 
