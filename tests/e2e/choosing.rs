@@ -137,6 +137,8 @@ fn a_long_build_waits_for_the_fast_machine_if_that_will_be_free_soon() {
         .knows(&tin)
         .machines("ssh-ng://mac x86_64-linux - 1 8\nssh-ng://tin x86_64-linux - 1 1\n")
         .start();
+    // Both have the load of the machine that this test runs on.
+    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
     let waiting = "cd /run/nix-offload/queue 2>/dev/null || exit 0; \
                    for place in *; do flock -n $place true || echo $place; done";
     // On a machine of speed 8 two seconds are sixteen of the usual ones.
@@ -189,4 +191,15 @@ fn a_fault_in_the_settings_is_told_with_its_place_and_builds_go_on_here() {
     let checked = client.nix_offload(&["check"]);
     checked.assert_failure();
     assert!(checked.stdout().contains("/etc/nix/offload.toml:2:1"), "{checked}");
+}
+
+#[test]
+fn a_table_for_a_machine_that_is_not_in_the_list_is_told_by_check() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = client(&world, &[&mac], "[[machine]]\nname = ['mac', 'mca']\nshared-slots = 3\n");
+    let checked = client.nix_offload(&["check"]);
+    let told = format!("{}{}", checked.stdout(), checked.stderr());
+    assert!(told.contains("[[machine]] for 'mca', and no machine has that host"), "{checked}");
+    assert!(!told.contains("for 'mac'"), "{checked}");
 }

@@ -17,11 +17,11 @@ const LEASES_AGAIN: Duration = Duration::from_secs(600);
 
 /// A machine on which a shell can be started without connecting to it.
 #[derive(Debug)]
-pub enum Open {
-    /// Over its living master.
-    Master(Box<Master>),
-    /// It is this one.
-    Here,
+pub struct Open {
+    /// None if it is this machine.
+    master: Option<Master>,
+    /// Builds reach its daemon by the socket, so that they need no sessions on the master.
+    is_by_socket: bool,
 }
 
 impl Reach {
@@ -44,11 +44,12 @@ impl Reach {
 
     /// The machine, if its master lives or it needs none. Starts nothing and waits for nobody.
     pub fn open(&self, machine: &Machine) -> Option<Open> {
+        let is_by_socket = self.is_by_socket(machine);
         if machine.uri.here().is_some() {
-            return Some(Open::Here);
+            return Some(Open::here());
         }
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
-        self.pool.live(&endpoint).map(|master| Open::Master(Box::new(master)))
+        Some(Open { master: Some(self.pool.live(&endpoint)?), is_by_socket })
     }
 
     /// A shell on the machine beside a build there. As for builds in sessions, another master is started where those of
@@ -93,25 +94,34 @@ impl Reach {
 }
 
 impl Open {
-    /// Starts a shell there, which takes commands on its standard input and ends with it.
+    /// This machine.
+    pub fn here() -> Self {
+        Self { master: None, is_by_socket: true }
+    }
+
+    /// Starts a shell there, which takes commands on its standard input and ends with it. It is of the kind that gets on
+    /// with the builds on that master.
     ///
     /// # Errors
     /// If the master gives no session for it, or none can be started here.
     pub fn shell(&self, bound: Duration) -> Result<Stream, OpenError> {
-        match self {
-            Self::Master(master) => Ok(master.open_session(COMMAND, bound)?.into_stream().0),
-            Self::Here => {
+        match &self.master {
+            Some(master) if self.is_by_socket => Ok(master.open_lasting_session(COMMAND, bound)?.into()),
+            Some(master) => Ok(master.open_session(COMMAND, bound)?.into_stream().0),
+            None => {
                 let gone = |source: io::Error| OpenError::Gone { control: "/bin/sh".into(), source };
                 local::start(COMMAND, "").map(|(stream, _)| stream).map_err(gone)
             }
         }
     }
 
+    /// Whether a shell may stay: no build needs a session.
+    pub fn is_by_socket(&self) -> bool {
+        self.is_by_socket
+    }
+
     /// Whether its master takes connections and is still the same. One that was given up ends with the last it has.
     pub fn is_current(&self) -> bool {
-        match self {
-            Self::Master(master) => master.is_in_place(),
-            Self::Here => true,
-        }
+        self.master.as_ref().is_none_or(Master::is_in_place)
     }
 }

@@ -126,7 +126,7 @@ pub fn withhold(
     };
     let changed = Withholdings::change(&directory, &chosen, to.as_ref())
         .map_err(|source| WithholdError::Write { directory, source })?;
-    let slots = vantage.slots().ok();
+    let slots = vantage.slots();
     let done: Vec<Done> = chosen
         .into_iter()
         .map(|name| {
@@ -135,8 +135,7 @@ pub fn withhold(
                 is_changed: changed.contains(&name),
                 is_left_to_stock: machine.is_some_and(|machine| !machine.uri.is_ours()),
                 running: machine
-                    .zip(slots.as_ref())
-                    .map(|(machine, slots)| slots.running(&machine.name, machine.max_jobs))
+                    .map(|machine| slots.running(&machine.name, machine.max_jobs))
                     .unwrap_or_default(),
                 name,
             }
@@ -305,8 +304,8 @@ mod tests {
             to_text(&mut text, done, to, now);
             text
         };
-        let until = Some(now + Duration::from_secs(7200));
-        let drained = Withheld { how: Withholding::Drained, until, why: "new disk".into() };
+        let until = now + Duration::from_secs(7200);
+        let drained = Withheld { how: Withholding::Drained, until: Some(until), why: "new disk".into() };
         let busy = done(true, vec![Some(holder("/nix/store/0-hello-2.12.drv")), None]);
         assert_eq!(
             text(&busy, Some(&drained)),
@@ -316,7 +315,7 @@ mod tests {
                  \x20   hello-2.12, for 2 min\n\
                  \x20   one that Nix's own hook sent, or that has only begun\n\
                  \x20 A build that only it can do waits for it to come back, ten minutes at most.\n",
-                local_time::text(until.unwrap())
+                local_time::text(until)
             )
         );
         let disabled = Withheld { how: Withholding::Disabled, until: None, why: String::new() };
