@@ -6,7 +6,7 @@
 mod script;
 
 use crate::plan::machine::Machine;
-use crate::reach::{Reach, ReachError};
+use crate::reach::{Beside, Reach, ReachError};
 use nix_offload_proxy::master::{CloseWrite, SessionStatus, Stream, TimedRead};
 use script::Word;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -86,7 +86,7 @@ impl Lease {
         };
         let (reach, machine) = (reach.clone(), machine.clone());
         thread::spawn(move || match reach.shell_beside(&machine, OPENING) {
-            Ok((Stream { reader, writer }, status)) => {
+            Ok(Beside { stream: Stream { reader, writer }, status, seat: _seat }) => {
                 hold((reader, status), writer, slots, &said, &ended);
             }
             Err(error) => drop(said.send(Err(LeaseError::NoShell(error)))),
@@ -118,7 +118,7 @@ impl Lease {
             Ok(true) => {}
             Ok(false) => return Ok(self.without(NO_SHELL.into())),
             // Something ran there, and it was none.
-            Err(error) if has_ended(status) || error.kind() == io::ErrorKind::TimedOut => {
+            Err(error) if has_ended(&error, status) || error.kind() == io::ErrorKind::TimedOut => {
                 return Ok(self.without(NO_SHELL.into()));
             }
             Err(error) => return Err(LeaseError::Lost(error)),
@@ -147,10 +147,10 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // Now, not when the thread has noticed.
-        if let Some(words) = &mut self.words {
+        if let Some(mut words) = self.words.take() {
             words.reader.get_mut().abandon();
         }
+        // The thread has the other half, and closes the stream while we have other things to do.
         drop(self.alive.take());
     }
 }
@@ -210,8 +210,9 @@ impl Words {
     }
 }
 
-/// Whether the command ended by itself. A lost connection has no exit status. Here there is none to lose.
-fn has_ended(status: Option<SessionStatus>) -> bool {
+/// Whether the command ended by itself. A lost connection has no exit status.
+fn has_ended(error: &io::Error, status: Option<SessionStatus>) -> bool {
     const STATUS_BOUND: Duration = Duration::from_secs(1);
-    status.is_none_or(|mut status| status.end(STATUS_BOUND).exit.is_some())
+    error.kind() == io::ErrorKind::UnexpectedEof
+        && status.is_none_or(|mut status| status.end(STATUS_BOUND).exit.is_some())
 }

@@ -4,6 +4,7 @@
 
 use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local, note, noted_lately};
 use crate::plan::machine::Machine;
+use crate::slots::Held;
 use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
 use std::fs;
 use std::io;
@@ -14,6 +15,20 @@ const COMMAND: &str = "sh";
 
 /// A machine that turned out to have no means for leases is asked for none for so long.
 const LEASES_AGAIN: Duration = Duration::from_secs(600);
+
+/// Shells beside builds on one master, if builds need no sessions there. sshd allows ten (`MaxSessions`), of which some
+/// are left to others: each one refused costs a small process.
+const BESIDE: u64 = 8;
+
+/// A shell on a machine beside a build there.
+pub struct Beside {
+    /// What it says and hears.
+    pub stream: Stream,
+    /// The way to learn how it ended. Without it the end of what it says is its own end, and a lost connection an error.
+    pub status: Option<SessionStatus>,
+    /// To be kept as long.
+    pub seat: Option<Held>,
+}
 
 /// A machine on which a shell can be started without connecting to it.
 #[derive(Debug)]
@@ -57,23 +72,29 @@ impl Reach {
     ///
     /// # Errors
     /// If there is no session to be had; see [`ReachError::is_no_session`].
-    pub fn shell_beside(
-        &self,
-        machine: &Machine,
-        bound: Duration,
-    ) -> Result<(Stream, Option<SessionStatus>), ReachError> {
+    pub fn shell_beside(&self, machine: &Machine, bound: Duration) -> Result<Beside, ReachError> {
         if machine.uri.here().is_some() {
-            return Ok((Open::Here.shell(bound)?, None));
+            return Ok(Beside { stream: Open::here().shell(bound)?, status: None, seat: None });
         }
+        let is_by_socket = self.is_by_socket(machine);
         let deadline = Instant::now() + bound;
         self.pool.with_master(
             &endpoint(machine, &self.ssh_options)?,
             deadline,
             FIRST_COMMAND,
             |master| {
-                let session = master.open_session(COMMAND, left(deadline).min(OPEN_BOUND))?;
-                let (stream, status) = session.into_stream();
-                Ok((stream, Some(status)))
+                let bound = left(deadline).min(OPEN_BOUND);
+                if !is_by_socket {
+                    let (stream, status) = master.open_session(COMMAND, bound)?.into_stream();
+                    return Ok(Beside { stream, status: Some(status), seat: None });
+                }
+                let name = master.control_path().file_stem().unwrap_or_default().to_string_lossy();
+                let Some(seat) = self.opening.take_any(&format!("beside-{name}"), BESIDE).ok().flatten()
+                else {
+                    return Err(OpenError::Refused { reason: "enough shells run there".into() }.into());
+                };
+                let stream = master.open_lasting_session(COMMAND, bound)?.into();
+                Ok(Beside { stream, status: None, seat: Some(seat) })
             },
             |error| match error {
                 ReachError::Open(error) => Some(error),
