@@ -7,10 +7,9 @@ mod script;
 
 use crate::plan::machine::Machine;
 use crate::reach::{Beside, Reach, ReachError};
-use nix_offload_proxy::master::{CloseWrite, SessionStatus, Stream, TimedRead};
+use nix_offload_proxy::master::{CloseWrite, SessionStatus, Stream};
 use script::Word;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::mem;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
@@ -28,8 +27,8 @@ const QUIET: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// A line is no longer than this, in bytes.
 const LONGEST_LINE: u64 = 4096;
-/// Lines before the first word, of an account that greets.
-const MOST_LINES: usize = 1000;
+/// What is said of an account by which no shell answers.
+const NO_SHELL: &str = "its account gives us no shell";
 
 /// Why no lease can be waited for any longer.
 #[derive(Debug, Error)]
@@ -51,20 +50,17 @@ pub enum Permit {
     Without(String),
 }
 
-type Half = Box<dyn TimedRead + Send>;
-
-/// What the shell says, and the way to learn how it ended.
-type Opened = (Half, Option<SessionStatus>);
+/// What the thread that listens has to say.
+type Heard = Result<Word, LeaseError>;
 
 /// One of a machine's shared slots, or the wait for it. Given back when dropped.
 pub struct Lease {
     reach: Reach,
     machine: Machine,
     slots: u32,
-    opened: Receiver<Result<Opened, LeaseError>>,
-    words: Option<Words>,
+    heard: Receiver<Heard>,
     /// Dropped to end it.
-    alive: Option<Sender<()>>,
+    _alive: Sender<()>,
 }
 
 impl Lease {
@@ -74,24 +70,14 @@ impl Lease {
         if reach.is_without_leases(machine) {
             return None;
         }
-        let (said, opened) = mpsc::channel();
+        let (say, heard) = mpsc::channel();
         let (alive, ended) = mpsc::channel();
-        let lease = Self {
-            reach: reach.clone(),
-            machine: machine.clone(),
-            slots,
-            opened,
-            words: None,
-            alive: Some(alive),
-        };
-        let (reach, machine) = (reach.clone(), machine.clone());
-        thread::spawn(move || match reach.shell_beside(&machine, OPENING) {
-            Ok(Beside { stream: Stream { reader, writer }, status, seat: _seat }) => {
-                hold((reader, status), writer, slots, &said, &ended);
-            }
-            Err(error) => drop(said.send(Err(LeaseError::NoShell(error)))),
+        let (reach_too, machine_too) = (reach.clone(), machine.clone());
+        thread::spawn(move || match reach_too.shell_beside(&machine_too, OPENING) {
+            Ok(shell) => run(shell, slots, &say, ended),
+            Err(error) => drop(say.send(Err(LeaseError::NoShell(error)))),
         });
-        Some(lease)
+        Some(Self { reach: reach.clone(), machine: machine.clone(), slots, heard, _alive: alive })
     }
 
     /// How many there are.
@@ -104,36 +90,33 @@ impl Lease {
     /// # Errors
     /// If the connection is lost.
     pub fn wait(&mut self, waiting: &mut dyn FnMut()) -> Result<Permit, LeaseError> {
-        const NO_SHELL: &str = "its account gives us no shell";
-        let (reader, status) = match self.opened.recv() {
-            Ok(Ok(opened)) => opened,
+        match self.heard.recv_timeout(OPENING + FIRST_WORD) {
+            Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
+            Ok(Ok(_)) => {}
             Ok(Err(LeaseError::NoShell(error))) if error.is_no_session() => {
                 return Ok(self.without("there is no session for a shell".into()));
             }
             Ok(Err(error)) => return Err(error),
-            Err(_) => return Err(LeaseError::Lost(io::ErrorKind::BrokenPipe.into())),
-        };
-        let words = self.words.insert(Words { reader: BufReader::new(reader), line: Vec::new() });
-        match words.first() {
-            Ok(true) => {}
-            Ok(false) => return Ok(self.without(NO_SHELL.into())),
-            // Something ran there, and it was none.
-            Err(error) if has_ended(&error, status) || error.kind() == io::ErrorKind::TimedOut => {
-                return Ok(self.without(NO_SHELL.into()));
-            }
-            Err(error) => return Err(LeaseError::Lost(error)),
+            Err(_) => return Ok(self.without(NO_SHELL.into())),
         }
-        words.set_timeout(Some(PATIENCE))?;
+        let mut told = false;
         loop {
-            match words.next() {
-                Ok(Some(Word::Held)) => return Ok(Permit::Held),
-                Ok(Some(Word::None(reason))) => return Ok(self.without(reason)),
-                Ok(Some(Word::Waiting | Word::Here) | None) => {}
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            let heard = match told {
+                false => self.heard.recv_timeout(PATIENCE),
+                true => self.heard.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match heard {
+                Ok(Ok(Word::Held)) => return Ok(Permit::Held),
+                Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
+                Ok(Ok(Word::Waiting | Word::Here)) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(RecvTimeoutError::Timeout) => {
                     waiting();
-                    words.set_timeout(None)?;
+                    told = true;
                 }
-                Err(error) => return Err(LeaseError::Lost(error)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(LeaseError::Lost(io::ErrorKind::UnexpectedEof.into()));
+                }
             }
         }
     }
@@ -145,74 +128,51 @@ impl Lease {
     }
 }
 
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if let Some(mut words) = self.words.take() {
-            words.reader.get_mut().abandon();
-        }
-        // The thread has the other half, and closes the stream while we have other things to do.
-        drop(self.alive.take());
-    }
-}
-
-/// Starts the script, hands the reading half over, and lets the far side hear of us until the lease is dropped.
-fn hold(
-    (mut reader, status): Opened,
-    mut writer: Box<dyn CloseWrite + Send>,
-    slots: u32,
-    opened: &Sender<Result<Opened, LeaseError>>,
-    ended: &Receiver<()>,
-) {
-    let script = script::text(slots, QUIET, script::DIRECTORY);
-    let begun = writer.write_all(script.as_bytes()).and_then(|()| writer.flush());
-    // That it takes no commands shows when its words are read.
-    drop(begun.and_then(|()| reader.set_timeout(Some(FIRST_WORD))));
-    if opened.send(Ok((reader, status))).is_err() {
-        return;
-    }
-    while ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
-        if writer.write_all(b"\n").and_then(|()| writer.flush()).is_err() {
-            return;
-        }
-    }
-}
-
-/// What comes from over there.
-struct Words {
-    reader: BufReader<Half>,
-    /// As much of a line as has come.
-    line: Vec<u8>,
-}
-
-impl Words {
-    /// Whether the script runs. Accounts may say something before.
-    fn first(&mut self) -> io::Result<bool> {
-        for _ in 0..MOST_LINES {
-            if let Some(word) = self.next()? {
-                return Ok(word == Word::Here);
+/// Runs the script and passes its words on. Another thread writes, for a shell takes nothing before somebody listens.
+fn run(shell: Beside, slots: u32, say: &Sender<Heard>, ended: Receiver<()>) {
+    let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
+    thread::spawn(move || talk(writer, slots, &ended));
+    let mut reader = BufReader::new(reader);
+    let mut runs = false;
+    loop {
+        match next_word(&mut reader) {
+            Ok(Some(word)) => {
+                runs = true;
+                // Whoever gave the lease back does not listen any more, and the end is still to be seen.
+                let _ = say.send(Ok(word));
             }
+            Ok(None) => {}
+            // Something ran there, and it was none.
+            Err(error) if !runs && has_ended(&error, status.as_mut()) => {
+                return drop(say.send(Ok(Word::None(NO_SHELL.into()))));
+            }
+            Err(error) => return drop(say.send(Err(LeaseError::Lost(error)))),
         }
-        Ok(false)
     }
+}
 
-    /// The next line's word; none if the line is not one of the script's.
-    fn next(&mut self) -> io::Result<Option<Word>> {
-        let room = LONGEST_LINE.saturating_sub(self.line.len() as u64);
-        if self.reader.by_ref().take(room).read_until(b'\n', &mut self.line)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let line = mem::take(&mut self.line);
-        Ok(script::word(&String::from_utf8_lossy(&line)))
+/// Says the script, and lets the far side hear of us until the lease is dropped.
+fn talk(mut writer: Box<dyn CloseWrite + Send>, slots: u32, ended: &Receiver<()>) {
+    let script = script::text(slots, QUIET, script::DIRECTORY);
+    let mut said = writer.write_all(script.as_bytes()).and_then(|()| writer.flush());
+    while said.is_ok() && ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+        said = writer.write_all(b"\n").and_then(|()| writer.flush());
     }
+    let _ = writer.shutdown();
+}
 
-    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<(), LeaseError> {
-        self.reader.get_mut().set_timeout(timeout).map_err(LeaseError::Lost)
+/// The next line's word; none if the line is not one of the script's, as those of an account that greets are.
+fn next_word(reader: &mut impl BufRead) -> io::Result<Option<Word>> {
+    let mut line = Vec::new();
+    if reader.take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    Ok(script::word(&String::from_utf8_lossy(&line)))
 }
 
 /// Whether the command ended by itself. A lost connection has no exit status.
-fn has_ended(error: &io::Error, status: Option<SessionStatus>) -> bool {
+fn has_ended(error: &io::Error, status: Option<&mut SessionStatus>) -> bool {
     const STATUS_BOUND: Duration = Duration::from_secs(1);
     error.kind() == io::ErrorKind::UnexpectedEof
-        && status.is_none_or(|mut status| status.end(STATUS_BOUND).exit.is_some())
+        && status.is_none_or(|status| status.end(STATUS_BOUND).exit.is_some())
 }

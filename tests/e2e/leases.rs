@@ -48,7 +48,7 @@ fn start(client: &Client, name: &str) -> Running {
 }
 
 /// Nobody holds a lock there, and nothing of what held them runs.
-fn assert_all_given_back(mac: &Builder) {
+pub(crate) fn assert_all_given_back(mac: &Builder) {
     wait_until("all slots are given back", SOON, || {
         let held = mac.run(
             "for f in /tmp/nix-offload-slots/*; do flock -n \"$f\" true || echo \"$f\"; done 2>/dev/null",
@@ -126,6 +126,26 @@ fn a_build_that_ends_gives_its_slot_to_the_one_that_waits() {
         open(one, "second");
         second.wait().assert_success();
     });
+}
+
+#[test]
+fn a_slot_is_given_back_while_outputs_travel() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let [one, two] = ["one", "two"].map(|name| client(&world, &mac, name, 1));
+    let large = drv::script(
+        "large",
+        "cat /etc/machine-name >> /mnt/share/large.begun; head -c 300M /dev/zero > $out",
+    );
+    let mut first = one.nix_build_command(&large, &["-j0"]).limit(LIMIT).spawn();
+    wait_for_begin(&one, "large", &["mac"]);
+    let second = start(&two, "second");
+    wait_for_begin(&two, "second", &["mac"]);
+    assert!(first.is_running(), "the first build had ended before");
+    open(&two, "second");
+    first.wait().assert_success();
+    second.wait().assert_success();
+    assert_all_given_back(&mac);
 }
 
 #[test]

@@ -93,7 +93,7 @@ impl Reach {
                 else {
                     return Err(OpenError::Refused { reason: "enough shells run there".into() }.into());
                 };
-                let stream = master.open_lasting_session(COMMAND, bound)?.into();
+                let stream = master.open_guarded_session(COMMAND, bound)?.into();
                 Ok(Beside { stream, status: None, seat: Some(seat) })
             },
             |error| match error {
