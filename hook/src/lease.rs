@@ -128,7 +128,7 @@ impl Lease {
     }
 }
 
-/// Runs the script and passes its words on. Another thread writes, for a shell takes nothing before somebody listens.
+/// Runs the script and passes its words on. Another thread writes, for what ends the lease must not wait for a word.
 fn run(shell: Beside, slots: u32, say: &Sender<Heard>, ended: Receiver<()>) {
     let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
     thread::spawn(move || talk(writer, slots, &ended));

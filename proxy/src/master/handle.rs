@@ -145,8 +145,7 @@ impl Master {
         channel::open_session(&self.files.socket, command, bound, false)
     }
 
-    /// The same for a process that may be killed: a small one closes the channel in its place. The command takes nothing
-    /// before somebody reads what it says.
+    /// The same for a process that may be killed: a small one closes the channel in its place.
     ///
     /// # Errors
     /// As [`Master::open_lasting_session`].
