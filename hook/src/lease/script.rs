@@ -107,5 +107,6 @@ pub(super) fn word(line: &str) -> Option<Word> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, clippy::disallowed_types, reason = "shells are real in tests")]
 #[path = "tests/script.rs"]
 mod tests;
