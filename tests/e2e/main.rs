@@ -12,6 +12,7 @@ mod installing;
 mod journal;
 mod keeper;
 mod killing;
+mod leases;
 mod logs;
 mod many;
 mod masters;
