@@ -1,6 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
+use nix_offload::reach::Reach;
 use nix_offload::{check, ping, serve};
 use nix_offload_proxy::{
     exit,
@@ -20,12 +21,20 @@ fn main() -> ExitCode {
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Keep { control, door, lock }) => {
-            master::detach();
-            let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
-            log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
+            begin_alone();
             match master::keep(&control, &door, &lock) {
                 Ok(()) => (exit::OK, None),
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
+        Ok(Action::Probe { name, line }) => {
+            begin_alone();
+            match Reach::new(|name| std::env::var_os(name)) {
+                Ok(reach) => {
+                    reach.probe(&name, &line);
+                    (exit::OK, None)
+                }
+                Err(error) => (exit::CONFIG, Some(exit::report(&error, error.cure().as_deref()))),
             }
         }
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
@@ -42,4 +51,11 @@ fn main() -> ExitCode {
         let _ = writeln!(io::stderr(), "{text}");
     }
     ExitCode::from(code)
+}
+
+/// For a process that works for hooks and outlives the one that started it.
+fn begin_alone() {
+    master::detach();
+    let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
+    log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);
 }

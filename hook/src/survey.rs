@@ -7,7 +7,7 @@ use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{Health, Known, Load, estimate};
-use crate::reach::Reach;
+use crate::reach::{Ailing, Reach};
 use crate::slots::{SlotError, Slots};
 use crate::state::Withholdings;
 use crate::store::Location;
@@ -84,8 +84,11 @@ impl<'a> Survey<'a> {
         if self.reach.is_asleep(machine) {
             return Health::Waking;
         }
-        let why = self.reach.ailing(machine);
-        why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
+        if self.reach.is_cut_off(machine) {
+            return Health::Unreachable("this client has no network".into());
+        }
+        let ailing = self.reach.ailing(machine, self.now);
+        ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 
     /// When one of its slots is free, if all who have one say what they do.

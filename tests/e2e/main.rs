@@ -8,6 +8,7 @@ mod elsewhere;
 mod fallbacks;
 mod faults;
 mod flights;
+mod health;
 mod installing;
 mod journal;
 mod keeper;

@@ -29,7 +29,7 @@ enum Attempt {
     Done,
     /// The build failed, with this exit status and text; no other machine is to be tried.
     Final(u8, String),
-    /// The machine could not be used; another may do it.
+    /// The machine could not be used, which has been told; another may do it.
     Elsewhere(String),
     /// The machine is down and has been told to wake up.
     Asleep,
@@ -74,13 +74,8 @@ impl Hook<'_> {
                     };
                 }
                 Attempt::Elsewhere(text) => {
-                    tracing::warn!(
-                        derivation,
-                        builder = name,
-                        reason = plain(&text),
-                        "giving up this machine"
-                    );
-                    self.nix.message(Verbosity::Warn, &format!("cannot build on '{name}': {text}"));
+                    let reason = plain(&text);
+                    tracing::warn!(derivation, builder = name, reason, "giving up this machine");
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
                     next = match self.choose(candidate, &NOWHERE, &mut failed, true) {
@@ -96,6 +91,10 @@ impl Hook<'_> {
                     }
                 }
             }
+        }
+        if tried.is_empty() {
+            let why = |(index, why): (usize, String)| format!("{}: {why}", self.machines[index].name);
+            tried.extend(self.memory.out_of_reach().into_iter().map(why));
         }
         let tried = if tried.is_empty() {
             " (see above)".to_owned()
@@ -141,9 +140,9 @@ impl Hook<'_> {
     }
 
     fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
-        let machine = &self.machines[chosen.index];
+        let Chosen { index, slot, pace, mut reached } = chosen;
+        let machine = &self.machines[index];
         let derivation = candidate.request.drv_path.as_str();
-        let Chosen { slot, pace, mut reached, .. } = chosen;
         let meanwhile = |slot: Option<&Held>| {
             if let Some(slot) = slot {
                 self.say(candidate, slot, pace);
@@ -183,7 +182,10 @@ impl Hook<'_> {
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
-                Err(error) => return Attempt::Elsewhere(error.describe()),
+                Err(error) => {
+                    self.note_failure(index, &error);
+                    return Attempt::Elsewhere(error.describe());
+                }
             };
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);
@@ -240,7 +242,7 @@ impl Hook<'_> {
                     }
                     let distrust = self.distrust_in(machine, &text).map(ReachError::from);
                     let text = distrust.map_or(text, |distrust| distrust.describe());
-                    return Attempt::Elsewhere(text);
+                    return self.elsewhere(index, text);
                 }
                 Blame::Guess => {
                     tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
@@ -273,7 +275,13 @@ impl Hook<'_> {
                 }
             }
         }
-        Attempt::Elsewhere(lost)
+        self.elsewhere(index, lost)
+    }
+
+    fn elsewhere(&self, index: usize, text: String) -> Attempt {
+        let told = format!("cannot build on '{}': {text}", self.machines[index].name);
+        self.nix.message(Verbosity::Warn, &told);
+        Attempt::Elsewhere(text)
     }
 }
 

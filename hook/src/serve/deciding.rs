@@ -3,7 +3,9 @@
 use super::{Candidate, Failed, Hook, env};
 use crate::local_load;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Decision, Health, Known, Load, Local, Policy, Question, Verdict, Work, telling};
+use crate::plan::{
+    self, Decision, Health, Known, Load, Local, Policy, Question, Refusal, Verdict, Work, telling,
+};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History};
@@ -53,6 +55,33 @@ impl Memory {
         if let (Some(decided), Some(decision)) = (&self.decided, self.latest.take()) {
             decided.note(drv_path, &telling::ranking(&decision, machines), decision.at);
         }
+    }
+
+    /// Machines that the last decision left alone for what is known of their health.
+    pub(super) fn left_alone(&self) -> Vec<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(Decision::refusals);
+        let ailing =
+            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)));
+        ailing.map(|(index, _)| index).collect()
+    }
+
+    /// Why machines that suit could not be used in the last decision, though nobody wants it so: each with its index.
+    pub(super) fn out_of_reach(&self) -> Vec<(usize, String)> {
+        let latest = self.latest.borrow();
+        let describe = |decision: &Decision| {
+            let mut all = Vec::new();
+            for (index, refusal) in decision.refusals() {
+                match refusal {
+                    Refusal::CoolDown { why, .. } | Refusal::Failed(why) | Refusal::Unreachable(why) => {
+                        all.push((index, why.clone()));
+                    }
+                    _ => {}
+                }
+            }
+            all
+        };
+        latest.as_ref().map(describe).unwrap_or_default()
     }
 
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.

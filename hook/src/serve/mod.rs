@@ -5,6 +5,7 @@
 mod attempts;
 mod deciding;
 mod handover;
+mod notices;
 mod race;
 mod trust;
 
@@ -30,8 +31,8 @@ use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
-use race::{Runner, race};
-use std::cell::OnceCell;
+use race::{Runner, STAGGER, race};
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs;
@@ -226,6 +227,8 @@ struct Hook<'a> {
     queue: Slots,
     reach: Reach,
     memory: Memory,
+    /// Machines of which people were told in this process why they cannot be used, by index.
+    told: RefCell<HashSet<usize>>,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -253,7 +256,8 @@ impl<'a> Hook<'a> {
         let offload: Offload = offload::read(env)?;
         let (rules, local) = (offload.rules(), settings.local());
         let memory = Memory::new(&reach);
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory })
+        let told = RefCell::default();
+        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, told })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
@@ -263,6 +267,7 @@ impl<'a> Hook<'a> {
         let mut first_asked: HashMap<String, SystemTime> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
+            self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();
             let is_first = !first_asked.contains_key(&drv_path);
             let since =
@@ -288,6 +293,7 @@ impl<'a> Hook<'a> {
             );
             match answer {
                 Answer::Reply(reply) => {
+                    self.attend(&failed);
                     if matches!(reply, Reply::Postpone) {
                         self.memory.postponed(&drv_path, since);
                     }
@@ -299,6 +305,7 @@ impl<'a> Hook<'a> {
                     drop(handover);
                     // Nix writes this with its whole event loop waiting, so it is read before anything else.
                     let job = hook::read_job(source).map_err(ServeError::Protocol)?;
+                    self.attend(&failed);
                     return Ok(self.build(&candidate, accepted, &job, failed));
                 }
                 Answer::Handed(_, stock) => return Ok(stock.carry_on(source, self.nix)),
@@ -342,7 +349,12 @@ impl<'a> Hook<'a> {
             },
             (Verdict::Postpone(_), _) => Answer::Reply(Reply::Postpone),
             _ => {
-                Answer::from(handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak"))
+                let (reply, stock) =
+                    handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak");
+                if stock.is_none() && matches!(reply, Reply::Decline) {
+                    self.tell_why_nowhere(&request);
+                }
+                Answer::from((reply, stock))
             }
         }
     }
@@ -450,11 +462,26 @@ impl<'a> Hook<'a> {
                     }
                     continue;
                 }
-                tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
-                self.nix.message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
-                let against =
-                    if matches!(error, ReachError::Distrust(_)) { &mut unfit } else { &mut *failed };
-                against.insert(index, text);
+                match error {
+                    ReachError::Distrust(_) => {
+                        tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
+                        let told = format!("cannot build on '{}': {text}", machine.name);
+                        self.nix.message(Verbosity::Error, &told);
+                        unfit.insert(index, text);
+                    }
+                    // It is used at once when there is one again.
+                    error if error.is_no_network() => {
+                        self.tell_of_network();
+                        unfit.insert(index, text);
+                    }
+                    error => {
+                        self.note_failure(index, &error);
+                        failed.insert(index, text);
+                    }
+                }
+            }
+            for index in raced.slow {
+                self.reach.note_slow(&self.machines[index], STAGGER);
             }
             let (winner, reached) = match raced.winner {
                 Some((winner, reached)) => (winner, reached.map(|reached| *reached)),
