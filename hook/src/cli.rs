@@ -1,6 +1,7 @@
 //! The command line: words to a typed action. Must never open a file or connect to anything.
 
-use clap::{Parser, Subcommand};
+use crate::plan::known::Withholding;
+use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -62,6 +63,58 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say where a build would go now and why, with the arithmetic, or what was decided about it last.
+    ///
+    /// Decides as the hook would, with everything that it knows at this moment, but takes no slot and connects to
+    /// nothing. For every machine there is its estimate, or what keeps the build from it.
+    ///
+    /// With --last it says what was decided when Nix last asked. The exit status is 1 if nothing is kept of that.
+    ///
+    /// The Nix daemon's hook runs as root: where there is a daemon, run this as root.
+    Explain {
+        /// What is to be explained: a derivation or another path of the store, an installable such as nixpkgs#hello, a
+        /// file such as ./default.nix, or with --file an attribute.
+        #[arg(value_name = "INSTALLABLE", required_unless_present = "file")]
+        words: Vec<String>,
+        /// Take the words for attributes of this file in the Nix language.
+        #[arg(short, long, value_name = "FILE")]
+        file: Option<String>,
+        /// Say what was decided last.
+        #[arg(long)]
+        last: bool,
+        /// Builds that Nix may run here at a time, as with its own option; its setting otherwise.
+        #[arg(short = 'j', long, value_name = "NUMBER", conflicts_with = "last")]
+        max_jobs: Option<u64>,
+        #[command(flatten)]
+        nix: NixWords,
+        /// Print a JSON array with an object for each derivation.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take machines out of service for a while: what runs there is left to finish, nothing new begins.
+    ///
+    /// Builds that only such a machine can do wait for it to come back, for ten minutes at most. It holds for all Nix
+    /// commands, survives a restart, and ends with --for or by 'enable'.
+    ///
+    /// The Nix daemon's hook runs as root: where there is a daemon, run this as root.
+    Drain(WithholdWords),
+    /// Take machines out of service until they are enabled: as drain, but no build waits for them.
+    ///
+    /// The Nix daemon's hook runs as root: where there is a daemon, run this as root.
+    Disable(WithholdWords),
+    /// Put machines back into service that were drained or disabled.
+    ///
+    /// The Nix daemon's hook runs as root: where there is a daemon, run this as root.
+    Enable {
+        /// A machine: its host, with user or port if need be, its store's URI, or its name in the list.
+        #[arg(value_name = "MACHINE", required = true)]
+        names: Vec<String>,
+        #[command(flatten)]
+        nix: NixWords,
+        /// Print a JSON array with an object for each machine.
+        #[arg(long)]
+        json: bool,
+    },
     /// Serve Nix as its build hook; Nix adds the verbosity. Not for people.
     #[command(hide = true)]
     Hook {
@@ -86,6 +139,58 @@ enum Command {
         /// What to lock.
         lock: PathBuf,
     },
+    /// Look at the load of machines. Hooks start it. Not for people.
+    #[command(hide = true)]
+    Sample,
+}
+
+#[derive(Debug, Args)]
+struct WithholdWords {
+    /// A machine: its host, with user or port if need be, its store's URI, or its name in the list.
+    #[arg(value_name = "MACHINE", required = true)]
+    names: Vec<String>,
+    /// For so long, for instance 2h, 90m or '1h 30m'; otherwise until it is enabled.
+    #[arg(long = "for", value_name = "TIME", value_parser = span)]
+    span: Option<Duration>,
+    /// What people are told who ask why.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    reason: String,
+    #[command(flatten)]
+    nix: NixWords,
+    /// Print a JSON array with an object for each machine.
+    #[arg(long)]
+    json: bool,
+}
+
+impl WithholdWords {
+    fn action(self, how: Withholding) -> Action {
+        let change = Change::Withhold { how, span: self.span, reason: self.reason };
+        Action::Withhold { change, names: self.names, meant: self.nix.meant(), json: self.json }
+    }
+}
+
+#[derive(Debug, Args)]
+struct NixWords {
+    /// Machines instead of those of the configuration, in the form of the setting 'builders'.
+    #[arg(long, value_name = "MACHINES")]
+    builders: Option<String>,
+    /// The store that builds are for, as with Nix's own option: one of your own needs no daemon and no root.
+    #[arg(long, value_name = "STORE")]
+    store: Option<String>,
+}
+
+impl NixWords {
+    fn meant(self) -> Meant {
+        Meant { builders: self.builders, store: self.store }
+    }
+}
+
+fn span(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(span) if span.is_zero() => Err("it must be more than nothing".into()),
+        Ok(span) => Ok(span),
+        Err(error) => Err(format!("{error}; write it as 2h, 90m or '1h 30m'")),
+    }
 }
 
 /// What the program is to do.
@@ -112,6 +217,26 @@ pub enum Action {
         /// What to lock.
         lock: PathBuf,
     },
+    /// Explain where builds go.
+    Explain {
+        /// Which ones, and what of them.
+        wish: Wish,
+        /// Print JSON.
+        json: bool,
+    },
+    /// Take machines out of service, or back into it.
+    Withhold {
+        /// What is to become of them.
+        change: Change,
+        /// What they are called.
+        names: Vec<String>,
+        /// Which Nix.
+        meant: Meant,
+        /// Print JSON.
+        json: bool,
+    },
+    /// Look at the load of machines.
+    Sample,
     /// Tell what is wrong with the configuration.
     Check {
         /// With which part of it.
@@ -130,6 +255,46 @@ pub enum Action {
         /// Print JSON.
         json: bool,
     },
+}
+
+/// What is to be explained.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// What is to be explained: paths, installables, or attributes of the file.
+    pub words: Vec<String>,
+    /// A file whose attributes the words are.
+    pub file: Option<String>,
+    /// What was decided last, instead of what would be decided now.
+    pub last: bool,
+    /// As Nix's own `--max-jobs`.
+    pub max_jobs: Option<u64>,
+    /// Which Nix.
+    pub meant: Meant,
+}
+
+/// What is to become of machines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// They are to get nothing new.
+    Withhold {
+        /// In which way.
+        how: Withholding,
+        /// For so long; until somebody says otherwise if it is not given.
+        span: Option<Duration>,
+        /// What people are told; may be empty.
+        reason: String,
+    },
+    /// They are to get builds again.
+    Enable,
+}
+
+/// Which Nix is meant, as it was said on the command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Meant {
+    /// Machines instead of those of the configuration, in the form of the setting `builders`.
+    pub builders: Option<String>,
+    /// The store that builds are for, as with Nix's own `--store`.
+    pub store: Option<String>,
 }
 
 /// Which machines a command is about.
@@ -174,6 +339,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
         Command::Hook { verbosity } => Action::Hook { verbosity },
         Command::Probe { name, line } => Action::Probe { name, line },
         Command::Keep { control, door, lock } => Action::Keep { control, door, lock },
+        Command::Sample => Action::Sample,
         Command::PingStore { store, builders, timeout, json } => {
             let targets = match builders {
                 Some(text) => Targets::Builders(text),
@@ -181,6 +347,14 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
                 None => Targets::Stores(store),
             };
             Action::Ping { targets, bound: Duration::from_secs(timeout), json }
+        }
+        Command::Explain { words, file, last, max_jobs, nix, json } => {
+            Action::Explain { wish: Wish { words, file, last, max_jobs, meant: nix.meant() }, json }
+        }
+        Command::Drain(words) => words.action(Withholding::Drained),
+        Command::Disable(words) => words.action(Withholding::Disabled),
+        Command::Enable { names, nix, json } => {
+            Action::Withhold { change: Change::Enable, names, meant: nix.meant(), json }
         }
         Command::Check { file, builders, strict, json } => {
             let subject = match (file, builders) {
@@ -229,6 +403,44 @@ mod tests {
         assert_eq!(ping(&["x", "ping-store", "--builders", "@/m"]), Targets::Builders("@/m".into()));
         assert!(parsed(&["x", "ping-store", "--store", "a", "--builders", "b"]).is_err());
         assert!(parsed(&["x", "ping-store", "--timeout", "0"]).is_err());
+    }
+
+    #[test]
+    fn machines_are_withheld_for_a_time_that_is_one() {
+        let withhold = |words: &[&str]| match parsed(words).unwrap() {
+            Action::Withhold { change, names, .. } => (change, names),
+            other => panic!("{other:?}"),
+        };
+        let (change, names) = withhold(&["x", "drain", "a", "b", "--for", "1h 30m", "--reason", "why"]);
+        let span = Some(Duration::from_secs(5400));
+        assert_eq!(change, Change::Withhold { how: Withholding::Drained, span, reason: "why".into() });
+        assert_eq!(names, ["a", "b"]);
+        let (change, _) = withhold(&["x", "disable", "a"]);
+        assert_eq!(
+            change,
+            Change::Withhold { how: Withholding::Disabled, span: None, reason: String::new() }
+        );
+        assert_eq!(withhold(&["x", "enable", "a"]).0, Change::Enable);
+        for wrong in
+            [&["drain"][..], &["drain", "a", "--for", "0s"], &["drain", "a", "--for", "2"], &["enable"]]
+        {
+            assert!(parsed(&[&["x"], wrong].concat()).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn explain_takes_installables_or_a_file() {
+        let explain = |words: &[&str]| match parsed(words).unwrap() {
+            Action::Explain { wish, json } => (wish, json),
+            other => panic!("{other:?}"),
+        };
+        let (wish, json) = explain(&["x", "explain", "nixpkgs#hello", "--last", "--store", "/s", "--json"]);
+        let meant = Meant { store: Some("/s".into()), ..Meant::default() };
+        let words = vec!["nixpkgs#hello".to_owned()];
+        assert_eq!((wish, json), (Wish { words, last: true, meant, ..Wish::default() }, true));
+        let (wish, _) = explain(&["x", "explain", "-f", "d.nix", "-j0"]);
+        assert_eq!((wish.file.as_deref(), wish.max_jobs), (Some("d.nix"), Some(0)));
+        assert!(parsed(&["x", "explain"]).is_err());
     }
 
     #[test]

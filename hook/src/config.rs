@@ -75,6 +75,18 @@ pub fn parse_machines(
     fleet
 }
 
+/// The machines that Nix's setting `builders` names, or another text of that form, called as this Nix calls them.
+pub fn fleet(settings: &Settings, source: &str, text: &str, read_file: ReadFile<'_>) -> Fleet {
+    let mut fleet = parse_machines(source, text, &settings.default_systems(), read_file);
+    if settings.renders_uris() {
+        for machine in &mut fleet.machines {
+            // The names of slots are made from it, and those are shared with stock hooks.
+            machine.name = machine.uri.render().unwrap_or_else(|| machine.name.clone());
+        }
+    }
+    fleet
+}
+
 struct Reader<'a> {
     default_systems: &'a BTreeSet<String>,
     read_file: ReadFile<'a>,

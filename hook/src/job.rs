@@ -2,12 +2,14 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
+mod inputs;
+
 use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
 use crate::config::Settings;
 use crate::nix_side::NixSide;
-use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
+use crate::sending::{Mark, Sending};
 use crate::slots::Held;
 use crate::store::{
     self, CycleError, DatabaseError, Durability, Expected, Location, Query, Registrar, RestoreError,
@@ -16,7 +18,6 @@ use crate::wire::hook::{Job, Verbosity, activity};
 use crate::wire::worker::{BuildResult, Options, Outcome};
 use nix_derivation::{Derivation, StorePath};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::{self, BufWriter, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -112,6 +113,8 @@ pub struct Task<'a> {
     pub outputs: &'a BTreeMap<String, Wanted>,
     /// The machine's name.
     pub machine: &'a str,
+    /// Who sends what to it.
+    pub sending: &'a Sending,
     /// What can be done here while the builder is at work, with the slot if there still is one.
     pub meanwhile: &'a dyn Fn(Option<&Held>),
 }
@@ -129,12 +132,16 @@ pub struct Report {
     pub fetched_bytes: u64,
     /// How long asking for and sending inputs took.
     pub inputs: Duration,
+    /// How long sending them took, until all had arrived.
+    pub sending: Duration,
     /// Whether there was anything left to build.
     pub was_built: bool,
     /// How long the build took, seen from here.
     pub build: Duration,
     /// How long fetching and registering the outputs took.
     pub outputs: Duration,
+    /// How long fetching them took.
+    pub fetching: Duration,
 }
 
 /// What is known before there is a connection.
@@ -148,6 +155,8 @@ pub struct Prepared {
     guessed: bool,
     /// What else the derivation refers to, itself included, if the machine is to have that.
     closure: Option<Vec<StorePath>>,
+    /// What had been sent to the machine before it was asked anything.
+    mark: Mark,
     /// What the connection is to be sent without waiting.
     pub ahead: Ahead,
 }
@@ -201,7 +210,8 @@ impl Task<'_> {
             Way::Derivation => None,
             Way::Closure => Some(self.closure(&inputs)?),
         };
-        let mut prepared = Prepared { inputs, direct, guessed, closure, ahead: Ahead::default() };
+        let mark = self.sending.mark();
+        let mut prepared = Prepared { inputs, direct, guessed, closure, mark, ahead: Ahead::default() };
         let mut ahead = Ahead::default();
         let substitute = self.settings.flag("builders-use-substitutes");
         ahead.hold_and_query(&self.location.store_dir, prepared.asked(), substitute);
@@ -285,67 +295,6 @@ impl Task<'_> {
         Ok(job.wanted_outputs.iter().map(find).collect::<Result<_, _>>()?)
     }
 
-    fn send_inputs(
-        &self,
-        builder: &mut Builder,
-        job: &Job,
-        prepared: &Prepared,
-        relay: &mut Relay<'_>,
-        report: &mut Report,
-    ) -> Result<(), JobError> {
-        let substitute = self.settings.flag("builders-use-substitutes");
-        let mut valid = builder.hold_and_query(prepared.asked(), substitute, &mut |e| relay.pass(e))?;
-        let closure = prepared.closure.as_deref();
-        if let Some(closure) = closure {
-            // No substituter has derivations, so it is not asked.
-            valid.extend(builder.hold_and_query(closure, false, &mut |e| relay.pass(e))?);
-        }
-        let asked = prepared.asked().iter().chain(closure.unwrap_or_default());
-        let missing: Vec<&StorePath> = asked.filter(|path| !valid.contains(*path)).collect();
-        if prepared.guessed {
-            return match missing.is_empty() {
-                true => Ok(()),
-                false => Err(BuilderError::Guess { doing: "asking which inputs are there" }.into()),
-            };
-        }
-        let mut ahead = Ahead::default();
-        if closure.is_none() && !self.settings.flag("keep-failed") {
-            self.build_and_fetch(&mut ahead, prepared, job)?;
-        }
-        let ahead = ahead.if_small();
-        if missing.is_empty() {
-            return Ok(builder.send_ahead(ahead)?);
-        }
-        let infos = {
-            let query = Query::open(self.location)?;
-            let info = |path: &StorePath| {
-                let missing = || JobError::InputMissing(self.location.render(path));
-                query.path_info(path)?.ok_or_else(missing)
-            };
-            store::references_first(missing.into_iter().map(info).collect::<Result<_, _>>()?)?
-        };
-        report.sent_paths = infos.len();
-        report.sent_bytes = infos.iter().map(|info| info.nar_size).sum();
-        let all = Copying::begin(self.nix, "sending inputs", infos.len() as u64);
-        let current = Mutex::new((0u64, None));
-        let progress = |info: Option<&PathInfo>| {
-            let Ok(mut current) = current.lock() else { return };
-            if let Some(id) = current.1.take() {
-                self.nix.stop(id);
-                current.0 += 1;
-                all.progress(current.0);
-            }
-            current.1 = info
-                .map(|info| self.nix.start_copy(&self.location.render(&info.path), "local", self.machine));
-        };
-        let dump = |path: &StorePath, to: &mut dyn Write| {
-            let mut to = BufWriter::with_capacity(64 << 10, to);
-            store::dump(self.location, path, &mut to).map_err(io::Error::other)?;
-            to.flush()
-        };
-        Ok(builder.upload(&infos, &dump, &progress, ahead, &mut |e| relay.pass(e))?)
-    }
-
     fn build(
         &self,
         builder: &mut Builder,
@@ -406,8 +355,8 @@ impl Task<'_> {
         report.fetched_paths = infos.len();
         report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
         let durability = Durability::from_settings(|name| self.settings.get(name));
-        let all = Copying::begin(self.nix, "fetching outputs", infos.len() as u64);
-        let mut done = 0;
+        let all = Copying::begin(self.nix, "fetching outputs", infos.len());
+        let clock = Instant::now();
         builder.nars(
             &infos,
             |info, nar| {
@@ -419,12 +368,12 @@ impl Task<'_> {
                     Expected { nar_size: info.nar_size, nar_hash: Some(info.nar_hash), content_address };
                 let restored = store::restore(self.location, &info.path, nar, &expected, &durability);
                 self.nix.stop(copy);
-                done += 1;
-                all.progress(done);
+                all.one_done();
                 restored.map(drop)
             },
             &mut |e| relay.pass(e),
         )?;
+        report.fetching = clock.elapsed();
         if self.settings.flag("auto-optimise-store") {
             for info in &infos {
                 // It saves space only, so that it fails is no reason to fail the build.
@@ -450,19 +399,31 @@ impl Task<'_> {
 struct Copying<'a> {
     nix: &'a NixSide,
     id: u64,
-    expected: u64,
+    /// How many are done, and are to be done in all.
+    counts: Mutex<(u64, u64)>,
 }
 
 impl<'a> Copying<'a> {
-    fn begin(nix: &'a NixSide, what: &str, expected: u64) -> Self {
+    fn begin(nix: &'a NixSide, what: &str, expected: usize) -> Self {
         let id = nix.start(Verbosity::Talkative as u64, activity::COPY_PATHS, what, &[]);
-        let copying = Self { nix, id, expected };
-        copying.progress(0);
+        let copying = Self { nix, id, counts: Mutex::new((0, expected as u64)) };
+        copying.spare(0);
         copying
     }
 
-    fn progress(&self, done: u64) {
-        self.nix.progress(self.id, done, self.expected);
+    fn one_done(&self) {
+        self.count(|(done, _)| *done += 1);
+    }
+
+    /// So many need not be done.
+    fn spare(&self, number: usize) {
+        self.count(|(_, expected)| *expected = expected.saturating_sub(number as u64));
+    }
+
+    fn count(&self, change: impl FnOnce(&mut (u64, u64))) {
+        let Ok(mut counts) = self.counts.lock() else { return };
+        change(&mut counts);
+        self.nix.progress(self.id, counts.0, counts.1);
     }
 }
 

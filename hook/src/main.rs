@@ -2,7 +2,7 @@
 
 use nix_offload::cli::{self, Action};
 use nix_offload::reach::Reach;
-use nix_offload::{check, ping, serve};
+use nix_offload::{check, explain, ping, sampler, serve, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -21,14 +21,14 @@ fn main() -> ExitCode {
             Err(error) => (exit::FAILURE, Some(format!("nix-offload: {}", exit::report(&error, None)))),
         },
         Ok(Action::Keep { control, door, lock }) => {
-            begin_alone();
+            stand_alone();
             match master::keep(&control, &door, &lock) {
                 Ok(()) => (exit::OK, None),
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
             }
         }
         Ok(Action::Probe { name, line }) => {
-            begin_alone();
+            stand_alone();
             match Reach::new(|name| std::env::var_os(name)) {
                 Ok(reach) => {
                     reach.probe(&name, &line);
@@ -37,9 +37,29 @@ fn main() -> ExitCode {
                 Err(error) => (exit::CONFIG, Some(exit::report(&error, error.cure().as_deref()))),
             }
         }
+        Ok(Action::Sample) => {
+            stand_alone();
+            match sampler::run() {
+                Ok(()) => (exit::OK, None),
+                Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
         Ok(Action::Ping { targets, bound, json }) => match ping::ping(&targets, bound, json) {
             Ok(code) => (code, None),
             Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
+        Ok(Action::Withhold { change, names, meant, json }) => {
+            match withhold::withhold(&change, &names, &meant, json) {
+                Ok(code) => (code, None),
+                Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+            }
+        }
+        Ok(Action::Explain { wish, json }) => match explain::explain(&wish, json) {
+            Ok(code) => (code, None),
+            Err(error) => {
+                let said = error.said().map(|said| format!("{said}\n")).unwrap_or_default();
+                (error.exit_code(), Some(format!("{said}{}", exit::report(&error, error.cure().as_deref()))))
+            }
         },
         Ok(Action::Check { subject, strict, json }) => match check::check(&subject, strict, json) {
             Ok(code) => (code, None),
@@ -53,8 +73,8 @@ fn main() -> ExitCode {
     ExitCode::from(code)
 }
 
-/// For a process that works for hooks and outlives the one that started it.
-fn begin_alone() {
+/// Leaves whoever started this process, which is to live on without him.
+fn stand_alone() {
     master::detach();
     let level = std::env::var("NIX_OFFLOAD_LOG").ok().and_then(|text| log::parse_level(&text));
     log::init("nix-offload", level.unwrap_or(LevelFilter::INFO), Fallback::Nothing);

@@ -5,6 +5,10 @@
 //!
 //! Source: Nix 2.34 `src/nix/build-remote/build-remote.cc` (`openSlotLock`, `main-lock`).
 
+mod look;
+
+pub use look::FileLocks;
+
 use crate::plan::Load;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -12,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix_derivation::{HashAlgorithm, hash_bytes};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -40,6 +45,17 @@ pub struct SlotError {
 #[derive(Debug, Clone)]
 pub struct Slots {
     directory: PathBuf,
+}
+
+/// Machines that had a slot taken at some time.
+#[derive(Debug, Clone)]
+pub struct Used(HashSet<String>);
+
+impl Used {
+    /// Whether this one is among them.
+    pub fn has(&self, machine: &str) -> bool {
+        self.0.contains(&stem(machine))
+    }
 }
 
 /// A lock that is free again when dropped, or when the process ends in whatever way.
@@ -87,6 +103,13 @@ impl Slots {
     /// If the lock cannot be opened or taken.
     pub fn lock(&self, name: &str) -> Result<Held, SlotError> {
         wait_for(self.directory.join(name))
+    }
+
+    /// Which machines ever had a slot taken. Others need not be counted, which matters with a thousand of them.
+    pub fn used(&self) -> Used {
+        let entries = fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        let name = |entry: fs::DirEntry| Some(entry.file_name().to_str()?.rsplit_once('-')?.0.to_owned());
+        Used(entries.filter_map(name).collect())
     }
 
     /// Counts a machine's taken slots, and gives the number of a free one if there is one.
@@ -175,6 +198,19 @@ impl Slots {
             .collect()
     }
 
+    /// The builds that run on a machine, each once; none within for those of which nobody says anything.
+    pub fn running(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
+        // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
+        let _choosing = self.lock(MAIN_LOCK);
+        let mut running: Vec<Option<Holder>> = Vec::new();
+        for holder in self.holders(machine, max_jobs) {
+            if holder.is_none() || !running.contains(&holder) {
+                running.push(holder);
+            }
+        }
+        running
+    }
+
     /// Begins to watch for slots becoming free. What happens from now on is not missed.
     ///
     /// # Errors
@@ -187,14 +223,7 @@ impl Slots {
     }
 
     fn path(&self, machine: &str, number: u64) -> PathBuf {
-        const LONGEST_NAME: usize = 255;
-        let name = format!("{}-{number}", machine.replace('/', "_"));
-        if name.len() <= LONGEST_NAME {
-            return self.directory.join(name);
-        }
-        // Stock fails here; a digest serves as well, for no stock hook can share such a machine.
-        let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
-        self.directory.join(format!("{}-{number}", digest.replace(':', "-")))
+        self.directory.join(format!("{}-{number}", stem(machine)))
     }
 }
 
@@ -209,6 +238,19 @@ impl Held {
 }
 
 impl Holder {
+    /// The name of what it builds, for people.
+    pub fn name(&self) -> &str {
+        let base = self.derivation.rsplit('/').next().unwrap_or_default();
+        let name = base.split_once('-').map_or(base, |(_, name)| name);
+        name.strip_suffix(".drv").unwrap_or(name)
+    }
+
+    /// When it took the slot.
+    pub fn began(&self) -> SystemTime {
+        let since = Duration::try_from_secs_f64(self.since).unwrap_or_default();
+        UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
+    }
+
     /// Reads it. A stock hook that has the slot now leaves what the holder before it said, but sets the file's time.
     fn of(path: &Path) -> Option<Self> {
         const SLACK: Duration = Duration::from_secs(2);
@@ -242,6 +284,18 @@ impl Watch {
             }
         }
     }
+}
+
+/// The name of a machine's lock files without the number.
+fn stem(machine: &str) -> String {
+    /// Of a file, less a number of four digits.
+    const LONGEST_NAME: usize = 250;
+    let name = machine.replace('/', "_");
+    if name.len() <= LONGEST_NAME {
+        return name;
+    }
+    // Stock fails where the file's name is too long; a digest serves as well, for no stock hook can share such a machine.
+    hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string().replace(':', "-")
 }
 
 fn wait_for(path: PathBuf) -> Result<Held, SlotError> {
@@ -333,6 +387,7 @@ mod tests {
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 4);
         drop((first, three));
         assert_eq!(slots.count("m", 4).unwrap().0.taken, 0);
+        assert!(slots.used().has("m") && !slots.used().has("n"));
     }
 
     #[test]
@@ -345,6 +400,11 @@ mod tests {
         held.say(&Holder { derivation: "/a/longer/one".into(), ..holder.clone() });
         held.say(&holder);
         assert_eq!(slots.holders("m", 4), [Some(holder.clone()), None]);
+        assert_eq!(slots.running("m", 4), [Some(holder.clone()), None]);
+        let second = slots.take("m", 3).unwrap().unwrap();
+        second.say(&holder);
+        assert_eq!(slots.running("m", 4), [Some(holder.clone()), None], "one build with two slots");
+        drop(second);
         drop((held, silent));
         assert_eq!(slots.holders("m", 4), []);
         // As stock does: locked, the time set, nothing said.

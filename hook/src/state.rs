@@ -6,11 +6,13 @@
 mod asked;
 mod decided;
 mod history;
+mod told;
 mod withheld;
 
 pub use asked::Asked;
 pub use decided::{Decided, Last};
 pub use history::{History, Record};
+pub use told::Told;
 pub use withheld::{Entry, Withholdings};
 
 use nix::unistd::geteuid;

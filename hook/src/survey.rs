@@ -6,10 +6,11 @@
 use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
-use crate::plan::{Health, Known, Load, estimate};
+use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::reach::{Ailing, Reach};
-use crate::slots::{SlotError, Slots};
-use crate::state::Withholdings;
+use crate::sampler::Samples;
+use crate::slots::{Holder, SlotError, Slots, Used};
+use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
 use std::ffi::OsString;
@@ -24,6 +25,8 @@ pub struct Survey<'a> {
     reach: &'a Reach,
     location: &'a Location,
     withheld: Withholdings,
+    used: Used,
+    samples: Samples,
     now: SystemTime,
 }
 
@@ -41,8 +44,8 @@ pub struct Look {
 pub struct Needs<'a> {
     /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
     pub inputs: Option<&'a [(StorePath, u64)]>,
-    /// Seconds that a build takes of which nothing is known.
-    pub typical: f64,
+    /// Seconds that it takes on an idle machine of speed factor 1, if that is known.
+    pub duration: Option<f64>,
 }
 
 impl<'a> Survey<'a> {
@@ -55,7 +58,8 @@ impl<'a> Survey<'a> {
         now: SystemTime,
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
-        Self { slots, reach, location, withheld, now }
+        let samples = Samples::read(&Samples::path(reach.directory()));
+        Self { slots, reach, location, withheld, used: slots.used(), samples, now }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -67,11 +71,19 @@ impl<'a> Survey<'a> {
             let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
             return Ok(Look { known, free: None });
         }
-        let (load, free) = self.slots.count(&machine.name, machine.max_jobs)?;
+        let is_used = self.used.has(&machine.name);
+        let (load, free) = match is_used {
+            true => self.slots.count(&machine.name, machine.max_jobs)?,
+            false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
+        };
         let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
+        let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
+        let round_trip = said.and_then(|said| said.round_trip);
         let known = Known {
-            link: Link { missing, ..Link::default() },
+            sample: said.map(|said| said.sample.clone()),
+            link: Link { missing, bandwidth, round_trip, ..Link::default() },
             slot_wait,
             health: self.health(machine),
             withheld: self.withheld.of(&machine.name),
@@ -91,17 +103,31 @@ impl<'a> Survey<'a> {
         ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 
-    /// When one of its slots is free, if all who have one say what they do.
+    /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
     fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>) -> Option<f64> {
+        let each = needs.duration?;
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
-        let end = |holder: crate::slots::Holder| {
-            let expected = holder.expected.unwrap_or(needs.typical / f64::from(machine.speed_factor));
-            (holder.since + expected - now).max(0.0)
-        };
-        let ends: Option<Vec<f64>> = holders.into_iter().map(|holder| holder.map(end)).collect();
-        estimate::slot_wait(&ends?, 0, needs.typical)
+        let end =
+            |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
+        let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
+        estimate::slot_wait(&ends, 0, each)
     }
+}
+
+/// What earlier builds tell of one that is to be done. `since` is when Nix first asked for it.
+pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
+    let record = history.and_then(|history| history.of(name));
+    Work {
+        duration: record.map(|record| record.seconds),
+        output: record.map(|record| record.output as u64),
+        waiting_since: Some(since),
+    }
+}
+
+/// Whether it matters which machine has the inputs: not while there is only one to choose.
+pub fn asks_for_inputs(machines: &[Machine], request: &Request) -> bool {
+    machines.iter().filter(|machine| plan::suits(machine, request).is_ok()).nth(1).is_some()
 }
 
 /// What speaks against a machine whatever is to be built.

@@ -33,6 +33,16 @@ pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
     section(title, "reply", figures)
 }
 
+/// The same of our hook with so many machines in the list that would all do.
+pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Section {
+    let drv = derivation(scene);
+    let others: String = (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 1")).collect();
+    let mut both = figures_of(Contender::Ours.label());
+    // The one that answers is the first of equals.
+    questions_among(scene, Contender::Ours, &others, &drv, times, &mut both);
+    section(format!("The same with {machines} suitable machines in the list"), "reply in a fleet", vec![both])
+}
+
 /// The same of our hook while another one sends a large input to the same builder.
 pub(crate) fn reply_while_sending(scene: &Scene, times: u32, mebibytes: u32) -> Section {
     let drv = derivation(scene);
@@ -86,8 +96,21 @@ fn section(title: String, name: &str, figures: Vec<[Figure; 2]>) -> Section {
 }
 
 fn questions(scene: &Scene, contender: Contender, drv: &str, times: u32, both: &mut [Figure; 2]) {
+    questions_among(scene, contender, "", drv, times, both);
+}
+
+/// `others` are more machines, in the form of Nix's setting.
+fn questions_among(
+    scene: &Scene,
+    contender: Contender,
+    others: &str,
+    drv: &str,
+    times: u32,
+    both: &mut [Figure; 2],
+) {
     let (_, hook) = scene.hook_words(contender);
-    let output = inside(scene, contender, &["ask", SETTINGS, drv, &times.to_string()]).args(hook).run();
+    let output =
+        inside(scene, contender, others, &["ask", SETTINGS, drv, &times.to_string()]).args(hook).run();
     output.assert_success();
     for line in output.stdout().lines() {
         let (kind, milliseconds) = line.split_once(' ').expect("two words");
@@ -98,17 +121,17 @@ fn questions(scene: &Scene, contender: Contender, drv: &str, times: u32, both: &
 /// Processor time, in milliseconds, of each of `times` hooks that get their settings and are asked nothing.
 pub(crate) fn starts(scene: &Scene, contender: Contender, times: u32) -> Vec<f64> {
     let (_, hook) = scene.hook_words(contender);
-    let output = inside(scene, contender, &["start", SETTINGS, &times.to_string()]).args(hook).run();
+    let output = inside(scene, contender, "", &["start", SETTINGS, &times.to_string()]).args(hook).run();
     output.assert_success();
     output.stdout().lines().map(|line| line.parse().expect("a number")).collect()
 }
 
 /// This program inside the client, which finds there what `nix` would send to the hook.
-fn inside(scene: &Scene, contender: Contender, words: &[&str]) -> Command {
+fn inside(scene: &Scene, contender: Contender, more: &str, words: &[&str]) -> Command {
     // The words `nix` sends are those it shows.
     let shown = scene.client.run("nix --extra-experimental-features nix-command show-config 2>/dev/null");
     let others = shown.lines().filter(|line| !line.starts_with("builders =")).collect::<Vec<_>>().join("\n");
     let builders = scene.builders(contender, Link::Direct);
-    scene.client.write(SETTINGS, &format!("{others}\nbuilders = {builders}\n"));
+    scene.client.write(SETTINGS, &format!("{others}\nbuilders = {builders}{more}\n"));
     scene.client.command(BENCH).args(words).limit(LIMIT)
 }

@@ -16,6 +16,7 @@ mod many;
 mod proxy;
 mod report;
 mod scene;
+mod shared;
 
 use std::{fs, path::PathBuf, process::ExitCode, thread};
 
@@ -60,10 +61,12 @@ enum Part {
     Independent,
     /// 20 builds, each with the one before as its input
     Chain,
-    /// From Nix's question to the hook's answer, also while a large input is sent
+    /// From Nix's question to the hook's answer, also with a thousand machines, and while a large input is sent
     Reply,
     /// A large output and a large input: time, and memory of the hook
     Big,
+    /// 8 builds at once that share an input of 100 MiB
+    SharedInput,
     /// Processor time of one trivial build at the client, and of starting a hook
     Cpu,
     /// A chain of builds over a link with a round trip of 50 ms
@@ -83,7 +86,8 @@ enum Part {
 }
 
 impl Part {
-    const BUILDS: [Self; 5] = [Self::Independent, Self::Chain, Self::Reply, Self::Big, Self::Cpu];
+    const BUILDS: [Self; 6] =
+        [Self::Independent, Self::Chain, Self::Reply, Self::Big, Self::SharedInput, Self::Cpu];
     const WARM_PROXY: [Self; 3] = [Self::Jump, Self::ProxyStart, Self::Stream];
 }
 
@@ -212,10 +216,14 @@ fn builds(arguments: &Arguments, report: &mut Report) {
     if arguments.wants(Part::Reply) {
         let times = if quick { 20 } else { 200 };
         report.add(ask::reply(&scene, times));
+        report.add(ask::reply_in_a_fleet(&scene, times, 1000));
         report.add(ask::reply_while_sending(&scene, times, arguments.mebibytes()));
     }
     if arguments.wants(Part::Cpu) {
         report.add(many::cpu(&scene, 20, rounds, if quick { 5 } else { 40 }));
+    }
+    if arguments.wants(Part::SharedInput) {
+        report.add(shared::input(&scene, 8, 100, rounds));
     }
     if arguments.wants(Part::Big) {
         // Two copies of it are in memory, and each transfer takes seconds.

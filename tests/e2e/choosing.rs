@@ -127,6 +127,39 @@ fn a_build_goes_where_its_large_input_is() {
 }
 
 #[test]
+fn a_long_build_waits_for_the_fast_machine_if_that_will_be_free_soon() {
+    let world = World::new();
+    let [mac, tin] = ["mac", "tin"].map(|name| world.builder(name).start());
+    let client = world
+        .client()
+        .hook(Hook::Ours)
+        .knows(&mac)
+        .knows(&tin)
+        .machines("ssh-ng://mac x86_64-linux - 1 8\nssh-ng://tin x86_64-linux - 1 1\n")
+        .start();
+    // Both have the load of the machine that this test runs on.
+    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    let waiting = "cd /run/nix-offload/queue 2>/dev/null || exit 0; \
+                   for place in *; do flock -n $place true || echo $place; done";
+    // On a machine of speed 8 two seconds are sixteen of the usual ones.
+    for name in ["busy-1", "work-1"] {
+        let known = drv::script(name, "sleep 2; cat /etc/machine-name > $out");
+        assert_built_on(&client, &client.nix_build(&known, &["-j0"]), "mac");
+    }
+    let busy = client.spawn_nix_build(&gated("busy-2"), &["-j0"]);
+    wait_for_begin(&client, "busy-2", &["mac"]);
+    // Of this one nothing is known, so that it takes what is free.
+    assert_built_on(&client, &client.nix_build(&drv::where_built("unheard-of"), &["-j0"]), "tin");
+    let work = client.spawn_nix_build(&gated("work-2"), &["-j0"]);
+    harness::wait_until("the build waits", crate::support::SOON, || !client.run(waiting).is_empty());
+    assert_eq!(begun(&client, "work-2"), Vec::<String>::new());
+    open(&client, "work-2");
+    open(&client, "busy-2");
+    assert_built_on(&client, &busy.wait(), "mac");
+    assert_built_on(&client, &work.wait(), "mac");
+}
+
+#[test]
 fn how_long_builds_took_is_remembered_by_the_packages_name() {
     let world = World::new();
     let mac = world.builder("mac").start();
@@ -158,4 +191,15 @@ fn a_fault_in_the_settings_is_told_with_its_place_and_builds_go_on_here() {
     let checked = client.nix_offload(&["check"]);
     checked.assert_failure();
     assert!(checked.stdout().contains("/etc/nix/offload.toml:2:1"), "{checked}");
+}
+
+#[test]
+fn a_table_for_a_machine_that_is_not_in_the_list_is_told_by_check() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = client(&world, &[&mac], "[[machine]]\nname = ['mac', 'mca']\nshared-slots = 3\n");
+    let checked = client.nix_offload(&["check"]);
+    let told = format!("{}{}", checked.stdout(), checked.stderr());
+    assert!(told.contains("[[machine]] for 'mca', and no machine has that host"), "{checked}");
+    assert!(!told.contains("for 'mac'"), "{checked}");
 }

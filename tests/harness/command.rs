@@ -178,6 +178,12 @@ impl Running {
         signal::kill(Pid::from_raw(i32::try_from(self.outer_pid()).unwrap()), signal).unwrap();
     }
 
+    /// The same if the program runs just now; false if it does not.
+    pub fn signal_if_running(&self, signal: Signal) -> bool {
+        let pid = children(self.child.id()).first().map(|pid| Pid::from_raw(i32::try_from(*pid).unwrap()));
+        pid.is_some_and(|pid| signal::kill(pid, signal).is_ok())
+    }
+
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()

@@ -29,6 +29,8 @@ pub struct Relay {
 #[derive(Default)]
 struct Flights {
     count: u64,
+    /// What the client has said, in bytes.
+    bytes: u64,
     /// The client has heard something since it last spoke.
     heard: bool,
 }
@@ -73,6 +75,11 @@ impl Relay {
     pub fn flights(&self) -> u64 {
         self.flights.lock().unwrap().count
     }
+
+    /// How many bytes the client has sent so far.
+    pub fn sent(&self) -> u64 {
+        self.flights.lock().unwrap().bytes
+    }
 }
 
 impl Drop for Relay {
@@ -88,36 +95,39 @@ fn carry(client: &TcpStream, server: &TcpStream, delay: Duration, flights: &Arc<
         stream.set_nodelay(true).unwrap();
     }
     let up = Arc::clone(flights);
-    one_way(client, server, delay, move |arrives| {
+    one_way(client, server, delay, move |arrives, bytes| {
         let mut flights = up.lock().unwrap();
+        if arrives {
+            flights.bytes += bytes as u64;
+        }
         if arrives && (flights.heard || flights.count == 0) {
             flights.count += 1;
             flights.heard = false;
         }
     });
     let down = Arc::clone(flights);
-    one_way(server, client, delay, move |arrives| {
+    one_way(server, client, delay, move |arrives, _| {
         if !arrives {
             down.lock().unwrap().heard = true;
         }
     });
 }
 
-/// `passing` is told of each chunk twice: when it arrives here (true), and when it leaves.
+/// `passing` is told of each chunk twice: when it arrives here (true), and when it leaves; and how long it is.
 fn one_way(
     from: &TcpStream,
     to: &TcpStream,
     delay: Duration,
-    passing: impl Fn(bool) + Clone + Send + 'static,
+    passing: impl Fn(bool, usize) + Clone + Send + 'static,
 ) {
     let (mut from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
     let (sender, receiver): (SyncSender<(Instant, Vec<u8>)>, _) = mpsc::sync_channel(MOST_CHUNKS);
     let leaving = passing.clone();
-    thread::spawn(move || deliver(&receiver, to, &|| leaving(false)));
+    thread::spawn(move || deliver(&receiver, to, &|bytes| leaving(false, bytes)));
     thread::spawn(move || {
         let mut chunk = vec![0; CHUNK];
         while let Ok(len @ 1..) = from.read(&mut chunk) {
-            passing(true);
+            passing(true, len);
             if sender.send((Instant::now() + delay, chunk[..len].to_vec())).is_err() {
                 break;
             }
@@ -125,10 +135,10 @@ fn one_way(
     });
 }
 
-fn deliver(receiver: &Receiver<(Instant, Vec<u8>)>, mut to: TcpStream, leaving: &dyn Fn()) {
+fn deliver(receiver: &Receiver<(Instant, Vec<u8>)>, mut to: TcpStream, leaving: &dyn Fn(usize)) {
     for (due, chunk) in receiver {
         thread::sleep(due.saturating_duration_since(Instant::now()));
-        leaving();
+        leaving(chunk.len());
         if to.write_all(&chunk).is_err() {
             return;
         }

@@ -83,6 +83,9 @@ pub type Dump<'a> = &'a (dyn Fn(&StorePath, &mut dyn Write) -> io::Result<()> + 
 /// Told how an upload proceeds: the path begun, `None` at the end.
 pub type OnUpload<'a> = &'a (dyn Fn(Option<&PathInfo>) + Sync);
 
+/// Told of the paths that are valid over there now, in the order of an upload.
+pub type OnArrival<'a> = &'a mut dyn FnMut(&[PathInfo]);
+
 /// How long a build may be silent and how long it may take, in seconds; 0 is for ever.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Clocks {
@@ -273,15 +276,17 @@ impl Builder {
 
     /// Sends paths, which must be ordered references first, and waits until they are valid there.
     ///
-    /// Needs the memory of one frame, whatever the paths' size. Behind them goes `ahead`, if the daemon is new enough.
+    /// Needs the memory of one frame, whatever the paths' size. Behind them goes `ahead`, if the daemon is new enough. The
+    /// arrival of each part is told at once; nothing waits for it.
     ///
     /// # Errors
     /// If a path cannot be read, the connection fails, or the daemon refuses one.
     pub fn upload(
         &mut self,
-        infos: &[PathInfo],
+        parts: &[&[PathInfo]],
         dump: Dump<'_>,
         progress: OnUpload<'_>,
+        arrived: OnArrival<'_>,
         ahead: Ahead,
         on: OnEvent<'_>,
     ) -> Result<(), BuilderError> {
@@ -296,14 +301,22 @@ impl Builder {
                 output,
                 DOING,
                 |output| {
-                    send_many(output, store_dir, infos, dump, progress)?;
+                    for part in parts {
+                        send_many(output, store_dir, part, dump, progress)?;
+                    }
                     send(output, DOING, ahead.bytes())
                 },
-                |input| work(input, version, builds, DOING, on),
+                |input| {
+                    for part in parts {
+                        work(input, version, builds, DOING, on)?;
+                        arrived(part);
+                    }
+                    Ok(())
+                },
             )?;
             self.ahead = ahead;
         } else {
-            for info in infos {
+            for info in parts.iter().copied().flatten() {
                 progress(Some(info));
                 if version.has_frames() {
                     beside(
@@ -316,6 +329,7 @@ impl Builder {
                 } else {
                     send_asked(input, output, version, builds, store_dir, info, dump, on)?;
                 }
+                arrived(std::slice::from_ref(info));
             }
             progress(None);
         }

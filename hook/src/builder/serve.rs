@@ -5,7 +5,7 @@
 
 use super::input::{Counted, Input};
 use super::send::{send_export, send_nar};
-use super::{BuilderError, Clocks, Dump, Event, OnEvent, OnUpload, Output, beside, both, send};
+use super::{BuilderError, Clocks, Dump, Event, OnArrival, OnEvent, OnUpload, Output, beside, both, send};
 use crate::path_info::PathInfo;
 use crate::wire::WireError;
 use crate::wire::serve::{self, BuildOptions, Version};
@@ -172,12 +172,13 @@ impl ServeStore {
         infos: &[PathInfo],
         dump: Dump<'_>,
         progress: OnUpload<'_>,
+        arrived: OnArrival<'_>,
         on: OnEvent<'_>,
     ) -> Result<(), BuilderError> {
         const DOING: &str = "sending inputs";
         let store_dir = &self.store_dir;
         let one_by_one = self.version.has_add_to_store();
-        let answers = if one_by_one { infos.len() } else { 1 };
+        let answered = if one_by_one { 1 } else { infos.len().max(1) };
         let sent = beside(
             &mut self.input,
             &mut self.output,
@@ -195,9 +196,11 @@ impl ServeStore {
                 Ok(())
             },
             |input| {
-                (0..answers)
-                    .try_for_each(|_| serve::read_success(input))
-                    .map_err(|e| BuilderError::wire(DOING, e))
+                for part in infos.chunks(answered) {
+                    serve::read_success(input).map_err(|e| BuilderError::wire(DOING, e))?;
+                    arrived(part);
+                }
+                Ok(())
             },
         );
         self.checked(DOING, sent, on)

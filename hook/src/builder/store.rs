@@ -3,7 +3,7 @@
 //! Must never do more than choose between them.
 
 use super::serve::ServeStore;
-use super::{Ahead, Builder, BuilderError, Clocks, Dump, OnEvent, OnUpload};
+use super::{Ahead, Builder, BuilderError, Clocks, Dump, OnArrival, OnEvent, OnUpload};
 use crate::path_info::PathInfo;
 use crate::wire::worker::{BuildResult, Options};
 use nix_derivation::{Derivation, StorePath};
@@ -83,15 +83,16 @@ impl Store {
     /// As there.
     pub fn upload(
         &mut self,
-        infos: &[PathInfo],
+        parts: &[&[PathInfo]],
         dump: Dump<'_>,
         progress: OnUpload<'_>,
+        arrived: OnArrival<'_>,
         ahead: Ahead,
         on: OnEvent<'_>,
     ) -> Result<(), BuilderError> {
         match self {
-            Self::Daemon(builder) => builder.upload(infos, dump, progress, ahead, on),
-            Self::Serve(store) => store.upload(infos, dump, progress, on),
+            Self::Daemon(builder) => builder.upload(parts, dump, progress, arrived, ahead, on),
+            Self::Serve(store) => store.upload(&parts.concat(), dump, progress, arrived, on),
         }
     }
 

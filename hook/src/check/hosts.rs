@@ -3,8 +3,8 @@
 //! Asks ssh for what ssh_config makes of a name, and the name service for the rest, all of them side by side and not longer
 //! than a bound. Must never connect to a host.
 
-use super::command;
 use super::machines::Host;
+use crate::nix_here;
 use nix_offload_proxy::settings;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
@@ -171,7 +171,7 @@ fn ask_ssh(
     if left.is_zero() {
         return Err("there is no time left".into());
     }
-    let answer = command::run(ssh.args(["--", &host.destination]).current_dir("/"), left);
+    let answer = nix_here::run(ssh.args(["--", &host.destination]).current_dir("/"), left);
     let answer = answer.map_err(|error| format!("cannot run 'ssh -G {}': {error}", host.destination))?;
     if !answer.status.success() {
         let said =

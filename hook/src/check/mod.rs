@@ -2,9 +2,6 @@
 //!
 //! Owns the order of looking and the report's form. Must never connect to a machine or to a daemon: that is `ping`'s.
 
-mod command;
-mod daemon;
-mod effective;
 mod files;
 mod finding;
 mod hosts;
@@ -17,10 +14,10 @@ use crate::cli::Subject;
 use crate::config::rules::Offload;
 use crate::config::{self, Fleet};
 use crate::files::read_machines_file;
+use crate::nix_here::{self, Daemon, Effective, View};
 use crate::plan::machine::Place;
 use crate::reach::DAEMON_SOCKET;
-use daemon::Daemon;
-use effective::{Effective, View};
+
 use files::Runner;
 use finding::{Finding, Severity, Spot};
 use hosts::{Found, LookedUp};
@@ -158,7 +155,7 @@ impl Report {
 }
 
 fn look(subject: &Subject) -> Report {
-    let daemon = daemon::find(Path::new(DAEMON_SOCKET));
+    let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET));
     let runner = Runner::new(daemon.as_ref().map_or_else(|| geteuid().as_raw(), |daemon| daemon.uid));
     let mut look = Look { report: Report::default(), runner, unseen: BTreeSet::new() };
     match subject {
@@ -316,7 +313,7 @@ impl Look {
             (Some(_), None) => (View::everybody(), Reader::UnseenDaemon),
         };
         let written = self.written(&view, true);
-        self.offload_toml(&view, reader);
+        let offload = self.offload_toml(&view, reader);
         let effective = match view.ask() {
             Ok(effective) => effective,
             Err(error) => {
@@ -337,6 +334,16 @@ impl Look {
         let own = Own { systems: local.systems, features: local.features, ..Own::default() };
         let builders = effective.settings.get("builders").unwrap_or_default().to_owned();
         self.list("builders", &builders, &own, &written);
+        let machines = self.read_list("builders", &builders).1.machines;
+        for name in offload.without_machine(&machines) {
+            self.find(Finding::warning(
+                &Spot::default(),
+                format!(
+                    "offload.toml has a table [[machine]] for '{name}', and no machine has that host or URI"
+                ),
+                "correct the name, or take it away; `*` and `?` stand for other letters",
+            ));
+        }
         self.judge(&effective, &view, reader, &written, daemon.is_some());
         if let Some(started) = process.and_then(|process| process.started) {
             let files: BTreeSet<&str> = written.iter().map(|line| line.spot.place.source.as_str()).collect();
@@ -452,33 +459,30 @@ impl Look {
         }
     }
 
-    /// The file that ssh's masters are set with, as the hook will read it.
-    fn offload_toml(&mut self, view: &View, reader: Reader) {
+    /// The file that ssh's masters and the choice are set with, as the hook will read it.
+    fn offload_toml(&mut self, view: &View, reader: Reader) -> Offload {
+        let path = Path::new("/etc/nix/offload.toml");
         let read = match reader {
             // It is not our own that counts.
-            Reader::UnseenDaemon => {
-                let path = Path::new("/etc/nix/offload.toml");
-                let read = offload::read_file::<SshSettings>(path).map(drop);
-                match read.and_then(|()| offload::read_file::<Offload>(path).map(drop)) {
-                    Err(SettingsError::Io { source, .. })
-                        if matches!(
-                            source.kind(),
-                            io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied
-                        ) =>
-                    {
-                        return;
-                    }
-                    other => other,
-                }
-            }
-            Reader::Caller | Reader::Daemon => {
-                let read = offload::read::<SshSettings>(|name| view.variable(name)).map(drop);
-                read.and_then(|()| offload::read::<Offload>(|name| view.variable(name)).map(drop))
-            }
+            Reader::UnseenDaemon => offload::read_file::<SshSettings>(path),
+            Reader::Caller | Reader::Daemon => offload::read(|name| view.variable(name)),
         };
-        let Err(error) = read else { return };
+        let read = read.and_then(|_| match reader {
+            Reader::UnseenDaemon => offload::read_file(path),
+            Reader::Caller | Reader::Daemon => offload::read(|name| view.variable(name)),
+        });
+        let error = match read {
+            Ok(offload) => return offload,
+            Err(error) => error,
+        };
         let mut cure = error.cure().unwrap_or_else(|| "name a readable file, or take it away".into());
         let finding = match &error {
+            SettingsError::Io { source, .. }
+                if reader == Reader::UnseenDaemon
+                    && matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>
+            {
+                return Offload::default();
+            }
             SettingsError::Content { path, line, column, message, .. } => {
                 let text = fs::read_to_string(path).unwrap_or_default();
                 let line_text = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
@@ -494,6 +498,7 @@ impl Look {
             _ => Finding::error(&Spot::default(), exit::reason(&error), std::mem::take(&mut cure)),
         };
         self.find(finding);
+        Offload::default()
     }
 
     fn tell_unseen(&mut self) {

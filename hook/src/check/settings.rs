@@ -4,12 +4,12 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use super::effective::Version;
 use super::files::Program;
 use super::finding::{Finding, Spot};
 use super::known::{self, Word};
 use super::nix_conf::{self, Assignment};
 use crate::config::Settings;
+use crate::nix_here::Version;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 

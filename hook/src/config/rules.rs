@@ -107,13 +107,23 @@ impl Offload {
         Some(self.choice.sample_every.unwrap_or(SAMPLE_EVERY)).filter(|every| !every.is_zero())
     }
 
+    /// Names of `[[machine]]` tables that are no machine's of these.
+    pub fn without_machine<'a>(&'a self, machines: &'a [Machine]) -> impl Iterator<Item = &'a str> {
+        let names = self.machines.iter().flat_map(|block| &block.name);
+        names.filter(|name| !machines.iter().any(|machine| is_meant(name, machine))).map(String::as_str)
+    }
+
     /// What is set for a machine. For each key the first block counts whose name is that of its host, or all of its
     /// store URI; `*` and `?` as in ssh_config.
     pub fn of_machine(&self, machine: &Machine) -> MachineRules {
-        let is_meant = |pattern: &String| matches(pattern, machine.host()) || matches(pattern, &machine.name);
-        let mut blocks = self.machines.iter().filter(|block| block.name.iter().any(is_meant));
+        let mut blocks =
+            self.machines.iter().filter(|block| block.name.iter().any(|name| is_meant(name, machine)));
         MachineRules { shared_slots: blocks.find_map(|block| block.shared_slots).map(NonZeroU32::get) }
     }
+}
+
+fn is_meant(pattern: &str, machine: &Machine) -> bool {
+    matches(pattern, machine.host()) || matches(pattern, &machine.name)
 }
 
 fn some_factor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
@@ -204,6 +214,8 @@ mod tests {
             offload.of_machine(&machine).shared_slots
         };
         assert_eq!((slots("ssh-ng://nix@mac"), slots("ssh://a.example")), (Some(3), Some(1)));
+        let machines = [Machine::for_uri("ssh-ng://nix@mac", BTreeSet::new()).unwrap()];
+        assert_eq!(offload.without_machine(&machines).collect::<Vec<_>>(), ["other", "x"]);
     }
 
     #[test]

@@ -104,12 +104,12 @@ pub struct Withheld {
     pub why: String,
 }
 
-/// In which way a machine is out of service. To the choice it is the same.
+/// In which way a machine is out of service. Either way it gets nothing new, and what runs there is left to finish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Withholding {
-    /// Its running builds are to end and no new ones to begin.
+    /// For a while: builds that nobody else can do wait for it to come back.
     Drained,
-    /// It is not to be used.
+    /// It is not to be counted on: builds that nobody else can do are told so at once.
     Disabled,
 }
 

@@ -6,16 +6,77 @@
 
 use super::estimate::{Estimate, Figure};
 use super::machine::Machine;
-use super::verdict::{Because, Decision, Order, Verdict, bytes, span};
+use super::verdict::{Because, Decision, Order, Refusal, Verdict, bytes, span};
+use super::{Local, Request};
 use std::fmt::Write as _;
+use std::time::SystemTime;
 
 /// The table shows so many machines; the others are counted.
 const MOST_ROWS: usize = 20;
 
-/// What keeps each machine from the build, one line for each; machines with the same reason share one.
-pub fn table(decision: &Decision, machines: &[Machine]) -> String {
-    let mut rows: Vec<(String, Vec<&str>)> = Vec::new();
+/// What keeps each machine from the build, one line for each; machines with the same reason share one. The last line is
+/// about the client's own machine, if there is something to say of it.
+pub fn table(decision: &Decision, machines: &[Machine], here: Option<&str>) -> String {
+    rows(decision.refusals(), decision, machines, "  ", here)
+}
+
+/// What was decided without the figures that change from one build to the next. Builds for which it is the same are kept
+/// from the machines by the same things.
+pub fn gist(decision: &Decision, request: &Request) -> String {
+    let mut gist = format!("{} {:?} {:?}", request.system, request.required_features, decision.because);
     for (index, refusal) in decision.refusals() {
+        let _ = match refusal {
+            Refusal::System => write!(gist, " {index}"),
+            Refusal::MissingFeatures(features) => write!(gist, " {index} lacks {features:?}"),
+            Refusal::MandatoryFeatures(features) => write!(gist, " {index} wants {features:?}"),
+            Refusal::Unreachable(why) => write!(gist, " {index} cannot be used {why}"),
+            Refusal::Withheld(withheld) => write!(gist, " {index} {:?} {}", withheld.how, withheld.why),
+            Refusal::Inhibited(why) => write!(gist, " {index} inhibited {why}"),
+            Refusal::Short { of, .. } => write!(gist, " {index} {of}"),
+            Refusal::Full { slots: 0, .. } => write!(gist, " {index} no slots"),
+            // How it failed may be told in ever new words.
+            Refusal::Failed(_) | Refusal::CoolDown { .. } | Refusal::Waking => write!(gist, " {index} down"),
+            Refusal::Full { .. } | Refusal::Outranked { .. } | Refusal::HeldBack | Refusal::Local => Ok(()),
+        };
+    }
+    gist
+}
+
+/// Why the client's own machine does not build it; none if it could.
+pub fn here(local: &Local, request: &Request) -> Option<String> {
+    if local.could_build(request) {
+        return None;
+    }
+    if local.max_jobs == 0 {
+        return Some("builds nothing (max-jobs is 0)".into());
+    }
+    if !request.is_builtin() && !local.systems.contains(&request.system) {
+        return Some(Refusal::System.describe(SystemTime::UNIX_EPOCH));
+    }
+    let missing = request.required_features.difference(&local.features).cloned().collect();
+    Some(Refusal::MissingFeatures(missing).describe(SystemTime::UNIX_EPOCH))
+}
+
+/// What a build needs, in a few words: `x86_64-linux, features [kvm]`.
+pub fn needs(request: &Request) -> String {
+    let features: Vec<&str> = request.required_features.iter().map(String::as_str).collect();
+    match features.as_slice() {
+        [] => request.system.clone(),
+        features => format!("{}, features [{}]", request.system, features.join(", ")),
+    }
+}
+
+/// Refused machines with their reasons behind a mark.
+fn rows<'a>(
+    refusals: impl Iterator<Item = (usize, &'a Refusal)>,
+    decision: &Decision,
+    machines: &[Machine],
+    mark: &str,
+    here: Option<&str>,
+) -> String {
+    const HERE: &str = "this machine";
+    let mut rows: Vec<(String, Vec<&str>)> = Vec::new();
+    for (index, refusal) in refusals {
         let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
         let why = refusal.describe(decision.at);
         match rows.iter_mut().find(|(known, _)| *known == why) {
@@ -25,16 +86,30 @@ pub fn table(decision: &Decision, machines: &[Machine]) -> String {
     }
     let shown: Vec<(String, &str)> =
         rows.iter().take(MOST_ROWS).map(|(why, names)| (short_list(names), why.as_str())).collect();
-    let width = shown.iter().map(|(names, _)| names.chars().count()).max().unwrap_or_default();
+    let own = here.map(|_| HERE.len());
+    let width = shown.iter().map(|(names, _)| names.chars().count()).chain(own).max().unwrap_or_default();
     let mut text = String::new();
     for (names, why) in shown {
-        let _ = writeln!(text, "  {names:width$}  {why}");
+        let _ = writeln!(text, "{mark}{names:width$}  {why}");
     }
     let left: usize = rows.iter().skip(MOST_ROWS).map(|(_, names)| names.len()).sum();
     if left > 0 {
-        let _ = writeln!(text, "  and {left} more");
+        let _ = writeln!(text, "{mark}and {left} more");
+    }
+    if let Some(why) = here {
+        let _ = writeln!(text, "{mark}{HERE:width$}  {why}");
     }
     text
+}
+
+/// Seconds as people read them.
+pub fn seconds(seconds: f64) -> String {
+    span(seconds)
+}
+
+/// Bytes as people read them.
+pub fn size(number: u64) -> String {
+    bytes(number as f64)
 }
 
 /// At most three names.
@@ -92,64 +167,83 @@ pub fn ranking(decision: &Decision, machines: &[Machine]) -> String {
         .collect();
     ranked.sort_unstable_by_key(|(place, ..)| *place);
     if decision.order == Order::Stock && !ranked.is_empty() {
-        text.push_str("nothing is measured: places follow Nix's own rule, and the estimates are guesses\n");
+        text.push_str(
+            "the places follow Nix's own rule, since no machine is measured; the times are guesses\n",
+        );
     }
-    for (place, index, estimate) in ranked {
-        let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
-        let _ = writeln!(text, "{place:>3}. {name}  {}", span(estimate.total));
-        arithmetic(&mut text, estimate);
-        if let Some(refusal) = &decision.standings[index].refusal {
-            let _ = writeln!(text, "     {}", refusal.describe(decision.at));
-        }
+    let mut has_assumed = false;
+    for (place, index, estimate) in ranked.iter().take(MOST_ROWS) {
+        let name = machines.get(*index).map_or("?", |machine| machine.name.as_str());
+        let _ = write!(text, "{place:>3}. {name}  done in {}", span(estimate.total));
+        let _ = match &decision.standings[*index].refusal {
+            Some(Refusal::Outranked { later: Some(later), .. }) if *later >= 0.05 => {
+                writeln!(text, ", {} later", span(*later))
+            }
+            None | Some(Refusal::Outranked { .. }) => writeln!(text),
+            Some(refusal) => writeln!(text, "; {}", refusal.describe(decision.at)),
+        };
+        has_assumed |= arithmetic(&mut text, estimate);
+    }
+    if ranked.len() > MOST_ROWS {
+        let _ = writeln!(text, "     and {} more", ranked.len() - MOST_ROWS);
     }
     if let Some(here) = &decision.here {
-        let _ = writeln!(text, "     here  {}", span(here.total));
-        arithmetic(&mut text, here);
+        let _ = writeln!(text, "     this machine  done in {}", span(here.total));
+        has_assumed |= arithmetic(&mut text, here);
     }
-    for (index, standing) in decision.standings.iter().enumerate() {
-        if let (None, Some(refusal)) = (standing.place, &standing.refusal) {
-            let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
-            let _ = writeln!(text, "  -  {name}  {}", refusal.describe(decision.at));
-        }
+    let unranked = decision.refusals().filter(|(index, _)| decision.standings[*index].place.is_none());
+    text.push_str(&rows(unranked, decision, machines, "  -  ", None));
+    if has_assumed {
+        text.push_str("in parentheses: what is not known, and assumed\n");
     }
     text
 }
 
-fn arithmetic(text: &mut String, estimate: &Estimate) {
+/// The lines of an estimate. Tells whether any figure of it is assumed.
+fn arithmetic(text: &mut String, estimate: &Estimate) -> bool {
     let terms = &estimate.terms;
-    let show = |figure: Figure, shown: String| if figure.is_known { shown } else { format!("({shown})") };
-    let seconds = |figure: Figure| show(figure, span(figure.value));
-    let size = |figure: Figure| show(figure, bytes(figure.value));
-    let count = |figure: Figure| show(figure, format!("{:.1}", figure.value));
+    let mut has_assumed = false;
+    let mut show = |figure: Figure, shown: String| {
+        has_assumed |= !figure.is_known;
+        if figure.is_known { shown } else { format!("({shown})") }
+    };
+    let size = |figure: Figure| bytes(figure.value);
+    let mut line = |name: &str, seconds: f64, of: &str| {
+        let _ = writeln!(text, "       {name:7} {:>7}  {of}", span(seconds));
+    };
     if estimate.wait > 0.0 {
-        let _ = writeln!(text, "     wait for a slot {}", span(estimate.wait));
+        line("wait", estimate.wait, "until a slot is free");
     }
     if estimate.transfer > 0.0 {
+        let missing = show(terms.missing, size(terms.missing));
         let backlog = if terms.backlog.value > 0.0 {
-            format!(" behind {}", size(terms.backlog))
+            format!(", behind {} of other builds,", show(terms.backlog, size(terms.backlog)))
         } else {
             String::new()
         };
-        let rate = show(terms.bandwidth, format!("{}/s", bytes(terms.bandwidth.value)));
-        let missing = size(terms.missing);
-        let _ = writeln!(text, "     send inputs {}: {missing}{backlog} at {rate}", span(estimate.transfer));
+        let rate = show(terms.bandwidth, format!("{}/s", size(terms.bandwidth)));
+        let trip = match terms.round_trip {
+            Figure { value, is_known: true } if value >= 0.05 => {
+                format!(", and {} there and back", span(value))
+            }
+            _ => String::new(),
+        };
+        line("inputs", estimate.transfer, &format!("{missing}{backlog} at {rate}{trip}"));
     }
+    let duration = show(terms.duration, span(terms.duration.value));
     let share = format!("{:.0} % of a core", terms.share * 100.0);
-    let slots = if terms.own == 1 { "slot" } else { "slots" };
+    line("build", estimate.build, &format!("{duration} / (speed {} x {share})", terms.speed));
+    let cores = show(terms.cores, format!("{:.0}", terms.cores.value));
+    let foreign = show(terms.foreign, format!("{:.1}", terms.foreign.value));
     let _ = writeln!(
         text,
-        "     build {}: {} at speed {} x {share} ({} cores; {} other tasks, {} {slots} of ours, {} for this)",
-        span(estimate.build),
-        seconds(terms.duration),
-        terms.speed,
-        show(terms.cores, format!("{:.0}", terms.cores.value)),
-        count(terms.foreign),
-        terms.own,
-        terms.weight,
+        "{:25}{cores} cores for {foreign} tasks of others, {} of our builds, {} for this one",
+        "", terms.own, terms.weight
     );
     if estimate.fetch > 0.0 {
-        let rate = show(terms.bandwidth, format!("{}/s", bytes(terms.bandwidth.value)));
-        let _ =
-            writeln!(text, "     fetch outputs {}: {} at {rate}", span(estimate.fetch), size(terms.output));
+        let rate = show(terms.bandwidth, format!("{}/s", size(terms.bandwidth)));
+        let output = show(terms.output, size(terms.output));
+        let _ = writeln!(text, "       {:7} {:>7}  {output} at {rate}", "outputs", span(estimate.fetch));
     }
+    has_assumed
 }

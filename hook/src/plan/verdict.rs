@@ -193,7 +193,7 @@ impl Refusal {
     pub fn passes(&self) -> bool {
         match self {
             Self::Short { .. } | Self::Inhibited(_) => true,
-            Self::Withheld(withheld) => withheld.until.is_some(),
+            Self::Withheld(withheld) => withheld.how == Withholding::Drained,
             _ => false,
         }
     }

@@ -192,7 +192,7 @@ fn socket(path: &Path) -> io::Result<Stream> {
 /// Pipes, because older daemons splice what they pass on. It is in a process group of its own: what kills ours with
 /// SIGKILL would leave it no time to end its builders. It ends, with them, at the end of its input, which comes
 /// whatever becomes of us (`MonitorFdHup` in Nix 2.8 to 2.34 `src/libstore/daemon.cc`).
-fn start(command: &str, config: &str) -> io::Result<(Stream, Arc<Process>)> {
+pub(super) fn start(command: &str, config: &str) -> io::Result<(Stream, Arc<Process>)> {
     let text = |name| env::var_os(name).unwrap_or_default();
     let mut path = programs::running_nix().map(OsString::from).unwrap_or_default();
     if !path.is_empty() {
@@ -235,7 +235,7 @@ fn keep(mut stderr: ChildStderr, said: &Mutex<Vec<u8>>) {
     }
 }
 
-struct Process {
+pub(super) struct Process {
     child: Mutex<Child>,
     said: Arc<Mutex<Vec<u8>>>,
 }

@@ -8,11 +8,15 @@ mod health;
 mod local;
 mod seen;
 mod session;
+mod shell;
+mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
 pub use health::Ailing;
 pub use seen::Seen;
+pub use shell::Open;
+pub use speed::Speed;
 
 use crate::builder::{Ahead, Builder, BuilderError, Store};
 use crate::config::Settings;
@@ -120,7 +124,7 @@ impl Reach {
     pub fn new(env: impl Fn(&str) -> Option<OsString>) -> Result<Self, ReachSetupError> {
         let options = env("NIX_SSHOPTS").unwrap_or_default().to_string_lossy().into_owned();
         let ssh_options = shlex::split(&options).ok_or(ReachSetupError::SshOptions(options))?;
-        let pool = Pool::from_env()?;
+        let pool = Pool::from_lookup(&env)?;
         let opening = Slots::open(pool.directory().join("opening"))?;
         Ok(Self { pool, opening, ssh_options, around: local::Surroundings::new(env) })
     }
@@ -167,6 +171,13 @@ impl Reach {
         down && self.waking(machine).is_some()
     }
 
+    /// Since when there is a master to the machine, if one takes connections; none within if that is not known. Looks at
+    /// the first one only, and asks nobody.
+    pub fn master(&self, machine: &Machine) -> Option<Option<SystemTime>> {
+        let endpoint = endpoint(machine, &self.ssh_options).ok()?;
+        self.pool.live(&endpoint).map(|master| master.started_at())
+    }
+
     /// Forgets that the machine answered.
     pub fn forget(&self, machine: &Machine) {
         let _ = fs::remove_file(self.stamp(machine));
@@ -175,6 +186,11 @@ impl Reach {
     /// Which paths the machine was seen to have lately.
     pub fn seen(&self, machine: &Machine) -> Seen {
         Seen::at(self.stamp(machine).with_extension("seen"))
+    }
+
+    /// How fast bytes went to the machine and came from there.
+    pub fn speed(&self, machine: &Machine) -> Speed {
+        Speed::at(self.stamp(machine).with_extension("speed"))
     }
 
     /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight.

@@ -7,6 +7,7 @@ use crate::job::{Blame, JobError, Report, Task};
 use crate::plan::trust::{self, Way};
 use crate::plan::{Local, Verdict};
 use crate::reach::ReachError;
+use crate::sending::Sending;
 use crate::slots::Held;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
@@ -92,10 +93,7 @@ impl Hook<'_> {
                 }
             }
         }
-        if tried.is_empty() {
-            let why = |(index, why): (usize, String)| format!("{}: {why}", self.machines[index].name);
-            tried.extend(self.memory.out_of_reach().into_iter().map(why));
-        }
+        self.tell_what_is_missing(&candidate.request, &NOWHERE);
         let tried = if tried.is_empty() {
             " (see above)".to_owned()
         } else {
@@ -128,6 +126,7 @@ impl Hook<'_> {
             }
         };
         loop {
+            self.interest.show();
             match self.choose(candidate, &NOWHERE, failed, false) {
                 (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
                 (_, chosen) => {
@@ -148,7 +147,9 @@ impl Hook<'_> {
                 self.say(candidate, slot, pace);
             }
             self.memory.keep_latest(derivation, self.machines);
+            self.interest.show();
         };
+        let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
             nix: self.nix,
             settings: self.settings,
@@ -157,6 +158,7 @@ impl Hook<'_> {
             drv: &candidate.drv,
             outputs: &candidate.outputs,
             machine: &machine.name,
+            sending: &sending,
             meanwhile: &meanwhile,
         };
         let seen = self.reach.seen(machine);
@@ -214,6 +216,8 @@ impl Hook<'_> {
                 Ok(report) => {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
+                    let (sent, fetched) = (report.sent_bytes, report.fetched_bytes);
+                    self.reach.speed(machine).note((sent, report.sending), (fetched, report.fetching));
                     log_report(derivation, &machine.name, &report, begin.elapsed());
                     if report.was_built {
                         let seconds = report.build.as_secs_f64();

@@ -1,6 +1,7 @@
 //! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
 
 use super::{Candidate, Failed, Hook, env};
+use crate::derivation;
 use crate::local_load;
 use crate::plan::machine::Machine;
 use crate::plan::{
@@ -8,19 +9,15 @@ use crate::plan::{
 };
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
-use crate::state::{self, Asked, Decided, History};
-use crate::store::Query;
-use crate::survey::{Needs, Survey};
+use crate::state::{self, Asked, Decided, History, Told};
+use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
-use std::cell::RefCell;
+use std::cell::{Ref, RefCell};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process;
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// Inputs beyond so many are not looked up before the reply to Nix.
-const MOST_INPUTS: usize = 100;
 
 /// What hooks remember together.
 pub(super) struct Memory {
@@ -28,6 +25,7 @@ pub(super) struct Memory {
     history: Option<History>,
     decided: Option<Decided>,
     asked: Asked,
+    told: Told,
     /// The last decision of this process, until it is kept.
     latest: RefCell<Option<Decision>>,
 }
@@ -37,7 +35,8 @@ impl Memory {
         let state = state::directory(env);
         let history = state.as_deref().map(History::at);
         let decided = state.as_deref().map(Decided::at);
-        Self { state, history, decided, asked: Asked::at(reach.directory()), latest: RefCell::default() }
+        let (asked, told) = (Asked::at(reach.directory()), Told::at(reach.directory()));
+        Self { state, history, decided, asked, told, latest: RefCell::default() }
     }
 
     /// When Nix first asked for this derivation.
@@ -48,6 +47,16 @@ impl Memory {
 
     pub(super) fn postponed(&self, drv_path: &str, since: SystemTime) {
         self.asked.postponed(drv_path, since, SystemTime::now());
+    }
+
+    /// The last decision of this process, unless it is kept already.
+    pub(super) fn latest(&self) -> Ref<'_, Option<Decision>> {
+        self.latest.borrow()
+    }
+
+    /// Whether nobody has told this in this Nix command.
+    pub(super) fn is_first_told(&self, what: &str) -> bool {
+        self.told.is_first(what)
     }
 
     /// Keeps the last decision, about this derivation, for `explain --last`.
@@ -66,24 +75,6 @@ impl Memory {
         ailing.map(|(index, _)| index).collect()
     }
 
-    /// Why machines that suit could not be used in the last decision, though nobody wants it so: each with its index.
-    pub(super) fn out_of_reach(&self) -> Vec<(usize, String)> {
-        let latest = self.latest.borrow();
-        let describe = |decision: &Decision| {
-            let mut all = Vec::new();
-            for (index, refusal) in decision.refusals() {
-                match refusal {
-                    Refusal::CoolDown { why, .. } | Refusal::Failed(why) | Refusal::Unreachable(why) => {
-                        all.push((index, why.clone()));
-                    }
-                    _ => {}
-                }
-            }
-            all
-        };
-        latest.as_ref().map(describe).unwrap_or_default()
-    }
-
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
     pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
         if let Some(history) = &self.history {
@@ -95,12 +86,7 @@ impl Memory {
 impl Hook<'_> {
     /// What is known of a build before it is done.
     pub(super) fn work(&self, drv: &Derivation, since: SystemTime) -> Work {
-        let record = self.memory.history.as_ref().and_then(|history| history.of(drv.name()));
-        Work {
-            duration: record.map(|record| record.seconds),
-            output: record.map(|record| record.output as u64),
-            waiting_since: Some(since),
-        }
+        survey::work(self.memory.history.as_ref(), drv.name(), since)
     }
 
     /// Decides, and takes the slot of the machine that is chosen; none if it is not free any more.
@@ -113,7 +99,7 @@ impl Hook<'_> {
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), typical: self.rules.typical_duration };
+        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
@@ -162,24 +148,10 @@ impl Hook<'_> {
 
     /// The direct inputs and their sizes, where it matters which machine has them.
     fn inputs<'c>(&self, candidate: &'c Candidate) -> Option<&'c [(StorePath, u64)]> {
-        let suitable =
-            self.machines.iter().filter(|machine| plan::suits(machine, &candidate.request).is_ok());
-        if suitable.take(2).count() < 2 {
+        if !survey::asks_for_inputs(self.machines, &candidate.request) {
             return None;
         }
-        let look_up = || {
-            let direct = self.direct_inputs(&candidate.drv)?;
-            if direct.len() > MOST_INPUTS {
-                return None;
-            }
-            let query = Query::open(&self.location).ok()?;
-            // What is not valid yet is not known to be large.
-            let size = |path: StorePath| {
-                let size = query.nar_size(&path).ok().flatten().unwrap_or(0);
-                (path, size)
-            };
-            Some(direct.into_iter().map(size).collect())
-        };
+        let look_up = || derivation::weighed_inputs(&self.location, &candidate.drv);
         candidate.inputs.get_or_init(look_up).as_deref()
     }
 
@@ -208,7 +180,7 @@ impl Hook<'_> {
             Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
             Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
             Verdict::Decline => {
-                let table = telling::table(decision, self.machines);
+                let table = telling::table(decision, self.machines, None);
                 tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
             }
         }

@@ -3,11 +3,11 @@
 //!
 //! Must never ask it for what a machine of ours will do.
 
-use super::{Hook, ServeError};
+use super::ServeError;
 use crate::config::{self, Settings};
 use crate::nix_side::NixSide;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Decision, Refusal, Request, Verdict};
+use crate::plan::{self, Request};
 use crate::stock::{Stock, StockError};
 use crate::wire::hook::{self, Reply, Verbosity};
 use nix_offload_proxy::exit;
@@ -116,20 +116,4 @@ pub(super) fn serve_all(
         }
     }
     Ok(exit::OK)
-}
-
-impl Hook<'_> {
-    /// Says why a machine that looks right did not get a build which nobody else will do.
-    pub(super) fn tell_of_own_stores(&self, request: &Request, decision: &Decision) {
-        if decision.verdict != Verdict::Decline || self.local.could_build(request) {
-            return;
-        }
-        for (index, refusal) in decision.refusals() {
-            let machine = &self.machines[index];
-            if let (Refusal::Unreachable(why), true) = (refusal, machine.uri.is_ours()) {
-                let text = format!("cannot build '{}' on '{}': {why}", request.drv_path, machine.name);
-                self.nix.message(Verbosity::Warn, &text);
-            }
-        }
-    }
 }

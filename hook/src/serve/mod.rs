@@ -2,23 +2,26 @@
 //!
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
+mod ailing;
 mod attempts;
 mod deciding;
 mod handover;
-mod notices;
+mod notice;
 mod race;
 mod trust;
 
 use crate::config::rules::Offload;
-use crate::config::{self, Fleet, Settings};
+use crate::config::{self, Settings};
+use crate::derivation::{self, Subject, Unfit};
 use crate::fds;
 use crate::files::read_machines_file;
 use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
-use crate::plan::outputs::{self, OutputError, Wanted};
+use crate::plan::outputs::Wanted;
 use crate::plan::{Local, Request, Rules, Verdict, Work};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
+use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
@@ -32,10 +35,9 @@ use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
 use race::{Runner, STAGGER, race};
-use std::cell::{OnceCell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsString;
-use std::fs;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant, SystemTime};
@@ -63,30 +65,6 @@ pub enum ServeError {
     /// Nix is gone.
     #[error("Nix no longer listens")]
     NixGone(#[source] io::Error),
-}
-
-/// Why a request is declined before any machine is looked at.
-#[derive(Debug, Error)]
-enum Unfit {
-    #[error("'{0}' is no path of a derivation in the local store")]
-    NoDrvPath(String),
-    #[error("the derivation cannot be read from the local store")]
-    Unreadable(#[source] io::Error),
-    #[error("the derivation cannot be parsed")]
-    Unparsable(#[source] nix_derivation::Error),
-    #[error(transparent)]
-    Output(#[from] OutputError),
-    #[error(
-        "the derivation has an input that is itself built by a build (an experimental kind of derivation)"
-    )]
-    Dynamic,
-}
-
-impl Unfit {
-    /// Whether it is of a kind that Nix's own hook may know how to build.
-    fn is_for_stock(&self) -> bool {
-        matches!(self, Self::Dynamic | Self::Unparsable(_) | Self::Output(OutputError::UnknownPath(_)))
-    }
 }
 
 /// Why no request can be served, though Nix and its machines are well.
@@ -124,7 +102,8 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     let nix = NixSide::new(log);
     let mut source = io::stdin().lock();
     let settings = hook::read_settings(&mut source).map_err(ServeError::Protocol)?;
-    let fleet = fleet(&settings);
+    let builders = settings.get("builders").unwrap_or_default();
+    let fleet = config::fleet(&settings, "builders", builders, &read_machines_file);
     for problem in &fleet.problems {
         tracing::warn!(place = %format_args!("{}:{}:{}", problem.place.source, problem.place.line,
             problem.place.column), "{}", problem.message);
@@ -161,19 +140,6 @@ fn level(verbosity: u64) -> LevelFilter {
         5 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     })
-}
-
-fn fleet(settings: &Settings) -> Fleet {
-    let text = settings.get("builders").unwrap_or_default();
-    let mut fleet =
-        config::parse_machines("builders", text, &settings.default_systems(), &read_machines_file);
-    if settings.renders_uris() {
-        for machine in &mut fleet.machines {
-            // The names of slots are made from it, and those are shared with stock hooks.
-            machine.name = machine.uri.render().unwrap_or_else(|| machine.name.clone());
-        }
-    }
-    fleet
 }
 
 /// A request that passed the checks which need no machine.
@@ -227,8 +193,7 @@ struct Hook<'a> {
     queue: Slots,
     reach: Reach,
     memory: Memory,
-    /// Machines of which people were told in this process why they cannot be used, by index.
-    told: RefCell<HashSet<usize>>,
+    interest: Interest<'a>,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -250,14 +215,16 @@ fn env(name: &str) -> Option<OsString> {
 impl<'a> Hook<'a> {
     fn new(nix: &'a NixSide, settings: &'a Settings, machines: &'a [Machine]) -> Result<Self, Unable> {
         let location = Location::find(settings.get("store").unwrap_or("auto"), env)?;
-        let slots = Slots::open(location.state_dir.join("current-load"))?;
+        let current_load = location.state_dir.join("current-load");
+        let slots = Slots::open(current_load.clone())?;
         let reach = Reach::new(env)?.following(settings);
         let queue = Slots::open(reach.directory().join("queue"))?;
         let offload: Offload = offload::read(env)?;
         let (rules, local) = (offload.rules(), settings.local());
         let memory = Memory::new(&reach);
-        let told = RefCell::default();
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, told })
+        let store_dir = location.store_dir.to_string();
+        let interest = Interest::new(&reach, machines, offload.sample_every(), &current_load, &store_dir);
+        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, interest })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
@@ -296,6 +263,7 @@ impl<'a> Hook<'a> {
                     self.attend(&failed);
                     if matches!(reply, Reply::Postpone) {
                         self.memory.postponed(&drv_path, since);
+                        self.interest.show();
                     }
                     if is_first {
                         self.memory.keep_latest(&drv_path, self.machines);
@@ -347,52 +315,35 @@ impl<'a> Hook<'a> {
                 }
                 _ => Answer::Reply(Reply::Postpone),
             },
-            (Verdict::Postpone(_), _) => Answer::Reply(Reply::Postpone),
+            (Verdict::Postpone(_), _) => {
+                self.tell_what_is_missing(&request, &self.local);
+                Answer::Reply(Reply::Postpone)
+            }
             _ => {
-                let (reply, stock) =
-                    handover.ask(Among::Foreign, &request, "its machine is not of a kind we speak");
-                if stock.is_none() && matches!(reply, Reply::Decline) {
-                    self.tell_why_nowhere(&request);
+                let why = "its machine is not of a kind we speak";
+                let answer = handover.ask(Among::Foreign, &request, why);
+                if answer.0 == Reply::Decline {
+                    self.tell_what_is_missing(&request, &self.local);
+                    if !self.local.could_build(&request) {
+                        // Nix may end us as soon as it has the answer.
+                        self.memory.keep_latest(&request.drv_path, self.machines);
+                    }
                 }
-                Answer::from((reply, stock))
+                Answer::from(answer)
             }
         }
     }
 
     fn candidate(&self, request: &Request, since: SystemTime) -> Result<Candidate, Unfit> {
-        let no_path = || Unfit::NoDrvPath(request.drv_path.clone());
-        let drv_path =
-            self.location.store_dir.parse_path(request.drv_path.as_bytes()).map_err(|_| no_path())?;
-        let drv = self.read_drv(&drv_path)?.ok_or_else(no_path)?;
-        if drv.input_derivations().values().any(|input| input.is_dynamic()) {
-            return Err(Unfit::Dynamic);
-        }
-        let outputs = outputs::output_paths(&drv, &self.location.store_dir)?;
+        let Subject { path, drv, outputs } = derivation::subject(&self.location, &request.drv_path)?;
         let work = self.work(&drv, since);
         let (inputs, in_doubt) = (OnceCell::new(), OnceCell::new());
-        Ok(Candidate { request: request.clone(), work, drv_path, drv, outputs, inputs, in_doubt })
-    }
-
-    /// A derivation of the local store; none if the path is not that of one.
-    fn read_drv(&self, path: &StorePath) -> Result<Option<Derivation>, Unfit> {
-        let Some(name) = path.name().strip_suffix(".drv") else { return Ok(None) };
-        let aterm = fs::read(self.location.real_path(path)).map_err(Unfit::Unreadable)?;
-        Derivation::from_aterm_bytes_in(&aterm, name, self.location.store_dir.clone())
-            .map(Some)
-            .map_err(Unfit::Unparsable)
+        Ok(Candidate { request: request.clone(), work, drv_path: path, drv, outputs, inputs, in_doubt })
     }
 
     /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
     fn direct_inputs(&self, drv: &Derivation) -> Option<Vec<StorePath>> {
-        let mut direct: BTreeSet<StorePath> = drv.input_sources().iter().cloned().collect();
-        for (path, wanted) in drv.input_derivations() {
-            let input = self.read_drv(path).ok()??;
-            let outputs = outputs::output_paths(&input, &self.location.store_dir).ok()?;
-            for name in wanted.outputs() {
-                direct.insert(outputs.get(name)?.path.clone());
-            }
-        }
-        Some(direct.into_iter().collect())
+        derivation::direct_inputs(&self.location, drv)
     }
 
     /// Chooses until a machine is found that is known or seen to answer.
@@ -424,10 +375,7 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => {
-                    self.tell_of_own_stores(&candidate.request, &decision);
-                    return (decision.verdict, None);
-                }
+                _ => return (decision.verdict, None),
             };
             let machine = &self.machines[index];
             if !ask || self.may_be_promised(machine, candidate) {

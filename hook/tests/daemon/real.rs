@@ -201,7 +201,7 @@ fn every_version_uploads_builds_and_fetches() {
         let valid = builder.hold_and_query(std::slice::from_ref(&input), false, &mut |_| {}).unwrap();
         assert!(valid.is_empty(), "1.{minor}");
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-        builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap();
+        builder.upload(&[&[info]], &dump, &|_| {}, &mut |_| {}, Ahead::default(), &mut |_| {}).unwrap();
         let valid = builder.hold_and_query(std::slice::from_ref(&input), false, &mut |_| {}).unwrap();
         assert_eq!(valid, [input.clone()].into(), "1.{minor}");
 
@@ -244,7 +244,7 @@ fn a_large_input_and_thousands_of_questions_pass_in_every_way_of_sending() {
             .collect();
         assert!(builder.hold_and_query(&strangers, false, &mut |_| {}).unwrap().is_empty());
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-        builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap();
+        builder.upload(&[&[info]], &dump, &|_| {}, &mut |_| {}, Ahead::default(), &mut |_| {}).unwrap();
         assert!(Query::open(&store.location).unwrap().is_valid(&path).unwrap(), "1.{minor}");
     }
 }
@@ -325,7 +325,7 @@ fn an_input_that_cannot_be_read_is_the_error_and_nothing_hangs() {
             to.write_all(b"\x0d\0\0\0\0\0\0\0nix-archive-1")?;
             Err(io::Error::other("the disk is gone"))
         };
-        match builder.upload(&[info], &dump, &|_| {}, Ahead::default(), &mut |_| {}) {
+        match builder.upload(&[&[info]], &dump, &|_| {}, &mut |_| {}, Ahead::default(), &mut |_| {}) {
             Err(BuilderError::Dump { source, .. }) => assert_eq!(source.to_string(), "the disk is gone"),
             other => panic!("1.{minor}: {other:?}"),
         }

@@ -185,8 +185,9 @@ fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
         Builder::connect(stream(ours), StoreDir::default(), Version::newest(), BOUND, Ahead::default())
             .unwrap();
     let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));
-    let error =
-        builder.upload(&[info(65_536_000)], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap_err();
+    let error = builder
+        .upload(&[&[info(65_536_000)]], &dump, &|_| {}, &mut |_| {}, Ahead::default(), &mut |_| {})
+        .unwrap_err();
     assert_eq!(error.to_string(), "out of memory");
     drop(done);
 }
@@ -195,7 +196,8 @@ fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
 fn a_peer_that_leaves_while_it_is_sent_a_path_is_a_lost_connection() {
     let mut builder = after_greeting(&[], false);
     let dump = |_: &StorePath, to: &mut dyn Write| (0..1000).try_for_each(|_| to.write_all(&[0; 65536]));
-    let error =
-        builder.upload(&[info(65_536_000)], &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap_err();
+    let error = builder
+        .upload(&[&[info(65_536_000)]], &dump, &|_| {}, &mut |_| {}, Ahead::default(), &mut |_| {})
+        .unwrap_err();
     assert!(error.is_transport(), "{error}");
 }

@@ -140,7 +140,10 @@ fn every_version_of_every_release_uploads_builds_and_fetches() {
             let ask = std::slice::from_ref(&input);
             assert!(serving.hold_and_query(ask, false, &mut |_| {}).unwrap().is_empty(), "{context}");
             let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-            serving.upload(std::slice::from_ref(&info), &dump, &|_| {}, &mut |_| {}).unwrap();
+            let mut arrived = Vec::new();
+            let mut note = |part: &[PathInfo]| arrived.extend_from_slice(part);
+            serving.upload(std::slice::from_ref(&info), &dump, &|_| {}, &mut note, &mut |_| {}).unwrap();
+            assert_eq!(arrived.as_slice(), std::slice::from_ref(&info), "{context}");
             let valid = serving.hold_and_query(ask, false, &mut |_| {}).unwrap();
             assert_eq!(valid, [input.clone()].into(), "{context}");
             let there = serving.path_infos(ask, &mut |_| {}).unwrap().remove(0).unwrap();
@@ -197,7 +200,7 @@ fn a_large_input_and_thousands_of_questions_pass_in_both_ways_of_sending() {
                 .collect();
             assert!(serving.hold_and_query(&strangers, false, &mut |_| {}).unwrap().is_empty());
             let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-            serving.upload(&[info], &dump, &|_| {}, &mut |_| {}).unwrap();
+            serving.upload(&[info], &dump, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap();
             assert!(Query::open(&store.location).unwrap().is_valid(&path).unwrap(), "{release} 2.{minor}");
         }
     }
@@ -295,7 +298,7 @@ fn what_the_far_side_refuses_is_told_in_its_words_and_is_not_the_transport() {
         info.nar_hash = [9; 32];
         let mut serving = serve(&store, NEWEST_MINOR);
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
-        let error = serving.upload(&[info], &dump, &|_| {}, &mut |_| {}).unwrap_err();
+        let error = serving.upload(&[info], &dump, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap_err();
         assert!(matches!(&error, BuilderError::Refused { .. }), "{release}: {error:?}");
         assert!(error.to_string().contains("hash mismatch importing path"), "{release}: {error}");
     }
@@ -312,14 +315,15 @@ fn an_input_that_cannot_be_read_is_the_error_and_nothing_hangs() {
             to.write_all(b"\x0d\0\0\0\0\0\0\0nix-archive-1")?;
             Err(io::Error::other("the disk is gone"))
         };
-        match serving.upload(std::slice::from_ref(&info), &dump, &|_| {}, &mut |_| {}) {
+        match serving.upload(std::slice::from_ref(&info), &dump, &|_| {}, &mut |_| {}, &mut |_| {}) {
             Err(BuilderError::Dump { source, .. }) => assert_eq!(source.to_string(), "the disk is gone"),
             other => panic!("2.{minor}: {other:?}"),
         }
     }
     let (info, _) = forgotten(&store, "grown", b"x");
     let short = |_: &StorePath, to: &mut dyn Write| to.write_all(&[0; 24]);
-    let error = serve(&store, NEWEST_MINOR).upload(&[info], &short, &|_| {}, &mut |_| {}).unwrap_err();
+    let error =
+        serve(&store, NEWEST_MINOR).upload(&[info], &short, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap_err();
     assert!(matches!(error, BuilderError::Dump { .. }), "{error}");
 }
 

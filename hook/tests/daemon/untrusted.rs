@@ -93,7 +93,12 @@ fn a_daemon_that_does_not_trust_us_takes_derivations_and_builds_their_outputs() 
             let mut builder = store.daemon_with(minor, &untrusted);
             assert_eq!(builder.peer().trusted, (minor >= 35).then_some(false), "{what}");
             let dump = |path: &StorePath, to: &mut dyn Write| to.write_all(&nars[path]);
-            builder.upload(&infos, &dump, &|_| {}, Ahead::default(), &mut |_| {}).unwrap();
+            // In parts, the arrival of each of which is told.
+            let parts: Vec<&[PathInfo]> = infos.chunks(1).collect();
+            let mut arrived = Vec::new();
+            let mut note = |part: &[PathInfo]| arrived.extend_from_slice(part);
+            builder.upload(&parts, &dump, &|_| {}, &mut note, Ahead::default(), &mut |_| {}).unwrap();
+            assert_eq!(arrived, infos, "{what}");
             let wanted = names(&["dev", "out"]);
             let built = builder.build_outputs(&drv_path, &wanted, Clocks::default(), &mut |_| {}).unwrap();
             assert_eq!(built.outcome(false), Outcome::Built, "{what}: {built:?}");

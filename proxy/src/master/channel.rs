@@ -78,14 +78,52 @@ impl Channel {
 
 /// Opens a channel to a unix socket on the far side (`direct-streamlocal@openssh.com`).
 pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result<Channel, OpenError> {
-    let opening = Dialogue::opening(socket_path)?;
+    let (opened, holder) = begin(control, &Dialogue::opening(socket_path)?, bound)?;
+    let guard = holder.map(|mut holder| {
+        holder.opened(&codec::close(opened.confirmed.channel));
+        Guard::Shell(holder)
+    });
+    Ok(opened.into_channel(control, guard))
+}
+
+/// Runs a command in a session, for who is not likely to be killed: nobody closes the channel in our place, other than
+/// before it is confirmed.
+pub(super) fn open_session(control: &Path, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+    if command.is_empty() || command.contains('\0') || command.len() > codec::MAX_DATA / 2 {
+        return Err(OpenError::Argument { what: "command" });
+    }
+    let (opened, holder) = begin(control, &Dialogue::opening_session(), bound)?;
+    if let Some(holder) = holder {
+        holder.release();
+    }
+    let channel = opened.into_channel(control, None);
+    let gone = |source| OpenError::Gone { control: control.to_owned(), source };
+    channel.writer.shared.send(&codec::exec(channel.writer.shared.channel, command), &[]).map_err(gone)?;
+    Ok(channel)
+}
+
+/// A channel that has just been confirmed.
+struct Opened {
+    socket: UnixStream,
+    incoming: Incoming,
+    confirmed: Confirmed,
+}
+
+impl Opened {
+    fn into_channel(self, control: &Path, guard: Option<Guard>) -> Channel {
+        Channel::new(self.socket, control, self.incoming, self.confirmed, guard)
+    }
+}
+
+/// Says what opens a channel, and waits until it is confirmed.
+fn begin(control: &Path, opening: &[u8], bound: Duration) -> Result<(Opened, Option<Holder>), OpenError> {
     let deadline = Instant::now() + bound;
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let mut socket = connect(control, deadline).map_err(gone)?;
     socket.set_write_timeout(Some(MASTER_STALL)).map_err(gone)?;
     let holder = Holder::spawn(&socket).map_err(|error| tracing::warn!(%error, "cannot run /bin/sh")).ok();
     let mut dialogue = Dialogue::default();
-    let confirmed = match dialogue.run(&mut socket, &opening, deadline) {
+    let confirmed = match dialogue.run(&mut socket, opening, deadline) {
         Ok(confirmed) => confirmed,
         Err(reason) => {
             match (holder, &reason) {
@@ -106,12 +144,8 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
             });
         }
     };
-    let guard = holder.map(|mut holder| {
-        holder.opened(&codec::close(confirmed.channel));
-        Guard::Shell(holder)
-    });
     socket.set_read_timeout(None).map_err(gone)?;
-    Ok(Channel::new(socket, control, dialogue.into_rest(), confirmed, guard))
+    Ok((Opened { socket, incoming: dialogue.into_rest(), confirmed }, holder))
 }
 
 /// Who closes the channel if we do not.

@@ -78,6 +78,11 @@ impl Master {
         self.took
     }
 
+    /// When it was started, if that was written down: not for one that somebody opened by hand.
+    pub fn started_at(&self) -> Option<SystemTime> {
+        Record::read(&self.files).map(|record| record.started_at)
+    }
+
     /// What the first command wrote to stdout (its first 4 KiB, without blanks around it), if it succeeded.
     pub fn first_output(&self) -> Option<String> {
         start::first_output(&self.files)
@@ -130,6 +135,16 @@ impl Master {
         Session::open(&self.files.socket, command, bound)
     }
 
+    /// The same for a command that stays: what it writes to stderr is lost, its exit status is not told, and it lives
+    /// beside channels that [`Master::open_unix_socket`] opened. While there is a session of the other kind, the end of a
+    /// killed process's channel may end the connection (see `parting`).
+    ///
+    /// # Errors
+    /// `Refused` when sshd has no session to give, which costs as much as for a socket; see [`OpenError`].
+    pub fn open_lasting_session(&self, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open_session(&self.files.socket, command, bound)
+    }
+
     /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
     /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
     /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it
@@ -153,6 +168,11 @@ impl Master {
         let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
         gone
+    }
+
+    /// Whether its control socket is where it was, and still its own: neither given up nor replaced.
+    pub fn is_in_place(&self) -> bool {
+        self.socket_identity.is_some() && socket_identity(&self.files.socket) == self.socket_identity
     }
 
     /// Whether its process does nothing, though somebody waits for it. One that is only slow does not hang.

@@ -3,6 +3,7 @@
 //! A line here must not parse the mux protocol, nor know what the streams are for.
 
 use std::{
+    ffi::OsString,
     fs::{self, OpenOptions},
     io::Write,
     path::{Path, PathBuf},
@@ -114,8 +115,16 @@ impl Pool {
     /// # Errors
     /// As [`Pool::open`], and when the file of settings has a fault.
     pub fn from_env() -> Result<Self, SetupError> {
-        let settings = Settings::from_env(|name| std::env::var_os(name))?;
-        Ok(Pool::from_env_unset()?.with_settings(settings))
+        Pool::from_lookup(|name| std::env::var_os(name))
+    }
+
+    /// The same with the environment of another process of this user.
+    ///
+    /// # Errors
+    /// As [`Pool::from_env`].
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Self, SetupError> {
+        let settings = Settings::from_env(&lookup)?;
+        Ok(Pool::open(directory::by_environment(lookup))?.with_settings(settings))
     }
 
     /// The same without settings, for what must work whatever is in the file: looking at masters and ending them.

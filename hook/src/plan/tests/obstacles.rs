@@ -81,14 +81,18 @@ fn obstacles_are_waited_for_with_a_bound_and_not_where_it_can_be_built_here() {
 #[test]
 fn a_machine_out_of_service_gets_nothing_until_that_is_over() {
     let machines = [machine("a", 1, 1.0)];
-    let withheld = |until| Known {
-        withheld: Some(Withheld { how: Withholding::Drained, until, why: "disk swap".into() }),
-        ..busy(0)
+    let withheld =
+        |how, until| Known { withheld: Some(Withheld { how, until, why: "disk swap".into() }), ..busy(0) };
+    let ask = |how, until| {
+        decide_with(&Rules::default(), &Work::default(), &machines, &[withheld(how, until)]).verdict
     };
-    let ask = |until| decide_with(&Rules::default(), &Work::default(), &machines, &[withheld(until)]).verdict;
-    assert_eq!(ask(Some(seconds(1))), Verdict::Postpone(vec![0]));
-    assert_eq!(ask(Some(NOW)), Verdict::Accept(0));
-    assert_eq!(ask(None), Verdict::Decline, "nobody knows when it will be back");
+    for until in [None, Some(seconds(1))] {
+        assert_eq!(ask(Withholding::Drained, until), Verdict::Postpone(vec![0]));
+        assert_eq!(ask(Withholding::Disabled, until), Verdict::Decline, "it is not waited for");
+    }
+    for how in [Withholding::Drained, Withholding::Disabled] {
+        assert_eq!(ask(how, Some(NOW)), Verdict::Accept(0));
+    }
 }
 
 #[test]

@@ -93,9 +93,10 @@ prop_compose! {
         slot_wait in of(0.0_f64..100.0),
         health in any_health(),
         until in prop_oneof![4 => Just(None), 1 => of(0..2 * LATER).prop_map(Some)],
+        how in prop::sample::select(vec![Withholding::Drained, Withholding::Disabled]),
     ) -> Known {
         let withheld = until.map(|until| Withheld {
-            how: Withholding::Drained,
+            how,
             until: until.map(|at| NOW + Duration::from_secs(at)),
             why: String::new(),
         });

@@ -3,7 +3,7 @@
 use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::known::{Link, Withheld, Withholding};
-use crate::plan::telling::{ranking, table};
+use crate::plan::telling::{gist, here, needs, ranking, table};
 
 fn fleet() -> Vec<Machine> {
     let mut machines: Vec<Machine> =
@@ -42,7 +42,7 @@ fn the_table_says_of_every_machine_what_is_missing() {
     let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known());
     assert_eq!(decision.verdict, Verdict::Wait(vec![1]));
     assert_eq!(
-        table(&decision, &machines),
+        table(&decision, &machines, None),
         "  ssh://mac, ssh://other  does not build for this system\n\
          \x20 ssh://full              full: 8 of 8 slots taken\n\
          \x20 ssh://tired             drained for 2.0 h: new disk\n\
@@ -58,7 +58,7 @@ fn the_table_of_many_machines_is_short() {
     machines.iter_mut().for_each(|machine| machine.systems = set(&["aarch64-linux"]));
     let decision = with_loads(&machines, &request(), &[]);
     assert_eq!(
-        table(&decision, &machines),
+        table(&decision, &machines, None),
         "  ssh://a, ssh://a and 998 more  does not build for this system\n"
     );
 }
@@ -83,16 +83,18 @@ fn the_ranking_shows_the_arithmetic_and_what_is_assumed() {
     assert_eq!(
         ranking(&decision, &machines),
         "to be built on ssh://fast: it would be done soonest\n\
-         \x20 1. ssh://fast  67 s\n\
-         \x20    send inputs 7.1 s: 600.0 MiB behind 100.0 MiB at 100.0 MiB/s\n\
-         \x20    build 60 s: 2 min at speed 4 x 50 % of a core (8 cores; 14.0 other tasks, 1 slot of ours, 1 for this)\n\
-         \x20    fetch outputs 0.1 s: 10.0 MiB at 100.0 MiB/s\n\
-         \x20 2. ssh://slow  2 min\n\
-         \x20    send inputs 12 s: (600.0 MiB) at (50.0 MiB/s)\n\
-         \x20    build 2 min: 2 min at speed 1 x 100 % of a core ((4) cores; (0.0) other tasks, 1 slot of ours, 1 for this)\n\
-         \x20    fetch outputs 0.2 s: 10.0 MiB at (50.0 MiB/s)\n\
-         \x20    would be done 65 s later than the best one\n\
-         \x20 -  ssh://gone  failed: no route\n"
+         \x20 1. ssh://fast  done in 67 s\n\
+         \x20      inputs    7.1 s  600.0 MiB, behind 100.0 MiB of other builds, at 100.0 MiB/s, and 0.1 s there and back\n\
+         \x20      build      60 s  2 min / (speed 4 x 50 % of a core)\n\
+         \x20                        8 cores for 14.0 tasks of others, 1 of our builds, 1 for this one\n\
+         \x20      outputs   0.1 s  10.0 MiB at 100.0 MiB/s\n\
+         \x20 2. ssh://slow  done in 2 min, 65 s later\n\
+         \x20      inputs     12 s  (600.0 MiB) at (50.0 MiB/s)\n\
+         \x20      build     2 min  2 min / (speed 1 x 100 % of a core)\n\
+         \x20                        (4) cores for (0.0) tasks of others, 1 of our builds, 1 for this one\n\
+         \x20      outputs   0.2 s  10.0 MiB at (50.0 MiB/s)\n\
+         \x20 -  ssh://gone  failed: no route\n\
+         in parentheses: what is not known, and assumed\n"
     );
 }
 
@@ -103,8 +105,60 @@ fn a_ranking_without_measurements_says_so() {
     assert_eq!(
         text,
         "to be built on ssh://a: nothing is measured, and it is the least loaded for its speed\n\
-         nothing is measured: places follow Nix's own rule, and the estimates are guesses\n\
-         \x20 1. ssh://a  30 s\n\
-         \x20    build 30 s: (30 s) at speed 1 x 100 % of a core ((1) cores; (0.0) other tasks, 0 slots of ours, 1 for this)\n"
+         the places follow Nix's own rule, since no machine is measured; the times are guesses\n\
+         \x20 1. ssh://a  done in 30 s\n\
+         \x20      build      30 s  (30 s) / (speed 1 x 100 % of a core)\n\
+         \x20                        (1) cores for (0.0) tasks of others, 0 of our builds, 1 for this one\n\
+         in parentheses: what is not known, and assumed\n"
+    );
+}
+
+#[test]
+fn the_ranking_of_many_machines_is_short() {
+    let mut machines = vec![machine("a", 1, 1.0); 50];
+    machines[49].systems = set(&["aarch64-linux"]);
+    let text = ranking(&with_loads(&machines, &request(), &[0; 50]), &machines);
+    assert_eq!(text.matches("done in").count(), 20);
+    assert!(text.contains("\n     and 29 more\n  -  ssh://a  does not build for this system\n"), "{text}");
+}
+
+#[test]
+fn what_keeps_a_build_from_all_machines_is_the_same_whatever_the_figures() {
+    let machines = [machine("a", 4, 1.0), machine("b", 1, 1.0)];
+    let request = request();
+    let gist = |known: [Known; 2]| {
+        gist(&decide_with(&Rules::default(), &Work::default(), &machines, &known), &request)
+    };
+    let drained = |until| Known {
+        withheld: Some(Withheld { how: Withholding::Drained, until, why: "disk".into() }),
+        ..busy(0)
+    };
+    let short = |left| with_sample(idle(), |sample| sample.disk_free = Some(left));
+    let soon = Some(NOW + Duration::from_secs(9));
+    assert_eq!(gist([drained(soon), failed("a")]), gist([drained(None), failed("b")]));
+    assert_eq!(gist([short(1), failed("a")]), gist([short(2), failed("a")]));
+    assert_ne!(gist([short(1), failed("a")]), gist([drained(None), failed("a")]));
+    assert_ne!(gist([short(1), failed("a")]), gist([failed("a"), short(1)]));
+}
+
+#[test]
+fn the_clients_own_machine_has_its_reason_too() {
+    let request = Request { required_features: set(&["kvm", "x"]), ..request() };
+    let local = |max_jobs, system: &str| Local { max_jobs, systems: set(&[system]), features: set(&["x"]) };
+    assert_eq!(needs(&request), "x86_64-linux, features [kvm, x]");
+    for (local, expected) in [
+        (local(0, "x86_64-linux"), "builds nothing (max-jobs is 0)"),
+        (local(1, "aarch64-linux"), "does not build for this system"),
+        (local(1, "x86_64-linux"), "lacks the features [kvm]"),
+    ] {
+        assert_eq!(here(&local, &request).as_deref(), Some(expected));
+    }
+    let could = Local { features: set(&["x", "kvm"]), ..local(1, "x86_64-linux") };
+    assert_eq!(here(&could, &request), None);
+    let machines = [machine("a", 1, 1.0)];
+    let decision = decided(&machines, &local(0, "x86_64-linux"), &request, |_| busy(0));
+    assert_eq!(
+        table(&decision, &machines, here(&local(0, ""), &request).as_deref()),
+        "  ssh://a       lacks the features [kvm, x]\n  this machine  builds nothing (max-jobs is 0)\n"
     );
 }

@@ -17,20 +17,20 @@ const MOST: u64 = 4 << 20;
 
 /// How a program ended and what it said.
 #[derive(Debug)]
-pub(super) struct Answer {
+pub struct Answer {
     /// How it ended.
-    pub(super) status: ExitStatus,
+    pub status: ExitStatus,
     /// Its standard output.
-    pub(super) stdout: String,
+    pub stdout: String,
     /// Its standard error.
-    pub(super) stderr: String,
+    pub stderr: String,
 }
 
 /// Runs a program to its end. It has its own process group, which is killed when it takes longer than `bound`.
 ///
 /// # Errors
 /// If it cannot be started; `TimedOut` if it took too long.
-pub(super) fn run(command: &mut Command, bound: Duration) -> io::Result<Answer> {
+pub fn run(command: &mut Command, bound: Duration) -> io::Result<Answer> {
     let pipes = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = pipes.process_group(0).spawn()?;
     let (done, results) = mpsc::channel();

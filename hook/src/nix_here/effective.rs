@@ -23,11 +23,11 @@ const DEFAULT_PROFILE: &str = "/nix/var/nix/profiles/default/bin";
 const COUNTING: [&str; 4] = ["HOME", "USER", "PATH", "LOGNAME"];
 
 /// A version of Nix: major, minor.
-pub(super) type Version = (u32, u32);
+pub type Version = (u32, u32);
 
 /// In whose place Nix is asked.
 #[derive(Debug, Clone, Default)]
-pub(super) struct View {
+pub struct View {
     nix: Option<PathBuf>,
     environment: Option<Vec<(OsString, OsString)>>,
     options: Vec<String>,
@@ -35,7 +35,7 @@ pub(super) struct View {
 
 impl View {
     /// That of whoever calls us.
-    pub(super) fn own() -> Self {
+    pub fn own() -> Self {
         Self {
             nix: on_path(&env::var_os("PATH").unwrap_or_default()),
             environment: None,
@@ -44,14 +44,14 @@ impl View {
     }
 
     /// That of a daemon whose environment may not be looked at: what the files for everybody say.
-    pub(super) fn everybody() -> Self {
+    pub fn everybody() -> Self {
         let kept = env::vars_os().filter(|(name, _)| COUNTING.contains(&&*name.to_string_lossy()));
         let environment = kept.chain([("NIX_USER_CONF_FILES".into(), OsString::new())]).collect();
         Self { environment: Some(environment), ..Self::own() }
     }
 
     /// That of a daemon, if we may look at its environment.
-    pub(super) fn of(daemon: &Process) -> Option<Self> {
+    pub fn of(daemon: &Process) -> Option<Self> {
         let counts =
             |name: &str| name.starts_with("NIX_") || name.starts_with("XDG_") || COUNTING.contains(&name);
         let mut environment = daemon.environment.clone()?;
@@ -66,18 +66,26 @@ impl View {
     }
 
     /// A variable as Nix finds it.
-    pub(super) fn variable(&self, name: &str) -> Option<OsString> {
+    pub fn variable(&self, name: &str) -> Option<OsString> {
         match &self.environment {
             None => env::var_os(name),
             Some(pairs) => pairs.iter().find(|(found, _)| found == name).map(|(_, value)| value.clone()),
         }
     }
 
+    /// One of Nix's programs, from beside the one that is asked.
+    ///
+    /// # Errors
+    /// If there is no Nix.
+    pub fn program(&self, name: &str) -> Result<PathBuf, AskError> {
+        self.nix.as_ref().map(|nix| nix.with_file_name(name)).ok_or(AskError::NoNix)
+    }
+
     /// Asks for all settings.
     ///
     /// # Errors
     /// With the command that failed.
-    pub(super) fn ask(&self) -> Result<Effective, AskError> {
+    pub fn ask(&self) -> Result<Effective, AskError> {
         let nix = self.nix.as_deref().ok_or(AskError::NoNix)?;
         let version_text = self.run(nix, &["--version"])?.1;
         let version = version(&version_text);
@@ -126,20 +134,20 @@ impl View {
 
 /// What Nix says of its settings.
 #[derive(Debug, Clone)]
-pub(super) struct Effective {
+pub struct Effective {
     /// Its version, if it can be told.
-    pub(super) version: Option<Version>,
+    pub version: Option<Version>,
     /// What it says of its version.
-    pub(super) version_text: String,
+    pub version_text: String,
     /// The command that was run.
-    pub(super) command: String,
+    pub command: String,
     /// All settings; the words of a list have one blank between them.
-    pub(super) settings: Settings,
+    pub settings: Settings,
 }
 
 /// Why Nix's settings are not known.
 #[derive(Debug, Error)]
-pub(super) enum AskError {
+pub enum AskError {
     /// There is none.
     #[error("there is no program 'nix', neither on the PATH nor in {DEFAULT_PROFILE}")]
     NoNix,
@@ -178,7 +186,7 @@ pub(super) enum AskError {
 
 impl AskError {
     /// What to do about it.
-    pub(super) fn cure(&self) -> &'static str {
+    pub fn cure(&self) -> &'static str {
         match self {
             Self::NoNix => "install Nix, or put the directory of 'nix' on the PATH",
             Self::Start { .. } => "see that this file is a program for this machine",

@@ -14,30 +14,30 @@ const TICKS: u64 = 100;
 
 /// A daemon.
 #[derive(Debug, Clone)]
-pub(super) struct Daemon {
+pub struct Daemon {
     /// Its process, if it runs: systemd starts it with the first connection.
-    pub(super) process: Option<Process>,
+    pub process: Option<Process>,
     /// The user it runs as.
-    pub(super) uid: u32,
+    pub uid: u32,
 }
 
 /// A process of a daemon.
 #[derive(Debug, Clone)]
-pub(super) struct Process {
+pub struct Process {
     /// Its number.
-    pub(super) pid: u32,
+    pub pid: u32,
     /// When it was started.
-    pub(super) started: Option<SystemTime>,
+    pub started: Option<SystemTime>,
     /// Its program's file, if we may know.
-    pub(super) program: Option<PathBuf>,
+    pub program: Option<PathBuf>,
     /// Its environment, if we may know.
-    pub(super) environment: Option<Vec<(OsString, OsString)>>,
+    pub environment: Option<Vec<(OsString, OsString)>>,
     /// Its arguments.
-    pub(super) words: Vec<String>,
+    pub words: Vec<String>,
 }
 
 /// Finds the daemon.
-pub(super) fn find(socket: &Path) -> Option<Daemon> {
+pub fn find(socket: &Path) -> Option<Daemon> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     // Its children, one for each connection, came later.

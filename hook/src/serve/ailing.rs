@@ -1,10 +1,9 @@
-//! What people are told of machines that cannot be used, and who has such machines tried again.
+//! Machines that failed: who is told of it, and that they are tried again.
 //!
-//! Each failure is told by one process, once for each time that the machine is left alone, not for each derivation. A
-//! build that nobody else can do is another matter: it says why, unless this process has said so already.
+//! Each failure is told by one process, once for each time that the machine is left alone, not for each derivation. Must
+//! never decide, or wait for a machine.
 
 use super::{Failed, Hook};
-use crate::plan::Request;
 use crate::reach::ReachError;
 use crate::wire::hook::Verbosity;
 use std::time::SystemTime;
@@ -31,7 +30,6 @@ impl Hook<'_> {
     }
 
     fn tell(&self, index: usize, text: &str) {
-        self.told.borrow_mut().insert(index);
         self.nix
             .message(Verbosity::Error, &format!("cannot build on '{}': {text}", self.machines[index].name));
     }
@@ -68,19 +66,5 @@ impl Hook<'_> {
     /// Forgets what failed in this process if it has been seen to be well since.
     pub(super) fn forget_what_is_well(&self, failed: &mut Failed) {
         failed.retain(|index, _| self.reach.ailing(&self.machines[*index], SystemTime::now()).is_some());
-    }
-
-    /// For a request that is answered with no: if it cannot be built here either, people are told which machines would have
-    /// done it and why they cannot, those that this process has not told them of.
-    pub(super) fn tell_why_nowhere(&self, request: &Request) {
-        if self.local.could_build(request) {
-            return;
-        }
-        for (index, why) in self.memory.out_of_reach() {
-            let machine = &self.machines[index];
-            if machine.uri.is_ours() && !self.told.borrow().contains(&index) {
-                self.tell(index, &why);
-            }
-        }
     }
 }

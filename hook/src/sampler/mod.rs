@@ -1,0 +1,370 @@
+//! The sampler: one process for all hooks of a user that looks at the load of machines while builds go on.
+//!
+//! It looks only at machines whose master lives, over that master, and writes down what they say of themselves. It
+//! must never start a master, wake a machine, or be of consequence to a build: whatever goes wrong in it costs knowledge
+//! only.
+//!
+//! A shell on the far side takes one of the sessions that sshd gives on a connection. Where builds do not need those it
+//! is kept; elsewhere there is one for each sample, more seldom.
+
+mod conversation;
+mod interest;
+mod own_load;
+mod samples;
+
+pub use interest::Interest;
+pub use samples::{Entry, Samples};
+
+use crate::plan::machine::Machine;
+use crate::reach::{Open, Reach, ReachSetupError};
+use crate::slots::{FileLocks, SlotError, Slots};
+use conversation::{Conversation, Silence};
+use interest::{List, Post};
+use own_load::OwnLoad;
+use std::collections::{BTreeSet, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+use thiserror::Error;
+
+/// It ends so long after the last hook wanted to know something, if none of their builds run.
+const IDLE: Duration = Duration::from_secs(30);
+/// How often it looks for hooks, masters and slots.
+const TICK: Duration = Duration::from_secs(1);
+/// No machine is asked more often.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// Where each sample needs a session that builds may need, they are so many times as far apart.
+const SPARING: u32 = 6;
+/// After a machine could not be asked it is left alone for so long.
+const PAUSE: Duration = Duration::from_secs(15);
+/// An account that has no shell for us is left alone for so long.
+const MUTE: Duration = Duration::from_secs(600);
+/// What is older is forgotten.
+const KEPT: Duration = Duration::from_secs(1800);
+/// Machines beyond so many are not looked at: each costs a thread.
+const MOST_WATCHED: usize = 512;
+/// How long shells may take to be ended at the end.
+const PARTING: Duration = Duration::from_secs(3);
+/// Of the stack of such a thread, in bytes.
+const STACK: usize = 512 * 1024;
+
+/// Why there can be no sampler.
+#[derive(Debug, Error)]
+pub enum SamplerError {
+    /// The runtime directory, or what is set.
+    #[error(transparent)]
+    Reach(#[from] ReachSetupError),
+    /// No standard input.
+    #[error("standard input cannot be used")]
+    Input(#[from] io::Error),
+    /// It was not started by a hook.
+    #[error("standard input is not the sampler's lock, so this program was not started by a hook")]
+    NotStartedByHook,
+}
+
+/// Is the sampler, until nobody wants to know anything any more. To be called by a process of its own. Standard input is
+/// the lock that makes it the only one.
+///
+/// # Errors
+/// If it was not started as [`Interest::show`] does it.
+pub fn run() -> Result<(), SamplerError> {
+    let env = |name: &str| std::env::var_os(name);
+    let reach = Reach::new(env)?;
+    let lock = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let post = Post::take(&reach, lock).ok_or(SamplerError::NotStartedByHook)?;
+    let path = Samples::path(reach.directory());
+    let (tell, hear) = mpsc::channel();
+    let samples = Samples::read(&path);
+    let mut sampler = Sampler {
+        post,
+        path,
+        samples,
+        lists: HashMap::new(),
+        watched: HashMap::new(),
+        tell,
+        is_ending: Arc::default(),
+    };
+    tracing::debug!("looking at the load of machines");
+    while sampler.tick() {
+        sampler.listen(&hear);
+    }
+    sampler.end();
+    tracing::debug!("nobody wants to know the load of machines any more");
+    Ok(())
+}
+
+/// The machines of one list.
+struct Fleet {
+    reach: Arc<Reach>,
+    slots: Option<Slots>,
+    every: Duration,
+    machines: Vec<Arc<Target>>,
+}
+
+/// A machine to look at.
+struct Target {
+    key: String,
+    machine: Machine,
+    store_dir: Option<String>,
+    /// The file system of its store was asked and did not answer.
+    hangs: AtomicBool,
+}
+
+/// What is kept of a machine that can be looked at.
+struct Watched {
+    own_load: OwnLoad,
+    /// Whoever looks at it now.
+    watcher: Option<JoinHandle<()>>,
+    /// It is not to be looked at before.
+    not_before: Instant,
+}
+
+/// What a watcher tells.
+struct News {
+    key: String,
+    what: Result<Entry, Silence>,
+    /// How long the machine is to be left alone, if the watcher leaves it now.
+    pause: Duration,
+}
+
+struct Sampler {
+    post: Post,
+    path: PathBuf,
+    samples: Samples,
+    lists: HashMap<PathBuf, Option<Fleet>>,
+    watched: HashMap<String, Watched>,
+    tell: Sender<News>,
+    /// Whoever looks at a machine is to stop.
+    is_ending: Arc<AtomicBool>,
+}
+
+impl Sampler {
+    /// Has all shells ended, as far as they are not waited for.
+    fn end(&self) {
+        self.is_ending.store(true, Ordering::Relaxed);
+        let watchers: Vec<&JoinHandle<()>> =
+            self.watched.values().filter_map(|watched| watched.watcher.as_ref()).collect();
+        watchers.iter().for_each(|watcher| watcher.thread().unpark());
+        let deadline = Instant::now() + PARTING;
+        while watchers.iter().any(|watcher| !watcher.is_finished()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Looks for hooks, masters and slots. False if there is nothing more to do.
+    fn tick(&mut self) -> bool {
+        if !self.post.is_held() {
+            return false;
+        }
+        let locks = FileLocks::read();
+        let mut is_wanted = false;
+        for (path, wanted) in self.post.lists() {
+            let post = &self.post;
+            let fleet =
+                self.lists.entry(path.clone()).or_insert_with(|| post.read(&path).and_then(Fleet::new));
+            let is_recent = SystemTime::now().duration_since(wanted).is_ok_and(|age| age < IDLE)
+                // After the clock was set back.
+                || wanted > SystemTime::now();
+            let builds =
+                fleet.as_ref().map_or(0, |fleet| fleet.look_at_slots(locks.as_ref(), &mut self.watched));
+            if is_recent || builds > 0 {
+                is_wanted = true;
+                if let Some(fleet) = fleet {
+                    fleet.watch(&mut self.watched, &self.samples, &self.tell, &self.is_ending);
+                }
+            } else {
+                self.lists.remove(&path);
+                self.post.remove(&path);
+            }
+        }
+        is_wanted
+    }
+
+    /// Takes in what watchers tell until it is time to look again.
+    fn listen(&mut self, hear: &Receiver<News>) {
+        let end = Instant::now() + TICK;
+        let mut is_new = false;
+        while let Ok(news) = hear.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            let now = SystemTime::now();
+            let Some(watched) = self.watched.get_mut(&news.key) else { continue };
+            watched.not_before = Instant::now() + news.pause;
+            match news.what {
+                Ok(mut entry) => {
+                    entry.sample.own_load = watched.own_load.value();
+                    self.samples.put(&news.key, entry);
+                    is_new = true;
+                }
+                Err(silence) => {
+                    tracing::debug!(key = news.key, reason = silence.describe(), "no sample of a machine");
+                    let is_mute = match silence {
+                        // One that was only slow, or is, has answered before.
+                        Silence::NoShell => self.samples.of(&news.key).is_none(),
+                        Silence::NoLastingSession(_) => true,
+                        Silence::NoSession(_) | Silence::Lost => false,
+                    };
+                    if is_mute {
+                        self.samples.put_mute(&news.key, now);
+                        is_new = true;
+                    }
+                }
+            }
+        }
+        if !is_new {
+            return;
+        }
+        if let Some(before) = SystemTime::now().checked_sub(KEPT) {
+            self.samples.forget(before);
+        }
+        if let Err(error) = self.samples.write(&self.path) {
+            tracing::debug!(%error, "cannot write down the load of machines");
+        }
+    }
+}
+
+impl Fleet {
+    fn new(list: List) -> Option<Self> {
+        let options = list.ssh_options;
+        let env = |name: &str| {
+            if name == "NIX_SSHOPTS" { options.clone().map(Into::into) } else { std::env::var_os(name) }
+        };
+        let reach = Reach::new(env).ok()?;
+        let target = |subject: interest::Subject| {
+            let mut machine = Machine::for_uri(&subject.name, BTreeSet::new()).ok()?;
+            machine.identity = subject.identity;
+            machine.host_key = subject.host_key;
+            machine.max_jobs = subject.max_jobs;
+            let (key, store_dir) = (reach.key(&machine), subject.store_dir);
+            Some(Arc::new(Target { key, machine, store_dir, hangs: AtomicBool::new(false) }))
+        };
+        let machines = list.machines.into_iter().filter_map(target).collect();
+        let slots = Slots::open(list.slots).map_err(|error: SlotError| tracing::debug!(%error, "no slots"));
+        let every = Duration::from_millis(list.every_ms).max(SHORTEST);
+        Some(Self { reach: Arc::new(reach), slots: slots.ok(), every, machines })
+    }
+
+    /// Counts the slots of machines that builds have reached; gives how many are taken in all.
+    fn look_at_slots(&self, locks: Option<&FileLocks>, watched: &mut HashMap<String, Watched>) -> u64 {
+        let now = Instant::now();
+        let mut all = 0;
+        for target in &self.machines {
+            let machine = &target.machine;
+            if !watched.contains_key(&target.key) && !self.reach.was_reached(machine) {
+                continue;
+            }
+            let taken = self
+                .slots
+                .as_ref()
+                .zip(locks)
+                .map(|(slots, locks)| slots.look(&machine.name, machine.max_jobs, locks));
+            all += taken.unwrap_or(0);
+            if let Some(watched) = watched.get_mut(&target.key) {
+                watched.own_load.count(taken, now);
+            }
+        }
+        all
+    }
+
+    /// Has machines looked at that are not, and can be.
+    fn watch(
+        &self,
+        watched: &mut HashMap<String, Watched>,
+        samples: &Samples,
+        tell: &Sender<News>,
+        is_ending: &Arc<AtomicBool>,
+    ) {
+        let now = Instant::now();
+        for target in &self.machines {
+            let is_known = watched.contains_key(&target.key);
+            if !is_known && (watched.len() >= MOST_WATCHED || !self.reach.was_reached(&target.machine)) {
+                continue;
+            }
+            let mute = samples.mute_since(&target.key);
+            if mute.is_some_and(|since| since.elapsed().is_ok_and(|age| age < MUTE)) {
+                continue;
+            }
+            let state = watched.entry(target.key.clone()).or_insert_with(|| {
+                let before = samples.of(&target.key).map(|entry| &entry.sample);
+                Watched { own_load: OwnLoad::after(before, now), watcher: None, not_before: now }
+            });
+            if now < state.not_before || state.watcher.as_ref().is_some_and(|watcher| !watcher.is_finished())
+            {
+                continue;
+            }
+            let Some(open) = self.reach.open(&target.machine) else { continue };
+            let (reach, target, every) = (Arc::clone(&self.reach), Arc::clone(target), self.every);
+            let (tell, is_ending) = (tell.clone(), Arc::clone(is_ending));
+            state.not_before = now + PAUSE;
+            let watcher = thread::Builder::new().stack_size(STACK);
+            state.watcher =
+                watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_ending)).ok();
+        }
+    }
+}
+
+/// Looks at one machine until that is no longer possible, or needs another session.
+fn look(
+    reach: &Reach,
+    target: &Target,
+    open: &Open,
+    every: Duration,
+    tell: &Sender<News>,
+    is_ending: &AtomicBool,
+) {
+    let say = |what, pause| tell.send(News { key: target.key.clone(), what, pause }).is_ok();
+    let stays = || {
+        !is_ending.load(Ordering::Relaxed)
+            && open.is_current()
+            && open.is_by_socket()
+            && reach.is_by_socket(&target.machine)
+    };
+    let mut conversation = match Conversation::begin(open) {
+        Ok(begun) => begun,
+        Err(silence) => {
+            say(Err(silence), PAUSE.max(every));
+            return;
+        }
+    };
+    loop {
+        let begin = Instant::now();
+        let hangs = target.hangs.load(Ordering::Relaxed);
+        let store_dir = target.store_dir.as_deref().filter(|_| !hangs);
+        let answer = match conversation.sample(store_dir) {
+            Ok(answer) => answer,
+            Err(silence) => {
+                say(Err(silence), PAUSE);
+                return;
+            }
+        };
+        if answer.hangs {
+            tracing::debug!(builder = target.machine.name, "its file system does not answer");
+            target.hangs.store(true, Ordering::Relaxed);
+            say(Ok(answer.entry), every);
+            return;
+        }
+        if !stays() {
+            say(Ok(answer.entry), every * SPARING);
+            return;
+        }
+        if !say(Ok(answer.entry), Duration::ZERO) {
+            return;
+        }
+        while let left = every.saturating_sub(begin.elapsed())
+            && !left.is_zero()
+        {
+            thread::park_timeout(left.min(TICK));
+            if !stays() {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "tests/run.rs"]
+mod tests;

@@ -1,0 +1,124 @@
+//! What the user of one Nix command has been told already. Nix starts a new hook for each build that one accepted.
+
+use nix::unistd::getppid;
+use nix_derivation::{HashAlgorithm, hash_bytes};
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// So many different things are told in one command.
+const MOST: usize = 32;
+/// Digits of the hash that stands for what was told.
+const DIGITS: usize = 20;
+
+/// The memory of one Nix command: the process that started this one.
+#[derive(Debug, Clone)]
+pub struct Told {
+    directory: PathBuf,
+    /// The process and its time of birth, if that is known.
+    command: Option<(i32, u64)>,
+}
+
+impl Told {
+    /// The memory in a runtime directory.
+    pub fn at(runtime: &Path) -> Self {
+        let parent = getppid().as_raw();
+        Self { directory: runtime.join("told"), command: born(parent).map(|born| (parent, born)) }
+    }
+
+    /// Whether this is still to be told; it counts as told from now on. What cannot be kept is told again.
+    pub fn is_first(&self, what: &str) -> bool {
+        let Some((pid, born)) = self.command else { return true };
+        let digest = hash_bytes(HashAlgorithm::Sha256, what.as_bytes()).to_nix_base16_string();
+        let digest: String = digest.chars().skip("sha256:".len()).take(DIGITS).collect();
+        let path = self.directory.join(format!("{pid}-{born}-{digest}"));
+        let create = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let created = match create() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // Another hook may do the same.
+                let _ = DirBuilder::new().mode(0o700).create(&self.directory);
+                create()
+            }
+            other => other,
+        };
+        match created {
+            Ok(_) if self.clean(pid, born) <= MOST => true,
+            Ok(_) => {
+                let _ = fs::remove_file(&path);
+                false
+            }
+            Err(error) => error.kind() != io::ErrorKind::AlreadyExists,
+        }
+    }
+
+    /// Forgets what was told in commands that are over. Gives the number of things told in this one.
+    fn clean(&self, pid: i32, born_then: u64) -> usize {
+        let mut living: HashMap<i32, Option<u64>> = HashMap::new();
+        let mut told = 0;
+        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let mut words = name.to_str().unwrap_or_default().split('-');
+            let mut number = || words.next()?.parse::<u64>().ok();
+            let of = number().and_then(|pid| Some((i32::try_from(pid).ok()?, number()?)));
+            if of == Some((pid, born_then)) {
+                told += 1;
+            } else if of
+                .is_none_or(|(pid, then)| *living.entry(pid).or_insert_with(|| born(pid)) != Some(then))
+            {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        told
+    }
+}
+
+/// When a process was started, in the kernel's ticks since it booted; none if there is no such process.
+fn born(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may contain anything, a closing parenthesis too.
+    stat.rsplit_once(") ")?.1.split(' ').nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(told: &Told) -> usize {
+        fs::read_dir(&told.directory).unwrap().count()
+    }
+
+    #[test]
+    fn a_thing_is_told_once_in_a_command_whichever_hook_tells_it() {
+        let runtime = tempfile::tempdir().unwrap();
+        let told = Told::at(runtime.path());
+        assert!(told.is_first("a") && told.is_first("b"));
+        assert!(!told.is_first("a") && !Told::at(runtime.path()).is_first("b"));
+        // Another command is told too, and what was told in one that is over is forgotten.
+        let (pid, born) = told.command.unwrap();
+        for over in [(pid, born + 1), (i32::MAX, 7)] {
+            let other = Told { command: Some(over), ..told.clone() };
+            assert!(other.is_first("a"));
+        }
+        fs::write(told.directory.join("nonsense"), "").unwrap();
+        assert!(told.is_first("c"));
+        assert_eq!(names(&told), 3);
+    }
+
+    #[test]
+    fn one_command_is_not_told_ever_so_many_things() {
+        let runtime = tempfile::tempdir().unwrap();
+        let told = Told::at(runtime.path());
+        assert_eq!((0..100).filter(|number| told.is_first(&number.to_string())).count(), MOST);
+        assert_eq!(names(&told), MOST);
+    }
+
+    #[test]
+    fn what_cannot_be_kept_is_told() {
+        let told = Told { directory: "/proc/nothing".into(), command: Some((1, 1)) };
+        assert!(told.is_first("a") && told.is_first("a"));
+        let told = Told { command: None, ..told };
+        assert!(told.is_first("a") && told.is_first("a"));
+    }
+}

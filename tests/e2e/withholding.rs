@@ -1,0 +1,147 @@
+//! `drain`, `disable` and `enable`: machines out of service.
+
+use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv, wait_until};
+use serde_json::Value;
+
+use crate::support::{SOON, begun, gated, open, wait_for_begin};
+
+fn plan(world: &World) -> ClientPlan {
+    world.client().hook(Hook::Ours)
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_str(output.assert_success().stdout()).unwrap_or_else(|error| panic!("{error}: {output}"))
+}
+
+fn built_on(client: &Client, name: &str) -> String {
+    let output = client.nix_build(&drv::where_built(name), &["-j0"]);
+    client.read(&output.assert_success().out_path()).trim().to_owned()
+}
+
+#[test]
+fn a_drained_machine_finishes_its_build_and_gets_no_other_one() {
+    let world = World::new();
+    let (mac, pi) = (world.builder("mac").start(), world.builder("pi").start());
+    for release in Release::ALL {
+        let name = release.name();
+        let client = plan(&world)
+            .named(name)
+            .release(release)
+            .uses(&mac, "ssh-ng", 4)
+            .machines("ssh-ng://pi x86_64-linux - 4 0.1\n")
+            .knows(&pi)
+            .start();
+        let running = format!("running-{name}");
+        let build = client.spawn_nix_build(&gated(&running), &["-j0"]);
+        wait_for_begin(&client, &running, &["mac"]);
+        let drained = client.nix_offload(&["drain", "mac", "--for", "2h", "--reason", "a new\ndisk"]);
+        let text = drained.assert_success().stdout();
+        assert!(text.starts_with("ssh-ng://mac is drained until 20"), "{text}");
+        assert!(text.contains(" (2 h): a new disk\n  1 build runs there and is left to finish."), "{text}");
+        assert!(text.contains(&format!("\n    {running}, for ")), "{text}");
+        assert_eq!(built_on(&client, &format!("second-{name}")), "pi");
+        open(&client, &running);
+        assert_eq!(client.read(&build.wait().assert_success().out_path()), "mac\n");
+        assert_eq!(built_on(&client, &format!("third-{name}")), "pi");
+        let enabled = client.nix_offload(&["enable", "MAC"]);
+        assert_eq!(enabled.assert_success().stdout(), "ssh-ng://mac is enabled: it gets builds again\n");
+        assert_eq!(built_on(&client, &format!("fourth-{name}")), "mac");
+    }
+}
+
+#[test]
+fn what_is_said_for_a_time_ends_by_itself() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let list = json(&client.nix_offload(&["drain", "--json", "mac", "--for", "2s"]));
+    assert_eq!(
+        (&list[0]["machine"], &list[0]["state"], &list[0]["changed"], &list[0]["running"]),
+        (&"ssh-ng://mac".into(), &"drained".into(), &true.into(), &0.into())
+    );
+    assert!(list[0]["until"].as_u64().unwrap() > 1_700_000_000, "{list}");
+    assert_eq!((&list[0]["reason"], &list[0]["derivations"]), (&Value::Null, &Value::Array(Vec::new())));
+    // It waits, and Nix asks again.
+    assert_eq!(built_on(&client, "a"), "mac");
+    let said = client.nix_offload(&["enable", "mac"]);
+    assert_eq!(said.assert_success().stdout(), "ssh-ng://mac was not out of service\n");
+}
+
+#[test]
+fn a_build_that_only_a_drained_machine_can_do_waits_until_it_is_enabled() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for release in Release::ALL {
+        let name = release.name();
+        let client = plan(&world).named(name).release(release).uses(&mac, "ssh-ng", 1).start();
+        client.nix_offload(&["drain", "mac", "--reason", "new disk"]).assert_success();
+        let build = client.spawn_nix_build(&drv::where_built(&format!("a-{name}")), &["-j0"]);
+        wait_until("the user is told", SOON, || build.stderr_so_far().contains("drained: new disk"));
+        client.nix_offload(&["enable", "mac"]).assert_success();
+        let build = build.wait();
+        assert_eq!(client.read(&build.assert_success().out_path()), "mac\n");
+        assert_eq!(build.stderr().matches("drained: new disk").count(), 1, "{build}");
+    }
+}
+
+#[test]
+fn a_build_does_not_wait_for_a_disabled_machine() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let text = client.nix_offload(&["disable", "ssh-ng://mac"]);
+    assert!(
+        text.assert_success().stdout().starts_with("ssh-ng://mac is disabled until it is enabled\n"),
+        "{text}"
+    );
+    let build = client.nix_build(&drv::trivial("a"), &["-j0"]);
+    build.assert_failure().assert_stderr_has("  ssh-ng://mac  disabled");
+    // What can be built here is.
+    let build = client.nix_build(&drv::where_built("b"), &["-j1"]);
+    assert_eq!(client.read(&build.assert_success().out_path()), "client\n");
+    assert_eq!(begun(&client, "a"), [""; 0]);
+}
+
+#[test]
+fn names_mean_every_machine_of_a_host_and_unknown_ones_are_told() {
+    let world = World::new();
+    let client = plan(&world)
+        .machines("ssh-ng://nix@mac x86_64-linux\nssh://mac:2222?compress=true x86_64-linux\nssh://pi x86_64-linux\n")
+        .start();
+    let list = json(&client.nix_offload(&["disable", "--json", "mac"]));
+    let names: Vec<&Value> = list.as_array().unwrap().iter().map(|done| &done["machine"]).collect();
+    assert_eq!(names, ["ssh-ng://nix@mac", "ssh://mac:2222?compress=true"]);
+    let unknown = client.nix_offload(&["drain", "pii", "mac"]);
+    assert_eq!(unknown.code(), 2, "{unknown}");
+    unknown.assert_stderr_has("error: no machine is called 'pii'; the machines are ssh-ng://nix@mac, ssh://");
+    unknown.assert_stderr_has("hint: did you mean 'pi'?");
+    // One that is out of service can be put back though it is in the list no more.
+    client.set_machines("ssh://pi x86_64-linux\n");
+    let enabled = json(&client.nix_offload(&["enable", "--json", "nix@mac"]));
+    assert_eq!((&enabled[0]["machine"], &enabled[0]["changed"]), (&"ssh-ng://nix@mac".into(), &true.into()));
+    assert_eq!(client.nix_offload(&["drain", "nix@mac"]).code(), 2);
+    // A list of one's own.
+    let list = json(&client.nix_offload(&["drain", "--json", "--builders", "ssh://big", "big"]));
+    assert_eq!(list[0]["machine"], "ssh://big");
+}
+
+#[test]
+fn whose_hook_it_is_decides_whose_word_counts() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).mode(Mode::Daemon).uses(&mac, "ssh-ng", 1).start();
+    for command in ["drain", "disable", "enable"] {
+        let refused = client.nix(OURS).args([command, "mac"]).run();
+        assert_eq!(refused.code(), 77, "{refused}");
+        refused.assert_stderr_has("its hook, which runs as root; you are ");
+        refused.assert_stderr_has("hint: run the same with sudo");
+        // With a store of his own it is his own hook.
+        let own = client.nix(OURS).args([command, "mac", "--store", "/home/user/nix"]).run();
+        own.assert_success();
+    }
+    assert_eq!(built_on(&client, "a"), "mac");
+    client.nix_offload(&["disable", "mac"]).assert_success();
+    client.nix_build(&drv::trivial("b"), &["-j0"]).assert_failure().assert_stderr_has("disabled");
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    assert_eq!(built_on(&client, "c"), "mac");
+}
