@@ -24,6 +24,7 @@ pub mod sending;
 pub mod serve;
 pub mod slots;
 pub mod state;
+pub mod status;
 pub mod stock;
 pub mod store;
 pub mod survey;

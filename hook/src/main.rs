@@ -2,7 +2,7 @@
 
 use nix_offload::cli::{self, Action};
 use nix_offload::reach::Reach;
-use nix_offload::{check, explain, ping, sampler, serve, withhold};
+use nix_offload::{check, explain, ping, sampler, serve, status, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -54,6 +54,10 @@ fn main() -> ExitCode {
                 Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
             }
         }
+        Ok(Action::Status { watch, meant, json }) => match status::status(&meant, json, watch) {
+            Ok(code) => (code, None),
+            Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
         Ok(Action::Explain { wish, json }) => match explain::explain(&wish, json) {
             Ok(code) => (code, None),
             Err(error) => {

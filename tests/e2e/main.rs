@@ -31,4 +31,5 @@ mod support;
 mod telling;
 mod trust;
 mod waking;
+mod watching;
 mod withholding;

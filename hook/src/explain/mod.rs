@@ -121,7 +121,7 @@ pub fn explain(wish: &Wish, as_json: bool) -> Result<u8, ExplainError> {
             rules: vantage.offload::<Offload>()?.rules(),
             local: Local { max_jobs, ..local },
             location: &vantage.location,
-            slots: vantage.slots()?,
+            slots: vantage.slots(),
             reach: vantage.reach()?,
             history: state.as_deref().map(History::at),
             state,

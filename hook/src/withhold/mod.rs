@@ -126,7 +126,7 @@ pub fn withhold(
     };
     let changed = Withholdings::change(&directory, &chosen, to.as_ref())
         .map_err(|source| WithholdError::Write { directory, source })?;
-    let slots = vantage.slots().ok();
+    let slots = vantage.slots();
     let done: Vec<Done> = chosen
         .into_iter()
         .map(|name| {
@@ -135,8 +135,7 @@ pub fn withhold(
                 is_changed: changed.contains(&name),
                 is_left_to_stock: machine.is_some_and(|machine| !machine.uri.is_ours()),
                 running: machine
-                    .zip(slots.as_ref())
-                    .map(|(machine, slots)| slots.running(&machine.name, machine.max_jobs))
+                    .map(|machine| slots.running(&machine.name, machine.max_jobs))
                     .unwrap_or_default(),
                 name,
             }
