@@ -2,17 +2,18 @@
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
-use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
+use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
+use crate::plan::Verdict;
 use crate::plan::trust::{self, Way};
-use crate::plan::{Local, Verdict};
+use crate::queue::{self, Place, QueueError, Turn};
 use crate::reach::ReachError;
 use crate::sending::Sending;
 use crate::slots::Held;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
-use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often one machine is tried for an accepted build whose connection breaks.
@@ -21,8 +22,8 @@ const TRIES: usize = 3;
 /// A waiting build looks at the slots so often even if nothing seems to happen.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-/// What Nix can still build itself of a derivation that is accepted: nothing, it has no say any more.
-const NOWHERE: Local = Local { max_jobs: 0, systems: BTreeSet::new(), features: BTreeSet::new() };
+/// How long a build that could take a slot leaves it to those who have had their turn for longer, in other lines.
+const ELDERS_FIRST: Duration = Duration::from_millis(5);
 
 /// How trying one machine for an accepted build ended.
 enum Attempt {
@@ -49,7 +50,7 @@ impl Hook<'_> {
         let mut tried = Vec::new();
         let mut next = match accepted {
             Accepted::Now(chosen) => Some(*chosen),
-            Accepted::Waiting(machines, _place) => self.wait_for_slot(candidate, &mut failed, &machines),
+            Accepted::Waiting(place) => self.wait_for_slot(candidate, &mut failed, Some(place)),
         };
         while let Some(current) = next.take() {
             let index = current.index;
@@ -67,9 +68,9 @@ impl Hook<'_> {
                     return status;
                 }
                 Attempt::Asleep => {
-                    next = match self.choose(candidate, &NOWHERE, &mut failed, false) {
+                    next = match self.choose(candidate, Stage::Waited, &mut failed) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_for_slot(candidate, &mut failed, &machines)
+                            self.wait_again(candidate, &mut failed, &machines)
                         }
                         (_, chosen) => chosen,
                     };
@@ -79,9 +80,9 @@ impl Hook<'_> {
                     tracing::warn!(derivation, builder = name, reason, "giving up this machine");
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
-                    next = match self.choose(candidate, &NOWHERE, &mut failed, true) {
+                    next = match self.choose(candidate, Stage::Again, &mut failed) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_for_slot(candidate, &mut failed, &machines)
+                            self.wait_again(candidate, &mut failed, &machines)
                         }
                         (_, chosen) => chosen,
                     };
@@ -106,18 +107,28 @@ impl Hook<'_> {
         exit::FAILURE
     }
 
-    /// Waits until a machine has a slot for the build; first come, first served.
+    /// The same for a build that is not new. It is accepted, so it has to wait however many do.
+    fn wait_again(&self, candidate: &Candidate, failed: &mut Failed, machines: &[usize]) -> Option<Chosen> {
+        let place = self.queue.place(&self.names(machines), queue::whose(), u64::MAX);
+        let place = place.unwrap_or_else(|error| {
+            self.tell_of_queue(&error);
+            None
+        });
+        self.wait_for_slot(candidate, failed, place)
+    }
+
+    /// Waits until a machine has a slot for the build; first come, first served, and users take turns.
     fn wait_for_slot(
         &self,
         candidate: &Candidate,
         failed: &mut Failed,
-        machines: &[usize],
+        place: Option<Place>,
     ) -> Option<Chosen> {
         let begin = Instant::now();
-        let head = format!("{}-head", self.queue_name(machines));
-        let turn = self.queue.lock(&head).and_then(|turn| Ok((turn, self.slots.watch()?)));
-        let (_turn, watch) = match turn {
-            Ok(turn) => turn,
+        // Without a turn it may still get a slot.
+        let turn = place.and_then(|place| place.wait().map_err(|error| self.tell_of_queue(&error)).ok());
+        let watch = match self.slots.watch() {
+            Ok(watch) => watch,
             Err(error) => {
                 let text = exit::report(&error, None);
                 tracing::error!("{text}");
@@ -126,9 +137,14 @@ impl Hook<'_> {
             }
         };
         loop {
-            self.interest.show();
-            match self.choose(candidate, &NOWHERE, failed, false) {
-                (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
+            if turn.as_ref().is_some_and(Turn::has_elder) {
+                thread::sleep(ELDERS_FIRST);
+            }
+            match self.choose(candidate, Stage::Waited, failed) {
+                (Verdict::Wait(_) | Verdict::Postpone(_), _) => {
+                    self.attend(failed);
+                    watch.wait(LOOK_AGAIN);
+                }
                 (_, chosen) => {
                     let duration_ms = begin.elapsed().as_millis() as u64;
                     tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
@@ -136,6 +152,12 @@ impl Hook<'_> {
                 }
             }
         }
+    }
+
+    fn tell_of_queue(&self, error: &QueueError) {
+        let text = exit::report(error, None);
+        tracing::error!("{text}");
+        self.nix.message(Verbosity::Warn, &format!("nix-offload: {text}"));
     }
 
     fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {

@@ -60,7 +60,7 @@ fn refusals(decision: &Decision) -> Vec<(usize, Refusal)> {
 }
 
 fn full(slots: u64) -> Refusal {
-    Refusal::Full { taken: slots, slots, needed: 1 }
+    Refusal::Full { taken: slots, slots, needed: 1, waiting: 0 }
 }
 
 #[test]
