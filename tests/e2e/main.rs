@@ -22,6 +22,7 @@ mod penalties;
 mod ping;
 mod protocol;
 mod proxycommand;
+mod queue;
 mod running;
 mod sampling;
 mod sending;
