@@ -92,14 +92,20 @@ pub(super) fn open_session(control: &Path, command: &str, bound: Duration) -> Re
     if command.is_empty() || command.contains('\0') || command.len() > codec::MAX_DATA / 2 {
         return Err(OpenError::Argument { what: "command" });
     }
+    let deadline = Instant::now() + bound;
     let (opened, holder) = begin(control, &Dialogue::opening_session(), bound)?;
-    if let Some(holder) = holder {
+    if let Some(mut holder) = holder {
+        holder.opened(&codec::close(opened.confirmed.channel));
         holder.release();
     }
-    let channel = opened.into_channel(control, None);
+    let mut channel = opened.into_channel(control, None);
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     channel.writer.shared.send(&codec::exec(channel.writer.shared.channel, command), &[]).map_err(gone)?;
-    Ok(channel)
+    match channel.reader.wait_for_window(deadline) {
+        Ok(()) => Ok(channel),
+        Err(error) if is_timeout(&error) => Err(OpenError::TimedOut { bound, master_answers: true }),
+        Err(error) => Err(gone(error)),
+    }
 }
 
 /// A channel that has just been confirmed.
@@ -314,6 +320,30 @@ impl ChannelReader {
         }
         self.incoming.take(4 + len);
         Ok(true)
+    }
+
+    /// Reads until something may be sent. A session has no window before its command runs (`session_set_fds` in session.c).
+    fn wait_for_window(&mut self, deadline: Instant) -> io::Result<()> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        while lock(&self.shared.flow).window == 0 {
+            if self.finished || self.data_left > 0 {
+                return Err(invalid(ProtocolError::Window));
+            }
+            if self.step().map_err(invalid)? {
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.shared.socket.set_read_timeout(Some(left))?;
+            let mut socket = &self.shared.socket;
+            match self.incoming.fill(&mut socket) {
+                Err(error) if is_timeout(&error) => {}
+                other => other?,
+            }
+        }
+        self.shared.socket.set_read_timeout(None)
     }
 
     fn charge(&mut self, bytes: u32) -> Result<(), ProtocolError> {
