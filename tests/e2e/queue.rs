@@ -134,10 +134,10 @@ fn builds_that_can_use_other_machines_too_and_those_that_cannot_both_go_on() {
         .knows(&other)
         .machines("ssh-ng://other x86_64-linux - 1 1\nssh-ng://mac x86_64-linux - 1 1 special")
         .start();
-    let gates = ["one", "two"].map(|name| client.spawn_nix_build(&gated(name), &["-j0"]));
-    wait_until("both machines are full", SOON, || {
-        let begun = |name: &str| client.exists(&format!("/mnt/share/{name}.begun"));
-        begun("one") && begun("two")
+    let gates = ["one", "two"].map(|name| {
+        let gate = client.spawn_nix_build(&gated(name), &["-j0"]);
+        wait_until("a machine is full", SOON, || client.exists(&format!("/mnt/share/{name}.begun")));
+        gate
     });
     let on_mac = if crate::support::begun(&client, "one") == ["mac"] { "one" } else { "two" };
     let special = r#"requiredSystemFeatures = [ "special" ];"#;
