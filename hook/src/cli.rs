@@ -162,6 +162,14 @@ enum Command {
         /// Nix's verbosity, 0 to 7.
         verbosity: u64,
     },
+    /// Try a machine again that failed, and note what came of it. Hooks start it. Not for people.
+    #[command(hide = true)]
+    Probe {
+        /// What the hook calls it.
+        name: String,
+        /// Its line in the list of machines.
+        line: String,
+    },
     /// Keep streams ready on a master. Hooks start it. Not for people.
     #[command(hide = true)]
     Keep {
@@ -233,6 +241,13 @@ pub enum Action {
     Hook {
         /// Nix's verbosity.
         verbosity: u64,
+    },
+    /// Try a machine again.
+    Probe {
+        /// What the hook calls it.
+        name: String,
+        /// Its line in the list of machines.
+        line: String,
     },
     /// Keep streams ready.
     Keep {
@@ -372,6 +387,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
     }
     Ok(match Arguments::try_parse_from(arguments)?.command {
         Command::Hook { verbosity } => Action::Hook { verbosity },
+        Command::Probe { name, line } => Action::Probe { name, line },
         Command::Keep { control, door, lock } => Action::Keep { control, door, lock },
         Command::Sample => Action::Sample,
         Command::PingStore { store, builders, timeout, json } => {

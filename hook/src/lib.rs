@@ -18,6 +18,7 @@ pub mod path_info;
 pub mod ping;
 pub mod plan;
 pub mod programs;
+pub mod queue;
 pub mod reach;
 pub mod sample;
 pub mod sampler;

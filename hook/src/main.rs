@@ -1,6 +1,7 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
+use nix_offload::reach::Reach;
 use nix_offload::{check, explain, ping, sampler, serve, status, withhold};
 use nix_offload_proxy::{
     exit,
@@ -24,6 +25,16 @@ fn main() -> ExitCode {
             match master::keep(&control, &door, &lock) {
                 Ok(()) => (exit::OK, None),
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
+            }
+        }
+        Ok(Action::Probe { name, line }) => {
+            stand_alone();
+            match Reach::new(|name| std::env::var_os(name)) {
+                Ok(reach) => {
+                    reach.probe(&name, &line);
+                    (exit::OK, None)
+                }
+                Err(error) => (exit::CONFIG, Some(exit::report(&error, error.cure().as_deref()))),
             }
         }
         Ok(Action::Sample) => {

@@ -193,7 +193,7 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
         // One who has waited for several slots for long is content with those that are free.
         let left = machine.max_jobs.saturating_sub(known.load.taken);
         let weight = if question.waited() >= rules.hold_back { weight.min(left.max(1)) } else { weight };
-        let is_free = left >= weight;
+        let is_free = left >= weight && known.waiting == 0;
         let is_cool = match &known.health {
             Health::CoolDown { until, .. } => until.is_some_and(|until| until <= now),
             _ => true,
@@ -310,7 +310,8 @@ fn stand(
         let Candidate { index, machine, known, weight, is_free } = candidate;
         let standing = &mut standings[index];
         standing.refusal = if !is_free {
-            Some(Refusal::Full { taken: known.load.taken, slots: machine.max_jobs, needed: weight })
+            let (taken, slots, waiting) = (known.load.taken, machine.max_jobs, known.waiting);
+            Some(Refusal::Full { taken, slots, needed: weight, waiting })
         } else if is_local {
             Some(Refusal::Local)
         } else if *verdict == Verdict::Accept(index) {

@@ -137,6 +137,8 @@ pub enum Refusal {
         slots: u64,
         /// Slots that the build needs.
         needed: u64,
+        /// Builds that wait for a slot before this one.
+        waiting: u64,
     },
     /// It is being woken.
     Waking,
@@ -208,7 +210,11 @@ impl Refusal {
                 format!("builds only derivations that require the features [{}]", join(set))
             }
             Self::Full { slots: 0, .. } => "has no slots (its maximum of jobs is 0)".into(),
-            Self::Full { taken, slots, needed } if *needed > 1 => {
+            Self::Full { taken, slots, waiting, .. } if *waiting > 0 => {
+                let wait = if *waiting == 1 { "build waits" } else { "builds wait" };
+                format!("full: {taken} of {slots} slots taken, and {waiting} {wait} for one")
+            }
+            Self::Full { taken, slots, needed, .. } if *needed > 1 => {
                 format!("full: {taken} of {slots} slots taken, {needed} needed")
             }
             Self::Full { taken, slots, .. } => format!("full: {taken} of {slots} slots taken"),

@@ -149,6 +149,11 @@ impl ReachError {
         matches!(self, Self::Start(StartError::Waking { waking, .. }) if waking.since.is_zero())
     }
 
+    /// Whether this machine has no network.
+    pub fn is_no_network(&self) -> bool {
+        matches!(self, Self::Start(StartError::NoNetwork { .. }))
+    }
+
     /// Cause and cure as one text for Nix's user.
     pub fn describe(&self) -> String {
         let text = exit::report(self, self.cure().as_deref());

@@ -186,6 +186,7 @@ impl Desk {
         };
         let taken = known.load.taken;
         row.taken = Some(taken);
+        row.waiting = Some(known.waiting);
         if taken > 0 {
             row.builds = self.slots.running(&machine.name, machine.max_jobs);
         }
