@@ -220,7 +220,8 @@ fn any_login_shell_few_sessions_and_another_account_will_do() {
         mac.write_mode("/usr/local/bin/strange", STRANGE, 0o755);
         mac.run("sed -i '/^root:/s|/bin/bash|/usr/local/bin/strange|' /etc/passwd");
     };
-    let plans: [(&dyn Fn(BuilderPlan) -> BuilderPlan, &dyn Fn(&Builder)); 3] = [
+    type Plan<'a> = (&'a dyn Fn(BuilderPlan) -> BuilderPlan, &'a dyn Fn(&Builder));
+    let plans: [Plan<'_>; 3] = [
         (&|mac| mac, &strange),
         (&|mac| mac.max_sessions(1), &|_| {}),
         // The directory and its files are root's, who was there first.
