@@ -85,7 +85,7 @@ fn two_clients_never_have_more_builds_there_than_slots_they_share() {
         over.store(true, Ordering::Relaxed);
         for built in outputs {
             assert_eq!(built.assert_success().out_paths().len(), EACH);
-            built.assert_stderr_lacks("warning").assert_stderr_lacks("lost");
+            built.assert_stderr_lacks(WITHOUT).assert_stderr_lacks("lost");
         }
         watcher.join().unwrap()
     });
@@ -236,7 +236,7 @@ fn any_login_shell_few_sessions_and_another_account_will_do() {
         let client = client(&world, &mac, "one", 1);
         let built = client.nix_build(&several("one", 4), &["-j0"]);
         assert_eq!(built.assert_success().out_paths().len(), 4);
-        built.assert_stderr_lacks("warning");
+        built.assert_stderr_lacks(WITHOUT);
         assert!(mac.exists("/tmp/nix-offload-slots/slot-0"));
         assert_all_given_back(&mac);
     }
