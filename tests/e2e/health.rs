@@ -143,8 +143,8 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
         .uses(&mac, "ssh-ng", 4)
         .knows(&late)
         .start();
-    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     let fleet = client.read("/etc/nix/machines");
     // Better than any other.
     client.set_machines(&format!("ssh-ng://hole x86_64-linux - 4 9\n{fleet}"));
@@ -181,7 +181,8 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
     told += notices(&built, "hole");
     assert_eq!((told, door.knocks()), (second, second), "{built}");
 
-    // It comes back.
+    // It comes back, be it slowly.
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 10\n");
     door.open_to(&late);
     wait_for_end_of_pause(&client, "hole");
     let built = client.nix_build(&drv::where_built("knock"), &["-j0"]);
@@ -203,7 +204,7 @@ fn a_process_that_was_told_no_uses_the_only_machine_again_when_it_is_back() {
     let client =
         plan(&world).ssh_config(&door.ssh_config("hole", &late)).machines("ssh-ng://hole x86_64-linux - 1 1");
     let client = client.knows(&late).start();
-    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 3\n");
     // Each takes the only local slot for a while, so that one process of Nix asks for long.
     let body = "until [ -e /mnt/share/$name.go ]; do sleep 0.05; done; cat /etc/machine-name > $out";
     let chain = drv::expression(&format!(
