@@ -9,6 +9,7 @@ pub mod explain;
 pub mod fds;
 pub mod files;
 pub mod job;
+pub mod lease;
 pub mod local_load;
 pub mod local_time;
 pub mod nix_here;

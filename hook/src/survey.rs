@@ -77,7 +77,12 @@ impl<'a> Survey<'a> {
     /// If its slots cannot be counted.
     pub fn look(&self, machine: &Machine, needs: &Needs<'_>) -> Result<Look, SlotError> {
         if let Some(reason) = against(machine, self.location) {
-            let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
+            let withheld = self.withheld.of(&machine.name).filter(|withheld| withheld.holds(self.now));
+            let known = match withheld {
+                // It would get builds from Nix's own hook.
+                Some(_) if !machine.uri.is_ours() => Known { withheld, ..Known::ready(Load::default()) },
+                _ => Known::ready(Load::default()).with_health(Health::Unreachable(reason)),
+            };
             return Ok(Look { known, free: None });
         }
         let is_used = self.used.has(&machine.name);

@@ -13,6 +13,7 @@ mod installing;
 mod journal;
 mod keeper;
 mod killing;
+mod leases;
 mod logs;
 mod many;
 mod masters;

@@ -66,7 +66,7 @@ fn what_runs_where_and_what_is_drained() {
     let inner = [lines[2], lines[3]];
     assert!(inner.iter().any(|line| line.starts_with("  one-1, for ")), "{shown}");
     assert!(inner.contains(&"  a build that another hook sent, or that has only begun"), "{shown}");
-    assert!(lines[4].starts_with("ssh://pi      drained 1h  0/3  "), "{shown}");
+    assert!(lines[4].starts_with("ssh://pi      drained 2h  0/3  "), "{shown}");
     assert_eq!(lines[5], "  new disk", "{shown}");
     assert!(!shown.contains('\u{1b}') && lines.iter().all(|line| line.chars().count() <= 110), "{shown}");
     for name in ["one-1", "two-2"] {
@@ -91,6 +91,32 @@ fn a_machine_that_failed_is_down_and_nobody_is_asked() {
     let down = status(&client);
     assert_eq!(down[0]["state"], "down", "{down:?}");
     assert!(down[0]["reason"].as_str().unwrap().contains("refused"), "{down:?}");
+    assert!(down[0]["hint"].as_str().unwrap().starts_with("check that sshd runs on off"), "{down:?}");
+}
+
+#[test]
+fn what_a_machine_said_of_itself_is_shown_with_its_age() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = '1s'\n");
+    let build = client.spawn_nix_build(&gated("a"), &["-j0"]);
+    wait_for_begin(&client, "a", &["mac"]);
+    let mut sample = Value::Null;
+    wait_until("there is a sample", SOON, || {
+        sample = status(&client)[0]["sample"].clone();
+        !sample.is_null()
+    });
+    for field in ["at", "ageSeconds", "cores", "loadAverage", "memoryFree", "diskFree"] {
+        assert!(sample[field].is_number(), "{field}: {sample}");
+    }
+    let shown = text(&client.nix_offload(&["status"]));
+    let words: Vec<&str> = shown.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!((words.len(), words[0]), (8, "ssh-ng://mac"), "{shown}");
+    assert!(words[3].ends_with(&format!("/{}", sample["cores"])), "{shown}");
+    assert!(words[6].ends_with('s') && words[3..].iter().all(|word| *word != "-"), "{shown}");
+    open(&client, "a");
+    build.wait().assert_success();
 }
 
 #[test]

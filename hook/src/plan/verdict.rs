@@ -219,10 +219,12 @@ impl Refusal {
             }
             Self::Full { taken, slots, .. } => format!("full: {taken} of {slots} slots taken"),
             Self::Waking => "is being woken".into(),
-            Self::Failed(why) => format!("failed: {why}"),
+            Self::Failed(why) => format!("failed: {}", first_line(why)),
             Self::CoolDown { until, why } => match until.and_then(|until| seconds_until(until, now)) {
-                Some(seconds) => format!("failed: {why}; left alone for {}", span(seconds)),
-                None => format!("failed: {why}"),
+                Some(seconds) => {
+                    format!("failed: {}; left alone for {}", first_line(why), span(seconds))
+                }
+                None => format!("failed: {}", first_line(why)),
             },
             Self::Unreachable(why) => format!("cannot be used: {why}"),
             Self::Withheld(Withheld { how, until, why }) => {
@@ -262,6 +264,11 @@ impl fmt::Display for Resource {
             Self::Memory => "memory",
         })
     }
+}
+
+/// What comes behind it is the cure.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
 
 fn seconds_until(until: SystemTime, now: SystemTime) -> Option<f64> {

@@ -70,6 +70,11 @@ fn ended(exit: Option<u32>) -> String {
 }
 
 impl ReachError {
+    /// Whether the machine is well and lets us have no session.
+    pub fn is_no_session(&self) -> bool {
+        matches!(self, Self::Open(OpenError::Refused { .. }))
+    }
+
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {

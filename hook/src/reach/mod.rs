@@ -15,7 +15,7 @@ mod trust;
 pub use error::{ReachError, ReachSetupError};
 pub use health::Ailing;
 pub use seen::Seen;
-pub use shell::Open;
+pub use shell::{Beside, Open};
 pub use speed::Speed;
 
 use crate::builder::{Ahead, Builder, BuilderError, Store};

@@ -1,16 +1,34 @@
-//! A shell on a machine that is connected already, for looking at it.
+//! A shell on a machine: for looking at one that is connected already, and beside a build.
 //!
-//! Must never start a master, wake a machine or ask for anything that a person would have to answer.
+//! To look at a machine must never start a master, wake it or ask for anything that a person would have to answer.
 
-use super::{Reach, Way, endpoint, local};
+use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local, note, noted_lately};
 use crate::plan::machine::Machine;
-use nix_offload_proxy::master::{Master, OpenError, Stream};
+use crate::slots::Held;
+use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
 use std::fs;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
 const COMMAND: &str = "sh";
+
+/// A machine that turned out to have no means for leases is asked for none for so long.
+const LEASES_AGAIN: Duration = Duration::from_secs(600);
+
+/// Shells beside builds on one master, if builds need no sessions there. sshd allows ten (`MaxSessions`), of which some
+/// are left to others: each one refused costs a small process.
+const BESIDE: u64 = 8;
+
+/// A shell on a machine beside a build there.
+pub struct Beside {
+    /// What it says and hears.
+    pub stream: Stream,
+    /// The way to learn how it ended. Without it the end of what it says is its own end, and a lost connection an error.
+    pub status: Option<SessionStatus>,
+    /// To be kept as long.
+    pub seat: Option<Held>,
+}
 
 /// A machine on which a shell can be started without connecting to it.
 #[derive(Debug)]
@@ -47,6 +65,52 @@ impl Reach {
         }
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
         Some(Open { master: Some(self.pool.live(&endpoint)?), is_by_socket })
+    }
+
+    /// A shell on the machine beside a build there. As for builds in sessions, another master is started where those of
+    /// one are used up.
+    ///
+    /// # Errors
+    /// If there is no session to be had; see [`ReachError::is_no_session`].
+    pub fn shell_beside(&self, machine: &Machine, bound: Duration) -> Result<Beside, ReachError> {
+        if machine.uri.here().is_some() {
+            return Ok(Beside { stream: Open::here().shell(bound)?, status: None, seat: None });
+        }
+        let is_by_socket = self.is_by_socket(machine);
+        let deadline = Instant::now() + bound;
+        self.pool.with_master(
+            &endpoint(machine, &self.ssh_options)?,
+            deadline,
+            FIRST_COMMAND,
+            |master| {
+                let bound = left(deadline).min(OPEN_BOUND);
+                if !is_by_socket {
+                    let (stream, status) = master.open_session(COMMAND, bound)?.into_stream();
+                    return Ok(Beside { stream, status: Some(status), seat: None });
+                }
+                let name = master.control_path().file_stem().unwrap_or_default().to_string_lossy();
+                let Some(seat) = self.opening.take_any(&format!("beside-{name}"), BESIDE).ok().flatten()
+                else {
+                    return Err(OpenError::Refused { reason: "enough shells run there".into() }.into());
+                };
+                let stream = master.open_guarded_session(COMMAND, bound)?.into();
+                Ok(Beside { stream, status: None, seat: Some(seat) })
+            },
+            |error| match error {
+                ReachError::Open(error) => Some(error),
+                _ => None,
+            },
+        )
+    }
+
+    /// Whether it turned out lately that the machine has not the means for leases.
+    pub fn is_without_leases(&self, machine: &Machine) -> bool {
+        noted_lately(&self.stamp(machine).with_extension("unleased"), LEASES_AGAIN).is_some()
+    }
+
+    /// Notes that it has not.
+    pub fn note_without_leases(&self, machine: &Machine, reason: &str) {
+        note(&self.stamp(machine).with_extension("unleased"), reason);
     }
 }
 

@@ -4,7 +4,9 @@
 
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
+use crate::lease::Lease;
 use crate::plan::Verdict;
+use crate::plan::machine::Machine;
 use crate::plan::trust::{self, Way};
 use crate::queue::{self, Place, QueueError, Turn};
 use crate::reach::ReachError;
@@ -154,6 +156,12 @@ impl Hook<'_> {
         }
     }
 
+    /// How many slots all clients share there, if they do and the machine has the means for it.
+    fn shared_slots(&self, machine: &Machine) -> Option<u32> {
+        let slots = self.offload.of_machine(machine).shared_slots;
+        slots.filter(|_| !self.reach.is_without_leases(machine))
+    }
+
     fn tell_of_queue(&self, error: &QueueError) {
         let text = exit::report(error, None);
         tracing::error!("{text}");
@@ -171,6 +179,7 @@ impl Hook<'_> {
             self.memory.keep_latest(derivation, self.machines);
             self.interest.show();
         };
+        let leases = self.shared_slots(machine);
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
             nix: self.nix,
@@ -181,6 +190,7 @@ impl Hook<'_> {
             outputs: &candidate.outputs,
             machine: &machine.name,
             sending: &sending,
+            is_leased: leases.is_some(),
             meanwhile: &meanwhile,
         };
         let seen = self.reach.seen(machine);
@@ -229,12 +239,15 @@ impl Hook<'_> {
                 // If it fails the connection is lost, which the first answer will show.
                 let _ = connection.builder.send_ahead(prepared.ahead.clone());
             }
+            // What was built before the connection was lost needs none.
+            let mut lease =
+                leases.filter(|_| slot.is_some()).and_then(|slots| Lease::begin(&self.reach, machine, slots));
             if slot.is_none() {
                 // It was given back when the build was over. Most likely there is nothing left to build, so another
                 // build's claim to the last slot is no reason to wait.
                 slot = self.slots.take_any(&machine.name, machine.max_jobs).ok().flatten();
             }
-            let error = match task.run(&mut connection.builder, job, &prepared, &mut slot) {
+            let error = match task.run(&mut connection.builder, job, &prepared, &mut slot, &mut lease) {
                 Ok(report) => {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));

@@ -211,6 +211,7 @@ struct Hook<'a> {
     reach: Reach,
     memory: Memory,
     interest: Interest<'a>,
+    offload: Offload,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -241,7 +242,20 @@ impl<'a> Hook<'a> {
         let memory = Memory::new(&reach);
         let store_dir = location.store_dir.to_string();
         let interest = Interest::new(&reach, machines, offload.sample_every(), &current_load, &store_dir);
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, interest })
+        Ok(Self {
+            nix,
+            settings,
+            machines,
+            rules,
+            local,
+            location,
+            slots,
+            queue,
+            reach,
+            memory,
+            interest,
+            offload,
+        })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {

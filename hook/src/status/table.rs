@@ -43,8 +43,8 @@ pub(super) fn text(rows: &[Row], now: SystemTime, in_colour: bool) -> String {
     let mut text = line(&heads, None);
     for (row, cells) in rows.iter().zip(&cells) {
         text.push_str(&line(cells, Some(row.mood)));
-        if let Some(reason) = &row.reason {
-            let _ = writeln!(text, "  {reason}");
+        for line in row.reason.iter().flat_map(|reason| reason.lines()) {
+            let _ = writeln!(text, "  {}", line.trim());
         }
         for build in &row.builds {
             let _ = writeln!(text, "  {}", described(build.as_ref(), now));
@@ -76,7 +76,7 @@ fn cells(row: &Row, now: SystemTime) -> [String; HEADS.len()] {
     let left = row.until.and_then(|until| until.duration_since(now).ok());
     [
         row.name.clone(),
-        left.map_or_else(|| row.state.to_owned(), |left| format!("{} {}", row.state, short(left))),
+        left.map_or_else(|| row.state.to_owned(), |left| format!("{} {}", row.state, until(left))),
         row.taken.map_or_else(|| NONE.to_owned(), |taken| format!("{taken}/{}", row.slots)),
         known(sample.and_then(load)),
         known(sample.and_then(|sample| sample.disk_free).map(size)),
@@ -94,7 +94,7 @@ fn described(build: Option<&Holder>, now: SystemTime) -> String {
     let Some(build) = build else { return "a build that another hook sent, or that has only begun".into() };
     let runs = short(age(build.began(), now));
     match build.expected.and_then(|expected| Duration::try_from_secs_f64(expected).ok()) {
-        Some(expected) => format!("{}, for {runs} of some {}", build.name(), short(expected)),
+        Some(expected) => format!("{}, for {runs} ({} expected)", build.name(), short(expected)),
         None => format!("{}, for {runs}", build.name()),
     }
 }
@@ -109,10 +109,12 @@ fn object(row: &Row, now: SystemTime) -> Value {
             "expectedSeconds": build.as_ref().and_then(|build| build.expected),
         })
     });
+    let mut reason = row.reason.iter().flat_map(|reason| reason.splitn(2, '\n'));
     json!({
         "machine": row.name,
         "state": row.state,
-        "reason": row.reason,
+        "reason": reason.next(),
+        "hint": reason.next().map(|hint| hint.trim().trim_start_matches("hint: ")),
         "until": row.until.map(seconds),
         "slots": row.slots,
         "taken": row.taken,
@@ -145,6 +147,16 @@ fn short(span: Duration) -> String {
     match units.into_iter().find(|(unit, _)| seconds >= *unit) {
         Some((unit, name)) => format!("{}{name}", seconds / unit),
         None => format!("{seconds}s"),
+    }
+}
+
+/// A span to come, rounded up to minutes where it has any: `42s`, `7m`, `1h30m`, `2d`.
+fn until(span: Duration) -> String {
+    let minutes = span.as_secs().div_ceil(60);
+    match (minutes / 60, minutes % 60) {
+        (0, 0..=1) => short(span),
+        (hours @ 1..24, minutes @ 1..) => format!("{hours}h{minutes}m"),
+        _ => short(Duration::from_secs(minutes * 60)),
     }
 }
 
@@ -213,11 +225,11 @@ mod tests {
             },
             Row {
                 reason: Some("new disk".into()),
-                until: Some(now() + Duration::from_secs(7000)),
+                until: Some(now() + Duration::from_secs(5400)),
                 ..row("ssh://pi", "drained", Mood::Withheld)
             },
             Row {
-                reason: Some("connection refused".into()),
+                reason: Some("connection refused\n  hint: start sshd".into()),
                 taken: None,
                 master: Some(None),
                 ..row("ssh-ng://build@a-machine-with-a-long-name.example.org", "down", Mood::Ill)
@@ -231,16 +243,17 @@ mod tests {
         let text = text(&rows(), now(), false);
         assert_eq!(
             text,
-            "MACHINE           STATE       SLOTS  LOAD     DISK  MEMORY  SEEN  SSH\n\
-             ssh-ng://nix@mac  ready       2/8    12.3/16  120G  3.0G    4s    1h\n\
-             \x20 hello-2.12, for 2m of some 5m\n\
+            "MACHINE           STATE          SLOTS  LOAD     DISK  MEMORY  SEEN  SSH\n\
+             ssh-ng://nix@mac  ready          2/8    12.3/16  120G  3.0G    4s    1h\n\
+             \x20 hello-2.12, for 2m (5m expected)\n\
              \x20 a build that another hook sent, or that has only begun\n\
              \x20 3 builds wait for a slot here\n\
-             ssh://pi          drained 1h  0/8    -        -     -       -     -\n\
+             ssh://pi          drained 1h30m  0/8    -        -     -       -     -\n\
              \x20 new disk\n\
-             ssh-ng://build@a-machine-with-a-long-name.example.org  down        -      -        -     -       -     yes\n\
+             ssh-ng://build@a-machine-with-a-long-name.example.org  down           -      -        -     -       -     yes\n\
              \x20 connection refused\n\
-             auto              ready       0/8    -        -     -       -     -\n"
+             \x20 hint: start sshd\n\
+             auto              ready          0/8    -        -     -       -     -\n"
         );
     }
 
@@ -248,8 +261,8 @@ mod tests {
     fn only_what_is_not_well_has_a_colour() {
         let text = text(&rows(), now(), true);
         assert_eq!(text.matches("\u{1b}[").count(), 4, "{text}");
-        assert!(text.contains("\u{1b}[33mdrained 1h\u{1b}[0m  0/8"), "{text}");
-        assert!(text.contains("\u{1b}[31mdown      \u{1b}[0m  -"), "{text}");
+        assert!(text.contains("\u{1b}[33mdrained 1h30m\u{1b}[0m  0/8"), "{text}");
+        assert!(text.contains("\u{1b}[31mdown         \u{1b}[0m  -"), "{text}");
     }
 
     #[test]
@@ -266,14 +279,17 @@ mod tests {
         assert_eq!(first["builds"][1]["derivation"], Value::Null);
         let sample = &first["sample"];
         assert_eq!((&sample["ageSeconds"], &sample["diskFree"]), (&json!(4), &json!(120u64 << 30)));
-        assert_eq!((&second["state"], &second["until"]), (&json!("drained"), &json!(NOW + 7000)));
+        assert_eq!((&second["state"], &second["until"]), (&json!("drained"), &json!(NOW + 5400)));
         assert_eq!((&second["master"], &second["sample"]), (&Value::Null, &Value::Null));
         assert_eq!((&third["taken"], &third["reason"]), (&Value::Null, &json!("connection refused")));
+        assert_eq!((&third["hint"], &second["hint"]), (&json!("start sshd"), &Value::Null));
     }
 
     #[test]
     fn spans_and_sizes_are_short() {
         let spans = [0, 59, 60, 7199, 86_400].map(|seconds| short(Duration::from_secs(seconds)));
+        let left = [0, 59, 61, 5400, 7199, 7201, 86_399, 90_000].map(|s| until(Duration::from_secs(s)));
+        assert_eq!(left, ["0s", "59s", "2m", "1h30m", "2h", "2h1m", "1d", "1d"]);
         assert_eq!(spans, ["0s", "59s", "1m", "1h", "1d"]);
         assert_eq!([9, 1 << 10, 15 << 20, 3 << 39].map(size), ["9B", "1.0K", "15M", "1.5T"]);
     }

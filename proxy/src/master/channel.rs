@@ -86,19 +86,28 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
     Ok(opened.into_channel(control, guard))
 }
 
-/// Runs a command in a session, for who is not likely to be killed: nobody closes the channel in our place, other than
-/// before it is confirmed.
-pub(super) fn open_session(control: &Path, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+/// Runs a command in a session. `is_guarded` is for who is likely to be killed: otherwise nobody closes the channel in our
+/// place, other than before it is confirmed.
+pub(super) fn open_session(
+    control: &Path,
+    command: &str,
+    bound: Duration,
+    is_guarded: bool,
+) -> Result<Channel, OpenError> {
     if command.is_empty() || command.contains('\0') || command.len() > codec::MAX_DATA / 2 {
         return Err(OpenError::Argument { what: "command" });
     }
     let deadline = Instant::now() + bound;
     let (opened, holder) = begin(control, &Dialogue::opening_session(), bound)?;
-    if let Some(mut holder) = holder {
+    let guard = holder.and_then(|mut holder| {
         holder.opened(&codec::close(opened.confirmed.channel));
+        if is_guarded {
+            return Some(Guard::Shell(holder));
+        }
         holder.release();
-    }
-    let mut channel = opened.into_channel(control, None);
+        None
+    });
+    let mut channel = opened.into_channel(control, guard);
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     channel.writer.shared.send(&codec::exec(channel.writer.shared.channel, command), &[]).map_err(gone)?;
     match channel.reader.wait_for_window(deadline) {

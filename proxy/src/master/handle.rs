@@ -142,7 +142,15 @@ impl Master {
     /// # Errors
     /// `Refused` when sshd has no session to give, which costs as much as for a socket; see [`OpenError`].
     pub fn open_lasting_session(&self, command: &str, bound: Duration) -> Result<Channel, OpenError> {
-        channel::open_session(&self.files.socket, command, bound)
+        channel::open_session(&self.files.socket, command, bound, false)
+    }
+
+    /// The same for a process that may be killed: a small one closes the channel in its place.
+    ///
+    /// # Errors
+    /// As [`Master::open_lasting_session`].
+    pub fn open_guarded_session(&self, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open_session(&self.files.socket, command, bound, true)
     }
 
     /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
