@@ -1,7 +1,7 @@
 //! The queue of builds that wait here for a slot: who may wait, and whose turn it is.
 //!
-//! Builds that can use the same machines stand in one line for each user, in the order in which they were accepted. The
-//! first of each user's line goes on to the line of all, so that users take turns. Only the first in that one looks at
+//! Builds that can use the same machines, and need as many slots, stand in one line for each user, in the order in which
+//! they were accepted. The first of each user's line goes on to the line of all, so that users take turns. Only the first in that one looks at
 //! the slots; when it has one, the next takes its place.
 //!
 //! A place is a file that its process holds a lock on. Each process waits for the lock of the one before it, so whoever
@@ -26,8 +26,8 @@ const DOOR: &str = "door";
 const DRAFT: &str = "draft";
 /// The most bytes of the names of machines that are read.
 const MOST_NAMES: u64 = 1 << 20;
-/// Digits of the hash of the names of machines.
-const SET_DIGITS: usize = 20;
+/// Digits of the hash that makes a line's name.
+const NAME_DIGITS: usize = 20;
 
 /// Why there is no place in the queue.
 #[derive(Debug, Error)]
@@ -52,13 +52,26 @@ struct Ticket {
     _held: File,
 }
 
-/// A place among the builds of one user that wait for the same machines.
+/// What builds wait for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Wish {
+    /// One of these machines, by their names.
+    pub machines: BTreeSet<String>,
+    /// So many slots of it, or all if it has fewer.
+    pub slots: u64,
+}
+
+/// A place among the builds of one user that wait for the same.
 #[derive(Debug)]
 pub struct Place {
     queue: Queue,
-    machines: Vec<String>,
+    wish: Wish,
     ticket: Ticket,
 }
+
+/// Builds that wait, at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Waiting(Vec<(Wish, u64)>);
 
 /// The turn to look for a slot.
 #[derive(Debug)]
@@ -88,14 +101,13 @@ impl Queue {
         }
     }
 
-    /// A place behind the builds of this user that wait for these machines. None if so many (`most`) wait for them already,
-    /// whoever's they are.
+    /// A place behind the builds of this user that wait for the same. None if so many (`most`) wait for it already, whoever's
+    /// they are.
     ///
     /// # Errors
     /// If files cannot be written.
-    pub fn place(&self, machines: &[&str], user: u32, most: u64) -> Result<Option<Place>, QueueError> {
-        let set = set_of(machines);
-        let of_set = format!("{set}-u");
+    pub fn place(&self, wish: Wish, user: u32, most: u64) -> Result<Option<Place>, QueueError> {
+        let of_set = format!("{}-u", wish.name());
         let is_full =
             || self.names().iter().filter(|name| name.line.starts_with(&of_set)).count() as u64 >= most;
         // Some of them may have been killed.
@@ -107,35 +119,32 @@ impl Queue {
                 return Ok(None);
             }
         }
-        let ticket = self.ticket(format!("{of_set}{user}"), machines)?;
-        let machines = machines.iter().map(|name| (*name).to_owned()).collect();
-        Ok(Some(Place { queue: self.clone(), machines, ticket }))
+        let ticket = self.ticket(format!("{of_set}{user}"), &wish)?;
+        Ok(Some(Place { queue: self.clone(), wish, ticket }))
     }
 
-    /// How many builds wait for a slot of each machine.
-    pub fn waiting(&self) -> BTreeMap<String, u64> {
+    /// How many builds wait, and for what.
+    pub fn waiting(&self) -> Waiting {
         let mut sets: BTreeMap<String, Vec<Name>> = BTreeMap::new();
         for name in self.names() {
             if let Some((set, _)) = name.line.split_once("-u") {
                 sets.entry(set.to_owned()).or_default().push(name);
             }
         }
-        let mut waiting = BTreeMap::new();
+        let mut waiting = Vec::new();
         for mut names in sets.into_values() {
             names.sort_by_key(|name| name.number);
             // One that lives is enough to believe in those before it, who are asked when it is their turn.
             while names.last().is_some_and(|last| !self.is_alive(last)) {
                 names.pop();
             }
-            for machine in names.last().map(|last| self.machines_of(last)).unwrap_or_default() {
-                *waiting.entry(machine).or_default() += names.len() as u64;
-            }
+            waiting.extend(names.last().map(|last| (self.wish_of(last), names.len() as u64)));
         }
-        waiting
+        Waiting(waiting)
     }
 
     /// The last place in a line.
-    fn ticket(&self, line: String, machines: &[&str]) -> Result<Ticket, QueueError> {
+    fn ticket(&self, line: String, wish: &Wish) -> Result<Ticket, QueueError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| QueueError { path, source }
@@ -153,7 +162,7 @@ impl Queue {
         let path = self.directory.join(format!("{line}.{number}"));
         let made = open(&draft).and_then(|mut file| {
             lock(&file)?;
-            file.write_all(machines.join("\n").as_bytes())?;
+            file.write_all(wish.to_text().as_bytes())?;
             fs::rename(&draft, &path)?;
             Ok(file)
         });
@@ -202,13 +211,12 @@ impl Queue {
         }
     }
 
-    fn machines_of(&self, name: &Name) -> BTreeSet<String> {
+    fn wish_of(&self, name: &Name) -> Wish {
         let mut text = String::new();
+        // It may be free by now.
         let read =
             File::open(self.path(name)).and_then(|file| file.take(MOST_NAMES).read_to_string(&mut text));
-        // It may be free by now.
-        let _ = read;
-        text.lines().map(str::to_owned).collect()
+        if read.is_ok() { Wish::parse(&text) } else { Wish::default() }
     }
 
     fn path(&self, name: &Name) -> PathBuf {
@@ -240,6 +248,34 @@ impl Name {
     }
 }
 
+impl Wish {
+    /// A name for those that wish the same.
+    fn name(&self) -> String {
+        let digest = hash_bytes(HashAlgorithm::Sha256, self.to_text().as_bytes()).to_nix_base16_string();
+        digest.chars().skip("sha256:".len()).take(NAME_DIGITS).collect()
+    }
+
+    fn to_text(&self) -> String {
+        let machines: Vec<&str> = self.machines.iter().map(String::as_str).collect();
+        format!("{}\n{}", self.slots, machines.join("\n"))
+    }
+
+    fn parse(text: &str) -> Self {
+        let mut lines = text.lines();
+        let slots = lines.next().and_then(|number| number.parse().ok()).unwrap_or(1);
+        Self { machines: lines.map(str::to_owned).collect(), slots }
+    }
+}
+
+impl Waiting {
+    /// Builds that wait for a machine with so many slots (`all`), and could begin if so many (`free`) of them are free. Those
+    /// that need more are not to keep others from what is left.
+    pub fn of(&self, machine: &str, all: u64, free: u64) -> u64 {
+        let could_begin = |wish: &Wish| wish.machines.contains(machine) && wish.slots.min(all) <= free.max(1);
+        self.0.iter().filter(|(wish, _)| could_begin(wish)).map(|(_, count)| count).sum()
+    }
+}
+
 impl Place {
     /// Waits for its turn.
     ///
@@ -247,8 +283,7 @@ impl Place {
     /// If files cannot be written or read.
     pub fn wait(self) -> Result<Turn, QueueError> {
         self.queue.wait_for(&self.ticket)?;
-        let machines: Vec<&str> = self.machines.iter().map(String::as_str).collect();
-        let turn = self.queue.ticket(format!("{}-all", set_of(&machines)), &machines)?;
+        let turn = self.queue.ticket(format!("{}-all", self.wish.name()), &self.wish)?;
         self.queue.wait_for(&turn)?;
         Ok(Turn { turn, place: self })
     }
@@ -258,14 +293,15 @@ impl Turn {
     /// Whether somebody else has had the turn for longer who would also take one of these machines, among others. Whoever
     /// lets those go first is let go first when others come after him, so that no set of machines starves another.
     pub fn has_elder(&self) -> bool {
-        let Place { queue, machines, .. } = &self.place;
+        let Place { queue, wish, .. } = &self.place;
         let is_elder = |name: &Name| {
             name.line.ends_with("-all") && !name.is_in(&self.turn.line) && name.number < self.turn.number
         };
-        queue.names().iter().filter(|name| is_elder(name)).any(|name| {
-            let theirs = queue.machines_of(name);
-            machines.iter().any(|machine| theirs.contains(machine)) && queue.is_alive(name)
-        })
+        queue
+            .names()
+            .iter()
+            .filter(|name| is_elder(name))
+            .any(|name| !queue.wish_of(name).machines.is_disjoint(&wish.machines) && queue.is_alive(name))
     }
 }
 
@@ -273,14 +309,6 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
-}
-
-/// A name for a set of machines.
-fn set_of(machines: &[&str]) -> String {
-    let mut sorted = machines.to_vec();
-    sorted.sort_unstable();
-    let digest = hash_bytes(HashAlgorithm::Sha256, sorted.join("\n").as_bytes()).to_nix_base16_string();
-    digest.chars().skip("sha256:".len()).take(SET_DIGITS).collect()
 }
 
 fn lock(file: &File) -> io::Result<()> {

@@ -7,14 +7,13 @@ use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
-use crate::queue::Queue;
+use crate::queue::{Queue, Waiting};
 use crate::reach::{Ailing, Reach};
 use crate::sampler::Samples;
 use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,8 +28,7 @@ pub struct Survey<'a> {
     withheld: Withholdings,
     used: Used,
     samples: Samples,
-    /// By the names of machines.
-    waiting: BTreeMap<String, u64>,
+    waiting: Waiting,
     now: SystemTime,
 }
 
@@ -70,7 +68,7 @@ impl<'a> Survey<'a> {
     /// The same for a build that comes before all that wait.
     #[must_use]
     pub fn at_its_turn(self) -> Self {
-        Self { waiting: BTreeMap::new(), ..self }
+        Self { waiting: Waiting::default(), ..self }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -92,7 +90,8 @@ impl<'a> Survey<'a> {
             true => self.slots.count(&machine.name, machine.max_jobs)?,
             false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
         };
-        let waiting = self.waiting.get(&machine.name).copied().unwrap_or(0);
+        let waiting =
+            self.waiting.of(&machine.name, machine.max_jobs, machine.max_jobs.saturating_sub(load.taken));
         let slot_wait =
             if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, waiting) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));

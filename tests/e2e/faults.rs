@@ -141,8 +141,8 @@ fn one_dead_machine_holds_up_one_build_for_the_connect_timeout_and_none_after_th
         .ssh_config(&format!("Host hole\n HostName 127.0.0.1\n Port {port}\n"))
         .uses(&mac, "ssh-ng", 4)
         .start();
-    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     let fleet = client.read("/etc/nix/machines");
     client.set_machines(&format!("ssh-ng://hole x86_64-linux - 4 9\n{fleet}"));
     let six = |name: &str| {

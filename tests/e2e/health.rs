@@ -139,12 +139,13 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
     let door = Door::shut();
     let mut client = plan(&world)
         .mode(Mode::Daemon)
+        .journald()
         .ssh_config(&door.ssh_config("hole", &late))
         .uses(&mac, "ssh-ng", 4)
         .knows(&late)
         .start();
-    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
     let fleet = client.read("/etc/nix/machines");
     // Better than any other.
     client.set_machines(&format!("ssh-ng://hole x86_64-linux - 4 9\n{fleet}"));
@@ -181,7 +182,8 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
     told += notices(&built, "hole");
     assert_eq!((told, door.knocks()), (second, second), "{built}");
 
-    // It comes back.
+    // It comes back, be it slowly.
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 10\n");
     door.open_to(&late);
     wait_for_end_of_pause(&client, "hole");
     let built = client.nix_build(&drv::where_built("knock"), &["-j0"]);
@@ -189,6 +191,10 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
     assert_built_on(&client, &built, "mac");
     wait_until("it is seen to be well", SOON, || note(&client, "hole").is_none());
     assert_eq!(door.knocks(), second + 1);
+    let entries = client.journal("-t nix-offload");
+    let tried = entries.iter().filter(|entry| entry["MESSAGE"] == "trying this machine again").count();
+    // All but the first, each by one process.
+    assert_eq!(tried, second);
     let built = client.nix_build(&many("back", 4), &["-j0"]);
     assert_built_on(&client, &built, "late");
     assert_eq!((door.knocks(), late.logins(), notices(&built, "hole")), (second + 1, 1, 0));
@@ -203,7 +209,7 @@ fn a_process_that_was_told_no_uses_the_only_machine_again_when_it_is_back() {
     let client =
         plan(&world).ssh_config(&door.ssh_config("hole", &late)).machines("ssh-ng://hole x86_64-linux - 1 1");
     let client = client.knows(&late).start();
-    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 3\n");
     // Each takes the only local slot for a while, so that one process of Nix asks for long.
     let body = "until [ -e /mnt/share/$name.go ]; do sleep 0.05; done; cat /etc/machine-name > $out";
     let chain = drv::expression(&format!(
@@ -212,6 +218,10 @@ fn a_process_that_was_told_no_uses_the_only_machine_again_when_it_is_back() {
     ));
     let build = client.spawn_nix_build(&chain, &["-j1"]);
     wait_until("it was tried in vain", SOON, || failures(&client, "hole") == 1);
+    // Another one that cannot but try, too, has nothing new to tell.
+    let other = client.nix_build(&drv::where_built("other"), &["-j1"]);
+    assert_built_on(&client, &other, "client");
+    assert_eq!((failures(&client, "hole"), notices(&other, "hole")), (1, 0), "{other}");
     door.open_to(&late);
     wait_for_end_of_pause(&client, "hole");
     // The second request finds that it is time.

@@ -111,7 +111,7 @@ impl Hook<'_> {
 
     /// The same for a build that is not new. It is accepted, so it has to wait however many do.
     fn wait_again(&self, candidate: &Candidate, failed: &mut Failed, machines: &[usize]) -> Option<Chosen> {
-        let place = self.queue.place(&self.names(machines), queue::whose(), u64::MAX);
+        let place = self.queue.place(self.wish(machines), queue::whose(), u64::MAX);
         let place = place.unwrap_or_else(|error| {
             self.tell_of_queue(&error);
             None

@@ -20,7 +20,7 @@ use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::Wanted;
 use crate::plan::{Local, Request, Rules, Verdict, Work};
-use crate::queue::{self, Place, Queue, QueueError};
+use crate::queue::{self, Place, Queue, QueueError, Wish};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
@@ -494,14 +494,18 @@ impl<'a> Hook<'a> {
 
     /// A place among the builds that wait here for a slot of these machines; none if there are too many.
     fn place_in_queue(&self, machines: &[usize]) -> Option<Place> {
-        let names = self.names(machines);
-        self.queue.place(&names, queue::whose(), self.rules.max_waiting).unwrap_or_else(|error| {
+        let wish = self.wish(machines);
+        self.queue.place(wish, queue::whose(), self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("{}", exit::report(&error, None));
             None
         })
     }
 
-    fn names(&self, machines: &[usize]) -> Vec<&str> {
-        machines.iter().map(|index| self.machines[*index].name.as_str()).collect()
+    /// What a build waits for after the last decision.
+    fn wish(&self, machines: &[usize]) -> Wish {
+        let latest = self.memory.latest();
+        let weight = |index: &usize| latest.as_ref().map_or(1, |decision| decision.weight(*index));
+        let slots = machines.iter().map(weight).max().unwrap_or(1);
+        Wish { machines: machines.iter().map(|index| self.machines[*index].name.clone()).collect(), slots }
     }
 }

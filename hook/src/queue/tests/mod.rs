@@ -21,6 +21,10 @@ fn wait_until(what: &str, mut question: impl FnMut() -> bool) {
     }
 }
 
+fn one_of(machines: &[&str]) -> Wish {
+    Wish { machines: machines.iter().map(|name| (*name).to_owned()).collect(), slots: 1 }
+}
+
 /// Those who wait for the turn, and the one who has it.
 fn in_line_of_all(queue: &Queue) -> usize {
     queue.names().iter().filter(|name| name.line.ends_with("-all")).count()
@@ -38,7 +42,8 @@ fn kill(place: Place) {
 #[test]
 fn twenty_are_served_in_their_order_and_the_killed_hold_nobody_up() {
     let (_runtime, queue) = queue();
-    let mut places: Vec<Option<Place>> = (0..20).map(|_| queue.place(&["m"], 0, MANY).unwrap()).collect();
+    let mut places: Vec<Option<Place>> =
+        (0..20).map(|_| queue.place(one_of(&["m"]), 0, MANY).unwrap()).collect();
     for killed in [0, 1, 7, 8, 9, 15, 19] {
         kill(places[killed].take().unwrap());
     }
@@ -57,7 +62,7 @@ fn twenty_are_served_in_their_order_and_the_killed_hold_nobody_up() {
     });
     assert_eq!(served.into_inner().unwrap(), [2, 3, 4, 5, 6, 10, 11, 12, 13, 14, 16, 17, 18]);
     // What the last one left is found by the next.
-    assert_eq!(queue.waiting().len(), 0);
+    assert_eq!(queue.waiting(), Waiting::default());
     assert_eq!(queue.names().len(), 0);
 }
 
@@ -66,7 +71,7 @@ fn users_take_turns_and_the_builds_of_each_keep_their_order() {
     let (_runtime, queue) = queue();
     let users: [(u32, usize); 3] = [(1000, 6), (1001, 2), (1002, 1)];
     let places = users.map(|(user, count)| {
-        (0..count).map(|_| queue.place(&["m"], user, MANY).unwrap().unwrap()).collect::<Vec<_>>()
+        (0..count).map(|_| queue.place(one_of(&["m"]), user, MANY).unwrap().unwrap()).collect::<Vec<_>>()
     });
     let left = Mutex::new(users.map(|(_, count)| count));
     let served = Mutex::new(Vec::new());
@@ -104,34 +109,47 @@ fn users_take_turns_and_the_builds_of_each_keep_their_order() {
 fn no_more_wait_than_may_and_the_killed_do_not_count() {
     let (_runtime, queue) = queue();
     let mut places: Vec<Place> =
-        (0..3).map(|user| queue.place(&["a", "b"], user, 3).unwrap().unwrap()).collect();
-    assert!(queue.place(&["b", "a"], 0, 3).unwrap().is_none(), "the same machines");
-    assert!(queue.place(&["a"], 0, 3).unwrap().is_some(), "other machines");
+        (0..3).map(|user| queue.place(one_of(&["a", "b"]), user, 3).unwrap().unwrap()).collect();
+    assert!(queue.place(one_of(&["b", "a"]), 0, 3).unwrap().is_none(), "the same machines");
+    assert!(queue.place(one_of(&["a"]), 0, 3).unwrap().is_some(), "other machines");
     kill(places.remove(1));
-    assert!(queue.place(&["a", "b"], 0, 3).unwrap().is_some());
+    assert!(queue.place(one_of(&["a", "b"]), 0, 3).unwrap().is_some());
 }
 
 #[test]
 fn it_is_known_how_many_wait_for_a_machine() {
     let (_runtime, queue) = queue();
-    assert_eq!(queue.waiting(), BTreeMap::new());
-    let place = |machines: &[&str]| queue.place(machines, 0, MANY).unwrap().unwrap();
+    assert_eq!(queue.waiting(), Waiting::default());
+    let place = |machines: &[&str]| queue.place(one_of(machines), 0, MANY).unwrap().unwrap();
     let [a, b, c] = [place(&["a", "b"]), place(&["a", "b"]), place(&["b"])];
-    let known =
-        |list: &[(&str, u64)]| list.iter().map(|(name, count)| ((*name).to_owned(), *count)).collect();
-    assert_eq!(queue.waiting(), known(&[("a", 2), ("b", 3)]));
+    let of = |machine| queue.waiting().of(machine, 8, 1);
+    assert_eq!(["a", "b", "c"].map(of), [2, 3, 0]);
     kill(b);
     kill(c);
     let turn = a.wait().unwrap();
-    assert_eq!(queue.waiting(), known(&[("a", 1), ("b", 1)]), "one whose turn it is waits, too");
+    assert_eq!(["a", "b", "c"].map(of), [1, 1, 0], "one whose turn it is waits, too");
     drop(turn);
-    assert_eq!(queue.waiting(), BTreeMap::new());
+    assert_eq!(queue.waiting(), Waiting::default());
+}
+
+#[test]
+fn who_needs_several_slots_keeps_nobody_from_less_than_that() {
+    let (_runtime, queue) = queue();
+    let big = queue.place(Wish { slots: 5, ..one_of(&["m"]) }, 0, MANY).unwrap().unwrap();
+    let waiting = queue.waiting();
+    let free = |free| waiting.of("m", 8, free);
+    assert_eq!([0, 1, 4, 5, 8].map(free), [0, 0, 0, 1, 1]);
+    assert_eq!([waiting.of("m", 3, 2), waiting.of("m", 3, 3)], [0, 1], "all that it has");
+    // Nor do those that need less stand behind it.
+    let _turn = big.wait().unwrap();
+    let small = queue.place(one_of(&["m"]), 0, MANY).unwrap().unwrap().wait().unwrap();
+    assert!(small.has_elder());
 }
 
 #[test]
 fn whoever_came_on_later_lets_others_go_first_who_want_the_same_machine() {
     let (_runtime, queue) = queue();
-    let turn = |machines: &[&str]| queue.place(machines, 0, MANY).unwrap().unwrap().wait().unwrap();
+    let turn = |machines: &[&str]| queue.place(one_of(machines), 0, MANY).unwrap().unwrap().wait().unwrap();
     let elder = turn(&["a", "b"]);
     let younger = turn(&["b", "c"]);
     let apart = turn(&["d"]);
@@ -141,7 +159,7 @@ fn whoever_came_on_later_lets_others_go_first_who_want_the_same_machine() {
     // Now the first set is the later one.
     assert!(turn(&["a", "b"]).has_elder());
     let Turn { turn: ticket, place } = younger;
-    kill(Place { queue: queue.clone(), machines: Vec::new(), ticket });
+    kill(Place { queue: queue.clone(), wish: Wish::default(), ticket });
     assert!(!turn(&["a", "b"]).has_elder(), "it was killed");
     drop(place);
 }
@@ -155,7 +173,7 @@ fn nobody_has_the_turn_together_with_another() {
             for _ in 0..10 {
                 let (queue, tell) = (&queue, tell.clone());
                 scope.spawn(move || {
-                    let turn = queue.place(&["m"], user, MANY).unwrap().unwrap().wait().unwrap();
+                    let turn = queue.place(one_of(&["m"]), user, MANY).unwrap().unwrap().wait().unwrap();
                     tell.send(true).unwrap();
                     thread::yield_now();
                     tell.send(false).unwrap();
