@@ -1,12 +1,9 @@
 //! What no schedule can beat, and what a schedule that knows everything reaches.
 
 use crate::fleet::Spec;
-use crate::graph::{Graph, Job};
+use crate::graph::Graph;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-
-/// What each thread of a build beside its first one may count in a sum of all work.
-const EXTRA_FOR_THREADS: [f64; 8] = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0];
 
 /// Seconds that no schedule can be below: the longest chain on the fastest machine, and all work on all machines without a
 /// pause, as far as their foreign load leaves something of them and they are not dead. Transfers are left out of account.
@@ -14,23 +11,18 @@ pub(crate) fn lower(graph: &Graph, fleet: &[Spec]) -> f64 {
     let speed = |spec: &Spec| f64::from(spec.line.speed_factor);
     let fastest = fleet.iter().map(speed).fold(0.0, f64::max);
     let chain = ranks(graph).into_iter().fold(0.0, f64::max) / fastest;
-    let most_threads = graph.jobs.iter().map(|job| u64::from(job.threads)).max().unwrap_or(1);
-    // Each second of a build counts as more the more processors it keeps busy. Whatever the weights, no schedule gets
-    // through the sum faster than the best mix of builds for every machine at every moment.
-    let sums = EXTRA_FOR_THREADS.into_iter().map(|extra| {
-        let weigh = |job: &Job| job.work * (1.0 + extra * (f64::from(job.threads) - 1.0));
-        let work = graph.jobs.iter().map(weigh).sum();
-        time_for(work, fleet, |spec, foreign| {
-            let mixes = (1..=spec.line.max_jobs).flat_map(|builds| {
-                (builds..=builds * most_threads).map(move |tasks| (builds as f64, tasks as f64))
-            });
-            let worth = mixes.map(|(builds, tasks)| {
-                (builds + extra * (tasks - builds)) * (spec.cores / (foreign + tasks)).min(1.0)
-            });
-            worth.fold(0.0, f64::max) * speed(spec)
-        })
-    });
-    sums.fold(chain, f64::max)
+    let work: f64 = graph.jobs.iter().map(|job| job.work).sum();
+    let tasks: f64 = graph.jobs.iter().map(|job| job.work * f64::from(job.threads)).sum();
+    let slots = |spec: &Spec| spec.line.max_jobs as f64;
+    let most_threads = graph.jobs.iter().map(|job| job.threads).max().map_or(1.0, f64::from);
+    chain
+        .max(time_for(work, fleet, |spec, foreign| {
+            slots(spec) * speed(spec) * (spec.cores / (foreign + slots(spec))).min(1.0)
+        }))
+        .max(time_for(tasks, fleet, |spec, foreign| {
+            let tasks = slots(spec) * most_threads;
+            tasks * speed(spec) * (spec.cores / (foreign + tasks)).min(1.0)
+        }))
 }
 
 /// Seconds until the fleet has done so much work, if each machine does so much per second beside so many foreign tasks.
