@@ -6,6 +6,30 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+const STATUS_HELP: &str = "\
+States:
+  ready            nothing speaks against it
+  full             all its slots are taken
+  down             it failed lately and is left alone, for so long if that is known
+  waking           it sleeps, and was told to wake up
+  drained          out of service, for so long or until it is enabled
+  disabled         the same, and no build waits for it
+  inhibited        it has a file that says it wants no builds
+  short of disk    it has less than it should have; or of inodes, or of memory
+  no slots         its line allows no builds
+  not used         it is left to Nix's own hook, or its store is this machine's own
+  unknown          its slots cannot be counted
+
+Columns:
+  SLOTS   taken, of those that it has; builds of Nix's own hook count too
+  LOAD    its load average, and its processors
+  DISK    free on the file system of its store
+  MEMORY  that can be had without swapping
+  SEEN    how long ago it said these
+  SSH     how old the shared connection to it is
+
+A - stands for what is not known, or not there.";
+
 /// A build hook for Nix: runs builds on remote machines over shared SSH connections.
 ///
 /// Nix itself starts it when nix.conf has the line 'build-hook = /path/to/nix-offload'. The commands below are
@@ -115,11 +139,36 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show every machine of the list: its state, what runs there, and what it said of itself last.
+    ///
+    /// Looks at what hooks know, and connects to nothing. A machine is 'ready' if nothing speaks against it; whether it
+    /// answers is seen when it gets its next build.
+    ///
+    /// The Nix daemon's hook runs as root: where there is a daemon, run this as root.
+    #[command(after_help = STATUS_HELP)]
+    Status {
+        /// Look again every two seconds, until interrupted.
+        #[arg(long)]
+        watch: bool,
+        #[command(flatten)]
+        nix: NixWords,
+        /// Print a JSON array with an object for each machine; with --watch one line for each look.
+        #[arg(long)]
+        json: bool,
+    },
     /// Serve Nix as its build hook; Nix adds the verbosity. Not for people.
     #[command(hide = true)]
     Hook {
         /// Nix's verbosity, 0 to 7.
         verbosity: u64,
+    },
+    /// Try a machine again that failed, and note what came of it. Hooks start it. Not for people.
+    #[command(hide = true)]
+    Probe {
+        /// What the hook calls it.
+        name: String,
+        /// Its line in the list of machines.
+        line: String,
     },
     /// Keep streams ready on a master. Hooks start it. Not for people.
     #[command(hide = true)]
@@ -193,6 +242,13 @@ pub enum Action {
         /// Nix's verbosity.
         verbosity: u64,
     },
+    /// Try a machine again.
+    Probe {
+        /// What the hook calls it.
+        name: String,
+        /// Its line in the list of machines.
+        line: String,
+    },
     /// Keep streams ready.
     Keep {
         /// The master's control socket.
@@ -206,6 +262,15 @@ pub enum Action {
     Explain {
         /// Which ones, and what of them.
         wish: Wish,
+        /// Print JSON.
+        json: bool,
+    },
+    /// Tell the state of machines.
+    Status {
+        /// Again and again.
+        watch: bool,
+        /// Which Nix.
+        meant: Meant,
         /// Print JSON.
         json: bool,
     },
@@ -322,6 +387,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
     }
     Ok(match Arguments::try_parse_from(arguments)?.command {
         Command::Hook { verbosity } => Action::Hook { verbosity },
+        Command::Probe { name, line } => Action::Probe { name, line },
         Command::Keep { control, door, lock } => Action::Keep { control, door, lock },
         Command::Sample => Action::Sample,
         Command::PingStore { store, builders, timeout, json } => {
@@ -335,6 +401,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Action, cl
         Command::Explain { words, file, last, max_jobs, nix, json } => {
             Action::Explain { wish: Wish { words, file, last, max_jobs, meant: nix.meant() }, json }
         }
+        Command::Status { watch, nix, json } => Action::Status { watch, meant: nix.meant(), json },
         Command::Drain(words) => words.action(Withholding::Drained),
         Command::Disable(words) => words.action(Withholding::Disabled),
         Command::Enable { names, nix, json } => {

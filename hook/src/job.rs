@@ -6,6 +6,7 @@ mod inputs;
 
 use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
 use crate::config::Settings;
+use crate::lease::{Lease, LeaseError, Permit};
 use crate::nix_side::NixSide;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
@@ -39,6 +40,9 @@ pub enum JobError {
         /// What kind of failure it was.
         outcome: Outcome,
     },
+    /// The connection was lost before there was a shared slot.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// The builder's claims of the outputs cannot be accepted.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -77,6 +81,7 @@ impl JobError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Builder(error) if error.is_transport() => Blame::Transport,
+            Self::Lease(_) => Blame::Transport,
             Self::Builder(BuilderError::Guess { .. }) => Blame::Guess,
             Self::Builder(BuilderError::Refused { .. } | BuilderError::Protocol { .. })
             | Self::Failed { outcome: Outcome::NotThere, .. }
@@ -115,6 +120,8 @@ pub struct Task<'a> {
     pub machine: &'a str,
     /// Who sends what to it.
     pub sending: &'a Sending,
+    /// The build may have to wait for a lease, so nothing that begins it is sent in advance.
+    pub is_leased: bool,
     /// What can be done here while the builder is at work, with the slot if there still is one.
     pub meanwhile: &'a dyn Fn(Option<&Held>),
 }
@@ -204,6 +211,7 @@ impl Task<'_> {
         // With options set in between, the requests would not follow each other.
         let guessed = way == Way::Derivation
             && !self.settings.flag("keep-failed")
+            && !self.is_leased
             && direct.as_ref().is_some_and(|direct| is_there(direct));
         let direct = direct.unwrap_or_else(|| inputs.clone());
         let closure = match way {
@@ -235,7 +243,7 @@ impl Task<'_> {
         Ok(closure.into_keys().filter(|path| !inputs.contains(path)).collect())
     }
 
-    /// Does it. The slot is given back as soon as the build is over, before outputs travel.
+    /// Does it. The slot and the lease are given back as soon as the build is over, before outputs travel.
     ///
     /// The builder has been sent [`Prepared::ahead`].
     ///
@@ -247,9 +255,10 @@ impl Task<'_> {
         job: &Job,
         prepared: &Prepared,
         slot: &mut Option<Held>,
+        lease: &mut Option<Lease>,
     ) -> Result<Report, JobError> {
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
-        let done = self.steps(builder, job, prepared, slot, &mut relay);
+        let done = self.steps(builder, job, prepared, (slot, lease), &mut relay);
         builder.finish(&mut |e| relay.pass(e));
         self.nix.wait_for_log(LOG_BOUND);
         done
@@ -260,7 +269,7 @@ impl Task<'_> {
         builder: &mut Builder,
         job: &Job,
         prepared: &Prepared,
-        slot: &mut Option<Held>,
+        (slot, lease): (&mut Option<Held>, &mut Option<Lease>),
         relay: &mut Relay<'_>,
     ) -> Result<Report, JobError> {
         let mut report = Report::default();
@@ -270,14 +279,42 @@ impl Task<'_> {
         let clock = Instant::now();
         self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
+        if let Some(lease) = lease {
+            self.wait_for(lease)?;
+        }
         let clock = Instant::now();
         report.was_built = self.build(builder, job, prepared, relay)?.is_new();
         report.build = clock.elapsed();
         *slot = None;
+        *lease = None;
         let clock = Instant::now();
         self.fetch_outputs(builder, job, &prepared.inputs, registrar, relay, &mut report)?;
         report.outputs = clock.elapsed();
         Ok(report)
+    }
+
+    fn wait_for(&self, lease: &mut Lease) -> Result<(), JobError> {
+        let (machine, slots) = (self.machine, lease.slots());
+        let begin = Instant::now();
+        let permit = lease.wait(&mut || {
+            let text = format!("waiting for one of {slots} shared slots of '{machine}'");
+            self.nix.message(Verbosity::Info, &text);
+        })?;
+        match permit {
+            Permit::Held => {
+                let duration_ms = begin.elapsed().as_millis() as u64;
+                tracing::info!(builder = machine, duration_ms, "a shared slot");
+            }
+            Permit::Without(reason) => {
+                tracing::warn!(builder = machine, reason, "no shared slots");
+                let text = format!(
+                    "warning: '{machine}' has no means to share its slots ({reason}): `shared-slots = {slots}` is \
+                     without effect there"
+                );
+                self.nix.message(Verbosity::Warn, &text);
+            }
+        }
+        Ok(())
     }
 
     /// The requests behind those for the inputs.

@@ -1,7 +1,8 @@
 //! The door of nix-offload: the hook that Nix starts, and the commands for people.
 
 use nix_offload::cli::{self, Action};
-use nix_offload::{check, explain, ping, sampler, serve, withhold};
+use nix_offload::reach::Reach;
+use nix_offload::{check, explain, ping, sampler, serve, status, withhold};
 use nix_offload_proxy::{
     exit,
     log::{self, Fallback},
@@ -26,6 +27,16 @@ fn main() -> ExitCode {
                 Err(error) => (exit::FAILURE, Some(exit::report(&error, None))),
             }
         }
+        Ok(Action::Probe { name, line }) => {
+            stand_alone();
+            match Reach::new(|name| std::env::var_os(name)) {
+                Ok(reach) => {
+                    reach.probe(&name, &line);
+                    (exit::OK, None)
+                }
+                Err(error) => (exit::CONFIG, Some(exit::report(&error, error.cure().as_deref()))),
+            }
+        }
         Ok(Action::Sample) => {
             stand_alone();
             match sampler::run() {
@@ -43,6 +54,10 @@ fn main() -> ExitCode {
                 Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
             }
         }
+        Ok(Action::Status { watch, meant, json }) => match status::status(&meant, json, watch) {
+            Ok(code) => (code, None),
+            Err(error) => (error.exit_code(), Some(exit::report(&error, error.cure().as_deref()))),
+        },
         Ok(Action::Explain { wish, json }) => match explain::explain(&wish, json) {
             Ok(code) => (code, None),
             Err(error) => {

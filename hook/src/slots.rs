@@ -94,6 +94,11 @@ impl Slots {
         }
     }
 
+    /// Uses a directory for looking only. If it is not there no slot is taken.
+    pub fn at(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
     /// Waits for a lock of that name.
     ///
     /// `main-lock` is the right to choose: whoever counts slots to take one holds it, stock hooks too, and for
@@ -393,7 +398,8 @@ mod tests {
     #[test]
     fn holders_say_what_they_do_until_a_stock_hook_has_the_slot() {
         let (_state, slots) = slots();
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        // A whole number, which JSON gives back as it was.
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as f64;
         let holder = Holder { pid: 1, derivation: "/nix/store/d".into(), since, expected: Some(2.5) };
         let held = slots.take("m", 1).unwrap().unwrap();
         let silent = slots.take("m", 2).unwrap().unwrap();

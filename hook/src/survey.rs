@@ -7,12 +7,14 @@ use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
-use crate::reach::Reach;
+use crate::queue::Queue;
+use crate::reach::{Ailing, Reach};
 use crate::sampler::Samples;
 use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,6 +29,8 @@ pub struct Survey<'a> {
     withheld: Withholdings,
     used: Used,
     samples: Samples,
+    /// By the names of machines.
+    waiting: BTreeMap<String, u64>,
     now: SystemTime,
 }
 
@@ -59,7 +63,14 @@ impl<'a> Survey<'a> {
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
         let samples = Samples::read(&Samples::path(reach.directory()));
-        Self { slots, reach, location, withheld, used: slots.used(), samples, now }
+        let waiting = Queue::of(reach.directory()).waiting();
+        Self { slots, reach, location, withheld, used: slots.used(), samples, waiting, now }
+    }
+
+    /// The same for a build that comes before all that wait.
+    #[must_use]
+    pub fn at_its_turn(self) -> Self {
+        Self { waiting: BTreeMap::new(), ..self }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -68,7 +79,12 @@ impl<'a> Survey<'a> {
     /// If its slots cannot be counted.
     pub fn look(&self, machine: &Machine, needs: &Needs<'_>) -> Result<Look, SlotError> {
         if let Some(reason) = against(machine, self.location) {
-            let known = Known::ready(Load::default()).with_health(Health::Unreachable(reason));
+            let withheld = self.withheld.of(&machine.name).filter(|withheld| withheld.holds(self.now));
+            let known = match withheld {
+                // It would get builds from Nix's own hook.
+                Some(_) if !machine.uri.is_ours() => Known { withheld, ..Known::ready(Load::default()) },
+                _ => Known::ready(Load::default()).with_health(Health::Unreachable(reason)),
+            };
             return Ok(Look { known, free: None });
         }
         let is_used = self.used.has(&machine.name);
@@ -76,7 +92,9 @@ impl<'a> Survey<'a> {
             true => self.slots.count(&machine.name, machine.max_jobs)?,
             false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
         };
-        let slot_wait = if free.is_none() { self.slot_wait(machine, needs) } else { None };
+        let waiting = self.waiting.get(&machine.name).copied().unwrap_or(0);
+        let slot_wait =
+            if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, waiting) } else { None };
         let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
         let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
         let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
@@ -85,6 +103,7 @@ impl<'a> Survey<'a> {
             sample: said.map(|said| said.sample.clone()),
             link: Link { missing, bandwidth, round_trip, ..Link::default() },
             slot_wait,
+            waiting,
             health: self.health(machine),
             withheld: self.withheld.of(&machine.name),
             ..Known::ready(load)
@@ -96,19 +115,22 @@ impl<'a> Survey<'a> {
         if self.reach.is_asleep(machine) {
             return Health::Waking;
         }
-        let why = self.reach.ailing(machine);
-        why.map_or(Health::Well, |why| Health::CoolDown { until: None, why })
+        if self.reach.is_cut_off(machine) {
+            return Health::Unreachable("this client has no network".into());
+        }
+        let ailing = self.reach.ailing(machine, self.now);
+        ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 
     /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
-    fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>) -> Option<f64> {
+    fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>, waiting: u64) -> Option<f64> {
         let each = needs.duration?;
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
         let end =
             |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
         let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
-        estimate::slot_wait(&ends, 0, each)
+        estimate::slot_wait(&ends, waiting, each)
     }
 }
 

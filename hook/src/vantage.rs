@@ -8,7 +8,7 @@ use crate::config::{self, Fleet, Settings};
 use crate::files::read_machines_file;
 use crate::nix_here::{self, AskError, View};
 use crate::reach::{DAEMON_SOCKET, Reach, ReachSetupError};
-use crate::slots::{SlotError, Slots};
+use crate::slots::Slots;
 use crate::state;
 use crate::store::{Location, LocationError};
 use nix::unistd::{Uid, User, geteuid};
@@ -40,9 +40,6 @@ pub enum VantageError {
     /// The runtime directory cannot be used.
     #[error(transparent)]
     Reach(#[from] ReachSetupError),
-    /// Slots cannot be counted.
-    #[error(transparent)]
-    Slots(#[from] SlotError),
     /// The file of settings has a fault.
     #[error(transparent)]
     Settings(#[from] SettingsError),
@@ -69,7 +66,7 @@ impl VantageError {
             }
             Self::Reach(error) => error.cure(),
             Self::Settings(error) => error.cure(),
-            Self::NoState | Self::Slots(_) => None,
+            Self::NoState => None,
         }
     }
 
@@ -77,7 +74,6 @@ impl VantageError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NotOurs(..) => exit::NO_PERMISSION,
-            Self::Slots(_) => exit::FAILURE,
             _ => exit::CONFIG,
         }
     }
@@ -191,12 +187,9 @@ impl Vantage {
         Ok(Reach::new(|name| self.variable(name))?.following(&self.settings))
     }
 
-    /// The slots of machines.
-    ///
-    /// # Errors
-    /// If their directory can neither be used nor made.
-    pub fn slots(&self) -> Result<Slots, VantageError> {
-        Ok(Slots::open(self.location.state_dir.join("current-load"))?)
+    /// The slots of machines, to be looked at.
+    pub fn slots(&self) -> Slots {
+        Slots::at(self.location.state_dir.join("current-load"))
     }
 
     /// What stands in offload.toml.

@@ -37,6 +37,19 @@ pub enum DialError {
     Failed(Refusals),
 }
 
+impl DialError {
+    /// Where there is no network it fails like this.
+    pub fn may_lack_network(&self) -> bool {
+        match self {
+            DialError::Resolve(_) => true,
+            DialError::TimedOut { .. } => false,
+            DialError::Failed(Refusals(refusals)) => {
+                refusals.iter().any(|(_, error)| error.kind() == ErrorKind::NetworkUnreachable)
+            }
+        }
+    }
+}
+
 /// What each address said, in the order in which they failed.
 #[derive(Debug)]
 pub struct Refusals(Vec<(SocketAddr, io::Error)>);

@@ -1,21 +1,24 @@
 //! What is known to be down: failures are kept in the runtime directory, one file for each way to a host, so
 //! that other processes fail at once instead of waiting for the same nothing.
 //!
-//! The pause grows with each failure and is forgotten with the first success.
+//! The pause grows with each failure and is forgotten with the first success. When it is over, one process tries, and the
+//! others go on leaving the way alone until that has ended: a way that is dead costs one attempt for each pause, however
+//! many want it.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions, TryLockError},
     hash::{BuildHasher, Hasher, RandomState},
-    io::Write,
-    os::unix::fs::OpenOptionsExt,
+    io::{self, Write},
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// The pause after the first failure. Short: somebody may just be starting the host.
+/// The pause after the first failure, unless the caller has another. Short: somebody may just be starting the host.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 /// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
@@ -23,12 +26,18 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 const JITTER: f64 = 0.2;
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
+/// An attempt that has taken so long is no longer waited for: its process is stopped, perhaps.
+const PROBE_BOUND: Duration = Duration::from_secs(60);
+/// Held while a note is changed, for microseconds; who has waited so long goes on without.
+const TURN: &str = "down.lock";
+const TURN_BOUND: Duration = Duration::from_millis(200);
 
 /// The memory of one way to one host.
 #[derive(Debug, Clone)]
 pub struct Memory {
     path: PathBuf,
     way: String,
+    first_pause: Duration,
 }
 
 /// A way that failed lately.
@@ -40,6 +49,28 @@ pub struct Down {
     pub failures: u32,
     /// When it is to be tried again.
     pub next: SystemTime,
+    /// Whether somebody has told people of it, see [`Memory::take_news`].
+    told: bool,
+}
+
+/// The right to try a way whose pause is over. As long as this, or a copy of its descriptor in another process, is open
+/// the others leave the way alone. It ends with its process, whatever becomes of that.
+#[derive(Debug)]
+pub struct Probe(File);
+
+impl From<Probe> for OwnedFd {
+    fn from(probe: Probe) -> Self {
+        probe.0.into()
+    }
+}
+
+impl Down {
+    /// Whether it is not yet time to try again.
+    pub fn lasts(&self, now: SystemTime) -> bool {
+        // A time further away than any pause was noted under another clock.
+        let longest = LONGEST_PAUSE.mul_f64(1.0 + JITTER);
+        self.next.duration_since(now).is_ok_and(|left| !left.is_zero() && left <= longest)
+    }
 }
 
 impl Memory {
@@ -47,65 +78,176 @@ impl Memory {
     pub fn of(directory: &Path, way: String) -> Self {
         let hash = Sha256::digest(way.as_bytes());
         let name: String = hash.iter().take(NAME_BYTES).map(|byte| format!("{byte:02x}")).collect();
-        Memory { path: directory.join(format!("{name}.down")), way }
+        Memory { path: directory.join(format!("{name}.down")), way, first_pause: FIRST_PAUSE }
     }
 
-    /// The last failure, if it is not yet time to try again.
-    pub fn pause(&self, now: SystemTime) -> Option<Down> {
-        self.read().filter(|down| lasts(down, now))
+    /// The same with another pause after the first failure.
+    #[must_use]
+    pub fn pausing_first(self, first_pause: Duration) -> Self {
+        Memory { first_pause, ..self }
     }
 
-    /// Notes a failure. One that was noted by another process while we tried is the same outage and counts
-    /// once.
-    pub fn failed(&self, reason: &str, now: SystemTime) {
-        let before = self.read();
-        if before.as_ref().is_some_and(|down| lasts(down, now)) {
-            return;
-        }
-        let failures = before.map_or(0, |down| down.failures).saturating_add(1);
-        let next = now + pause_after(failures, dice());
-        let text = json!({
-            "way": self.way,
-            "reason": reason,
-            "failures": failures,
-            "next": next.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
-        });
-        // If it cannot be kept, the next one waits as we did.
-        let temporary =
-            self.path.with_extension(format!("{:x}.new", RandomState::new().build_hasher().finish()));
-        let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        let _ = written
-            .and_then(|mut file| file.write_all(text.to_string().as_bytes()))
-            .and_then(|()| fs::rename(&temporary, &self.path));
-    }
-
-    /// Forgets all failures.
-    pub fn clear(&self) {
-        let _ = fs::remove_file(&self.path);
-    }
-
-    fn read(&self) -> Option<Down> {
+    /// The last failure since the last success, however long ago.
+    pub fn look(&self) -> Option<Down> {
         let down: Value = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;
         let next = Duration::try_from_secs_f64(down["next"].as_f64()?).ok()?;
         Some(Down {
             reason: down["reason"].as_str()?.to_owned(),
             failures: down["failures"].as_u64()?.try_into().ok()?,
             next: UNIX_EPOCH.checked_add(next)?,
+            told: down["told"].as_bool().unwrap_or(false),
         })
+    }
+
+    /// The last failure, if the way is to be left alone: it is not yet time to try again, or somebody is doing so.
+    pub fn pause(&self, now: SystemTime) -> Option<Down> {
+        self.look().filter(|down| down.lasts(now) || self.is_probed())
+    }
+
+    /// Whether the way may be tried. After a failure whose pause is over only one may, and has to keep what it is given
+    /// until it knows, and has noted what it knows.
+    ///
+    /// # Errors
+    /// The last failure, if it is to be left alone.
+    pub fn admit(&self, now: SystemTime) -> Result<Option<Probe>, Down> {
+        let Some(down) = self.look() else { return Ok(None) };
+        if down.lasts(now) {
+            return Err(down);
+        }
+        match self.claim(now) {
+            Some(probe) => Ok(Some(probe)),
+            None => self.look().map_or(Ok(None), Err),
+        }
+    }
+
+    /// The right to be the one who tries, unless somebody else does, or it is not yet time.
+    pub fn claim(&self, now: SystemTime) -> Option<Probe> {
+        let claimed = match self.lock_probe() {
+            Ok(None) if self.is_overdue() => {
+                let _turn = self.turn();
+                if !self.is_overdue() {
+                    return None;
+                }
+                // Whoever has the lock keeps it on a file without a name.
+                let _ = fs::remove_file(self.probe());
+                self.lock_probe()
+            }
+            other => other,
+        };
+        let probe = match claimed {
+            Ok(Some(file)) => Probe(file),
+            Ok(None) => return None,
+            Err(error) => {
+                tracing::warn!(path = %self.probe().display(), %error, "cannot tell who tries again");
+                return None;
+            }
+        };
+        // Whoever tried before may have noted what came of it.
+        self.look().is_none_or(|down| !down.lasts(now)).then_some(probe)
+    }
+
+    /// Notes a failure. One that was noted by another process while we tried is the same outage and counts
+    /// once. Says whether it was noted.
+    pub fn failed(&self, reason: &str, now: SystemTime) -> bool {
+        let _turn = self.turn();
+        let before = self.look();
+        if before.as_ref().is_some_and(|down| down.lasts(now)) {
+            return false;
+        }
+        let failures = before.map_or(0, |down| down.failures).saturating_add(1);
+        let next = now + pause_after(self.first_pause, failures, dice());
+        self.write(&Down { reason: reason.to_owned(), failures, next, told: false })
+    }
+
+    /// The last failure, if it is to be told to people, which one process does once for each time it was noted.
+    pub fn take_news(&self) -> Option<Down> {
+        if self.look()?.told {
+            return None;
+        }
+        let _turn = self.turn();
+        let down = self.look().filter(|down| !down.told)?;
+        self.write(&Down { told: true, ..down.clone() }).then_some(down)
+    }
+
+    /// Forgets all failures.
+    pub fn clear(&self) {
+        if fs::remove_file(&self.path).is_ok() {
+            let _ = fs::remove_file(self.probe());
+        }
+    }
+
+    /// If it cannot be kept, the next one waits as we did.
+    fn write(&self, down: &Down) -> bool {
+        let text = json!({
+            "way": self.way,
+            "reason": down.reason,
+            "failures": down.failures,
+            "next": down.next.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
+            "told": down.told,
+        });
+        let temporary =
+            self.path.with_extension(format!("{:x}.new", RandomState::new().build_hasher().finish()));
+        let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        written
+            .and_then(|mut file| file.write_all(text.to_string().as_bytes()))
+            .and_then(|()| fs::rename(&temporary, &self.path))
+            .is_ok()
+    }
+
+    /// What whoever tries holds a lock on.
+    fn probe(&self) -> PathBuf {
+        self.path.with_extension("probe")
+    }
+
+    /// Locks it; none if somebody else has it.
+    fn lock_probe(&self) -> io::Result<Option<File>> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.probe())?;
+        match file.try_lock() {
+            Ok(()) => {
+                // Since when.
+                file.set_modified(SystemTime::now())?;
+                Ok(Some(file))
+            }
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    fn is_probed(&self) -> bool {
+        let Ok(file) = File::open(self.probe()) else { return false };
+        matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) && !self.is_overdue()
+    }
+
+    /// Whether the attempt that was begun last has had its time.
+    fn is_overdue(&self) -> bool {
+        let begun = fs::metadata(self.probe()).and_then(|file| file.modified());
+        begun
+            .is_ok_and(|begun| SystemTime::now().duration_since(begun).is_ok_and(|since| since > PROBE_BOUND))
+    }
+
+    fn turn(&self) -> Option<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = options.open(self.path.with_file_name(TURN)).ok()?;
+        let end = Instant::now() + TURN_BOUND;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Some(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Err(_) => return None,
+            }
+        }
     }
 }
 
-/// A time further away than any pause was noted under another clock.
-fn lasts(down: &Down, now: SystemTime) -> bool {
-    down.next
-        .duration_since(now)
-        .is_ok_and(|left| !left.is_zero() && left <= LONGEST_PAUSE.mul_f64(1.0 + JITTER))
-}
-
 /// The pause after so many failures in a row. `dice` is between 0 and 1.
-fn pause_after(failures: u32, dice: f64) -> Duration {
+fn pause_after(first: Duration, failures: u32, dice: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
-    let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
+    let pause = first.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
     pause.mul_f64(1.0 - JITTER + 2.0 * JITTER * dice.clamp(0.0, 1.0))
 }
 
@@ -126,7 +268,7 @@ mod tests {
 
     #[test]
     fn pauses_double_up_to_a_limit_and_chance_changes_them_by_a_fifth() {
-        let seconds = |failures, dice| pause_after(failures, dice).as_secs_f64();
+        let seconds = |failures, dice| pause_after(FIRST_PAUSE, failures, dice).as_secs_f64();
         assert_eq!([1, 2, 3, 4].map(|n| seconds(n, 0.5)), [2.0, 4.0, 8.0, 16.0]);
         assert_eq!([9, 100, u32::MAX].map(|n| seconds(n, 0.5)), [300.0; 3]);
         assert_eq!((seconds(1, 0.0), seconds(1, 1.0)), (1.6, 2.4));
@@ -156,7 +298,91 @@ mod tests {
         assert_eq!(memory.pause(down.next), None);
         fs::write(&memory.path, "{").unwrap();
         assert_eq!(memory.pause(now), None);
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        let names = fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
+        assert_eq!(names.filter(|path| path.file_name() != Some(TURN.as_ref())).count(), 1);
+    }
+
+    #[test]
+    fn when_the_pause_is_over_one_of_fifty_tries_and_the_others_wait_for_what_it_finds() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::of(directory.path(), "h 22".into());
+        let mut now = SystemTime::now() - Duration::from_secs(1000);
+        assert!(memory.admit(now).unwrap().is_none(), "nothing has failed");
+        assert!(memory.failed("first", now));
+        for failures in 1..5 {
+            let down = memory.pause(now).unwrap();
+            assert_eq!(memory.admit(now).unwrap_err(), down);
+            now = down.next;
+            let gate = std::sync::Barrier::new(50);
+            let came_on = std::sync::Barrier::new(50);
+            let tries: usize = thread::scope(|scope| {
+                let one = || {
+                    gate.wait();
+                    let admitted = memory.admit(now);
+                    came_on.wait();
+                    // What it found comes before its right ends.
+                    admitted.is_ok_and(|probe| probe.is_some() && memory.failed("still", now)) as usize
+                };
+                let all: Vec<_> = (0..50).map(|_| scope.spawn(one)).collect();
+                all.into_iter().map(|one| one.join().unwrap()).sum()
+            });
+            assert_eq!(tries, 1);
+            assert_eq!(memory.pause(now).unwrap().failures, failures + 1);
+        }
+    }
+
+    #[test]
+    fn who_tries_keeps_the_others_away_until_its_process_has_ended_or_taken_too_long() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::of(directory.path(), "h 22".into());
+        memory.failed("dead", SystemTime::now() - Duration::from_secs(1000));
+        let now = SystemTime::now();
+        assert_eq!(memory.pause(now), None);
+        let begin = |memory: &Memory| {
+            let probe = memory.admit(now).unwrap().unwrap();
+            let mut child = std::process::Command::new("sleep");
+            child.arg("1000").stdin(OwnedFd::from(probe)).spawn().unwrap()
+        };
+        let mut child = begin(&memory);
+        assert_eq!(memory.admit(now).unwrap_err().reason, "dead");
+        assert_eq!(memory.pause(now).unwrap().reason, "dead");
+        assert!(memory.claim(now).is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(memory.pause(now), None);
+        // One that is stopped is not waited for.
+        let mut stopped = begin(&memory);
+        assert!(memory.claim(now).is_none());
+        let long_ago = SystemTime::now() - PROBE_BOUND - Duration::from_secs(1);
+        File::options().write(true).open(memory.probe()).unwrap().set_modified(long_ago).unwrap();
+        assert_eq!(memory.pause(now), None);
+        let mine = memory.admit(now).unwrap().unwrap();
+        assert!(memory.pause(now).is_some() && memory.claim(now).is_none());
+        // Success of anybody ends it for all.
+        memory.clear();
+        assert!(memory.pause(now).is_none() && memory.admit(now).unwrap().is_none());
+        drop(mine);
+        stopped.kill().unwrap();
+        stopped.wait().unwrap();
+    }
+
+    #[test]
+    fn each_failure_is_news_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::of(directory.path(), "h 22".into()).pausing_first(Duration::from_secs(10));
+        assert_eq!(memory.take_news(), None);
+        let now = SystemTime::now();
+        assert!(memory.failed("dead", now) && !memory.failed("dead", now));
+        let told: usize = thread::scope(|scope| {
+            let all: Vec<_> = (0..20).map(|_| scope.spawn(|| memory.take_news().is_some())).collect();
+            all.into_iter().map(|one| usize::from(one.join().unwrap())).sum()
+        });
+        assert_eq!(told, 1);
+        let down = memory.pause(now).unwrap();
+        let pause = down.next.duration_since(now).unwrap();
+        assert!(pause >= Duration::from_secs(8) && pause <= Duration::from_secs(12), "{pause:?}");
+        memory.failed("still", down.next);
+        assert_eq!(memory.take_news().map(|down| (down.reason, down.failures)), Some(("still".into(), 2)));
     }
 
     #[test]

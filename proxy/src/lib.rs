@@ -9,6 +9,7 @@ pub mod exit;
 mod listing;
 pub mod log;
 pub mod master;
+pub mod network;
 mod passing;
 pub mod removal;
 pub mod settings;

@@ -21,9 +21,10 @@ use std::{
 
 use crate::{
     dial::dial,
-    down::{Memory, dice},
+    down::{Memory, Probe, dice},
     exit,
     master::{Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead, pace::Pace},
+    network,
     passing::send_descriptor,
     wake::Waker,
 };
@@ -214,7 +215,7 @@ fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Lin
 fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
     let (host, port) = (&request.host, request.port);
     let memory = Memory::of(pool.directory(), format!("{host} {port}"));
-    not_down(&memory, pool, deadline, host, || format!("{host} port {port}"))?;
+    let _probe = not_down(&memory, pool, deadline, host, || format!("{host} port {port}"))?;
     take_turn(pool, request)?;
     match dial(host, port, request.bound) {
         Ok(stream) => {
@@ -222,8 +223,10 @@ fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<L
             Ok(Link::Tcp(stream))
         }
         Err(source) => {
+            let lacks_network = source.may_lack_network() && network::is_absent();
             let error = TunnelError::Direct { host: host.clone(), port, source };
-            Err(failed(&memory, pool, host, error))
+            // That is no fault of the host's.
+            Err(if lacks_network { error } else { failed(&memory, pool, host, error) })
         }
     }
 }
@@ -293,10 +296,11 @@ fn through(
 ) -> Result<Link, TunnelError> {
     let (host, port, jump) = (&request.host, request.port, &via.destination);
     let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
-    not_down(&pool.memory(via), pool, deadline, via.host(), || jump.clone())?;
-    not_down(&of_host, pool, deadline, host, || format!("{host} port {port} through {jump}"))?;
+    let probe_of_jump = not_down(&pool.memory(via), pool, deadline, via.host(), || jump.clone())?;
+    let _probe = not_down(&of_host, pool, deadline, host, || format!("{host} port {port} through {jump}"))?;
     let start = || pool.start(via, request.bound, "true");
     let master = start()?;
+    drop(probe_of_jump);
     take_turn(pool, request)?;
     let mut opened = open_on(&master, request, patience(request, deadline, Instant::now()));
     if let Err(error) = &opened
@@ -362,23 +366,27 @@ fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
     }
 }
 
+/// Whoever is the one to try again keeps what this gives until that has ended.
 fn not_down(
     memory: &Memory,
     pool: &Pool,
     deadline: Option<Instant>,
     host: &str,
     way: impl Fn() -> String,
-) -> Result<(), TunnelError> {
+) -> Result<Option<Probe>, TunnelError> {
     // Who waits tries at a pace of its own, and so do all while a host is being woken.
     if deadline.is_some() {
-        return Ok(());
+        return Ok(None);
     }
-    let Some(down) = memory.pause(SystemTime::now()) else { return Ok(()) };
+    let down = match memory.admit(SystemTime::now()) {
+        Ok(probe) => return Ok(probe),
+        Err(down) => down,
+    };
     if let Some(wake) = pool.settings().of_host(host).wake {
         // Somebody else may have seen it down this very moment, and be about to wake it.
         let waking = Waker::of(pool.directory(), host, &wake).wake(SystemTime::now());
         if !waking.map_err(|source| TunnelError::Wake { host: host.to_owned(), source })?.left.is_zero() {
-            return Ok(());
+            return Ok(None);
         }
     }
     Err(TunnelError::KnownDown { way: way(), down })

@@ -17,6 +17,7 @@ mod proxy;
 mod report;
 mod scene;
 mod shared;
+mod waiting;
 
 use std::{fs, path::PathBuf, process::ExitCode, thread};
 
@@ -73,6 +74,8 @@ enum Part {
     Link,
     /// 20 builds that sleep a second, with a slot for each
     Wide,
+    /// From a slot's release to the build that waited for it, while one waits and while 50 do
+    Waiting,
     /// From the end of nix-build to the end of its build, by every way to a builder
     Cancel,
     /// `ssh HOST true` through a bastion
@@ -176,6 +179,11 @@ fn main() -> ExitCode {
         let scene = Scene::wide(arguments.release);
         report.describe(|| describe(&scene.client));
         report.add(many::wide(&scene, 20, arguments.rounds()));
+    }
+    if arguments.wants(Part::Waiting) {
+        let scene = Scene::wide(arguments.release);
+        report.describe(|| describe(&scene.client));
+        report.add(waiting::waiting(&scene, 20, 50));
     }
     if arguments.wants(Part::Link) {
         let scene = Scene::linked(arguments.release, link::ROUND_TRIP);

@@ -12,11 +12,14 @@ use harness::{Builder, Client, Hook, Machine, Process, Running, World, drv, wait
 use nix::sys::signal::Signal;
 
 use crate::{
+    leases::assert_all_given_back,
     running::{Build, builds, held_slots, marked, name_in, parent, slot_files},
     support::{SOON, assert_only_masters_left},
 };
 
 const SLOTS: usize = 4;
+/// Of those, where they are shared on the machines.
+const SHARED: usize = 3;
 const AT_A_TIME: usize = 20;
 const WORKS: usize = 60;
 /// So many are killed at least, and of masters at most: three lost connections to one machine are a reason to give it
@@ -244,9 +247,9 @@ struct Chaos {
 }
 
 /// Does all the work while the killer goes about.
-fn run(client: &Client, macs: &[Builder], mut dice: Dice) -> Chaos {
-    let works: Vec<String> = (0..WORKS).map(|number| work(number, &mut dice)).collect();
-    let mut waiting: VecDeque<usize> = (0..WORKS).collect();
+fn run(client: &Client, macs: &[Builder], count: usize, mut dice: Dice) -> Chaos {
+    let works: Vec<String> = (0..count).map(|number| work(number, &mut dice)).collect();
+    let mut waiting: VecDeque<usize> = (0..count).collect();
     let mut running: Vec<(usize, Running)> = Vec::new();
     let mut hit: BTreeSet<usize> = BTreeSet::new();
     let mut chaos = Chaos { kills: Vec::new(), tally: HashMap::new(), outputs: Vec::new() };
@@ -266,7 +269,7 @@ fn run(client: &Client, macs: &[Builder], mut dice: Dice) -> Chaos {
         {
             running.push((number, client.spawn_nix_build(&works[number], &["-j0"])));
         }
-        if killer.kills.len() < KILLS
+        if killer.kills.len() < KILLS * count / WORKS
             && let Some(Whose::Named(name)) = killer.strike(&running)
         {
             hit.extend(number_of(&name));
@@ -314,7 +317,7 @@ fn is_excused(build: &Build, machine: usize, first: Instant, look: &Look, kills:
 }
 
 /// Never more builds than slots, none without a slot, none that goes on without a client. Gives the most at a time.
-fn check(looks: &[Look], machine: usize, kills: &[Kill]) -> usize {
+fn check(looks: &[Look], machine: usize, slots: usize, kills: &[Kill]) -> usize {
     let mut first: HashMap<&Build, Instant> = HashMap::new();
     for look in looks {
         for build in &look.builds {
@@ -328,7 +331,7 @@ fn check(looks: &[Look], machine: usize, kills: &[Kill]) -> usize {
             let counts = |build: &&Build| !is_excused(build, machine, first[build], look, kills);
             let counted: Vec<&Build> = look.builds.iter().filter(counts).collect();
             most = most.max(counted.len());
-            assert!(counted.len() <= SLOTS, "machine {machine}: {counted:?} at {:?}; {kills:?}", look.begin);
+            assert!(counted.len() <= slots, "machine {machine}: {counted:?} at {:?}; {kills:?}", look.begin);
             counted.iter().map(|build| build.name.as_str()).collect()
         })
         .collect();
@@ -378,6 +381,16 @@ impl Drop for Seed {
 
 #[test]
 fn twenty_at_a_time_on_two_machines_with_a_killer_among_them() {
+    survive(WORKS, None);
+}
+
+#[test]
+fn with_slots_that_are_shared_on_the_machines_too() {
+    survive(WORKS / 2, Some(SHARED));
+}
+
+/// Does so many works while the killer goes about, perhaps with so many slots shared on each machine.
+fn survive(works: usize, shared: Option<usize>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = Seed(env::var("NIX_OFFLOAD_SEED").map_or(now, |seed| seed.parse().unwrap()));
     let world = World::new();
@@ -387,20 +400,24 @@ fn twenty_at_a_time_on_two_machines_with_a_killer_among_them() {
         plan = plan.uses(mac, "ssh-ng", SLOTS as u32);
     }
     let client = plan.start();
+    if let Some(slots) = shared {
+        client.write("/etc/nix/offload.toml", &format!("[[machine]]\nname = '*'\nshared-slots = {slots}\n"));
+    }
     client.run("for i in 1 7; do head -c 8M /dev/urandom > /root/input-$i; done");
 
     let over = AtomicBool::new(false);
     let (looks, chaos) = thread::scope(|scope| {
         let watcher = scope.spawn(|| watch(&client, &macs, &over));
         let end = Over(&over);
-        let chaos = run(&client, &macs, Dice(seed.0));
+        let chaos = run(&client, &macs, works, Dice(seed.0));
         drop(end);
         (watcher.join().unwrap(), chaos)
     });
 
     for (machine, looks) in looks.iter().enumerate() {
-        let most = check(looks, machine, &chaos.kills);
-        assert_eq!(most, SLOTS, "machine {machine} was never full");
+        let slots = shared.unwrap_or(SLOTS);
+        let most = check(looks, machine, slots, &chaos.kills);
+        assert_eq!(most, slots, "machine {machine} was never full");
     }
     for kind in ["client", "hook", "keeper", "daemon"] {
         assert!(chaos.tally.contains_key(kind), "{:?}", chaos.tally);
@@ -415,6 +432,9 @@ fn twenty_at_a_time_on_two_machines_with_a_killer_among_them() {
         wait_until("no daemon serves anybody", SOON, || daemons() == 1);
         let name = format!("ssh-ng://{}", mac.alias());
         assert_eq!((slot_files(&client, &name).len(), held_slots(&client, &name)), (SLOTS, 0));
+        if shared.is_some() {
+            assert_all_given_back(mac);
+        }
         mac.verify_store();
     }
     client.verify_store();

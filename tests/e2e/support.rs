@@ -9,6 +9,8 @@ use harness::{Builder, Client, Machine, Process, drv, wait_until};
 
 /// For what happens at once, but on a machine that may be busy with other tests.
 pub(crate) const SOON: Duration = Duration::from_secs(20);
+/// For tests of which machine is chosen: the load of all of them is that of the machine the tests run on.
+pub(crate) const NO_SAMPLES: &str = "[choice]\nsample-every = 0\n";
 /// How long hooks and their helpers may take to go when their work is over.
 const END_LIMIT: Duration = Duration::from_secs(10);
 

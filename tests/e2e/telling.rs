@@ -3,7 +3,7 @@
 use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv};
 use serde_json::Value;
 
-use crate::support::{gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, gated, open, wait_for_begin};
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
@@ -53,6 +53,7 @@ fn what_is_explained_is_what_is_then_done() {
             .machines("ssh-ng://pi x86_64-linux - 1 0.5\n")
             .knows(&pi)
             .start();
+        client.write("/etc/nix/offload.toml", NO_SAMPLES);
         assert_agrees(&client, &name("idle"), "mac");
         let held = name("held");
         let build = client.spawn_nix_build(&gated(&held), &["-j0"]);

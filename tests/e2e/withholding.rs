@@ -3,7 +3,7 @@
 use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{SOON, begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, begun, gated, open, wait_for_begin};
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
@@ -31,6 +31,7 @@ fn a_drained_machine_finishes_its_build_and_gets_no_other_one() {
             .machines("ssh-ng://pi x86_64-linux - 4 0.1\n")
             .knows(&pi)
             .start();
+        client.write("/etc/nix/offload.toml", NO_SAMPLES);
         let running = format!("running-{name}");
         let build = client.spawn_nix_build(&gated(&running), &["-j0"]);
         wait_for_begin(&client, &running, &["mac"]);
@@ -144,4 +145,32 @@ fn whose_hook_it_is_decides_whose_word_counts() {
     client.nix_build(&drv::trivial("b"), &["-j0"]).assert_failure().assert_stderr_has("disabled");
     client.nix_offload(&["enable", "mac"]).assert_success();
     assert_eq!(built_on(&client, "c"), "mac");
+}
+
+#[test]
+fn nixs_own_hook_gets_no_machine_that_is_out_of_service() {
+    let world = World::new();
+    let features = "extra-experimental-features = ca-derivations";
+    let mac = world.builder("mac").release(Release::Sid).nix_conf(features).start();
+    let client = plan(&world)
+        .release(Release::Sid)
+        .nix_conf(features)
+        .knows(&mac)
+        .machines("ssh-ng://mac x86_64-linux - 2 1 ca-derivations")
+        .start();
+    let floating = |name: &str| {
+        drv::expression(&format!(
+            r#"d "{name}" "cat /etc/machine-name > $out" {{
+              __contentAddressed = true; outputHashMode = "recursive"; outputHashAlgo = "sha256";
+            }}"#
+        ))
+    };
+    client.nix_offload(&["disable", "mac"]).assert_success();
+    let refused = client.nix_build(&floating("a"), &["-j0"]);
+    refused
+        .assert_failure()
+        .assert_stderr_has("the machines that could do it are out of service: ssh-ng://mac");
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    let built = client.nix_build(&floating("a"), &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n");
 }

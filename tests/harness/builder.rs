@@ -113,7 +113,7 @@ impl BuilderPlan {
 
     /// Starts it and waits until it can be used.
     pub fn start(self) -> Builder {
-        let machine = Machine::start(&self.world, &self.name, self.release, self.nix);
+        let machine = Machine::start(&self.world, &self.name, self.release, self.nix, false);
         write_nix_conf(&machine, &self.nix_conf);
         machine.write("/root/.bashrc", &self.bashrc);
         let host_key = self.world.directory().join(format!("host-key-{}", machine.init()));
@@ -308,7 +308,8 @@ pub(crate) fn write_nix_conf(machine: &Machine, lines: &[String]) {
 
 /// Starts a nix-daemon in a machine and waits until it answers.
 pub(crate) fn start_daemon(machine: &Machine, env: &[(String, String)]) -> Running {
-    let mut command = machine.command("nix-daemon");
+    // As its unit has it.
+    let mut command = machine.command("nix-daemon").arg("--daemon");
     for (name, value) in env {
         command = command.env(name, value);
     }

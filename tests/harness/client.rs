@@ -57,6 +57,7 @@ pub struct ClientPlan {
     hook: Option<Hook>,
     hook_in_nix_conf: bool,
     journald: bool,
+    own_network: bool,
     ssh_config: String,
     known_hosts: String,
     key: Option<String>,
@@ -76,6 +77,7 @@ impl ClientPlan {
             hook: None,
             hook_in_nix_conf: false,
             journald: false,
+            own_network: false,
             ssh_config: String::new(),
             known_hosts: String::new(),
             key: None,
@@ -120,6 +122,12 @@ impl ClientPlan {
     /// A real journald.
     pub fn journald(mut self) -> Self {
         self.journald = true;
+        self
+    }
+
+    /// With a network of its own, in which there is nothing but itself until an [`Uplink`](crate::Uplink) is plugged in.
+    pub fn own_network(mut self) -> Self {
+        self.own_network = true;
         self
     }
 
@@ -192,7 +200,7 @@ impl ClientPlan {
 
     /// Starts it.
     pub fn start(mut self) -> Client {
-        let machine = Machine::start(&self.world, &self.name, self.release, true);
+        let machine = Machine::start(&self.world, &self.name, self.release, true, self.own_network);
         match self.hook.take().expect("say which hook: .hook(Hook::Ours) or .hook(Hook::Stock)") {
             Hook::Ours => self.set_hook(OURS),
             Hook::Path(path) => self.set_hook(&path),
@@ -220,11 +228,9 @@ impl ClientPlan {
             }
         }
         let journald = self.journald.then(|| start_journald(&machine));
-        let daemon = (self.mode == Mode::Daemon).then(|| {
-            let env = [self.env.as_slice(), self.daemon_env.as_slice()].concat();
-            start_daemon(&machine, &env)
-        });
-        Client { mode: self.mode, env: self.env, daemon, _journald: journald, machine }
+        let daemon_env = [self.env.as_slice(), self.daemon_env.as_slice()].concat();
+        let daemon = (self.mode == Mode::Daemon).then(|| start_daemon(&machine, &daemon_env));
+        Client { mode: self.mode, env: self.env, daemon_env, daemon, _journald: journald, machine }
     }
 
     fn set_hook(&mut self, path: &str) {
@@ -263,6 +269,7 @@ pub struct Client {
     machine: Machine,
     mode: Mode,
     env: Vec<(String, String)>,
+    daemon_env: Vec<(String, String)>,
     daemon: Option<Running>,
     _journald: Option<Running>,
 }
@@ -342,6 +349,11 @@ impl Client {
         if let Some(daemon) = self.daemon.take() {
             let _ = daemon.wait();
         }
+    }
+
+    /// Starts the client's daemon again.
+    pub fn start_daemon(&mut self) {
+        self.daemon = Some(start_daemon(&self.machine, &self.daemon_env));
     }
 
     /// Entries of the journal as objects, selected with arguments of journalctl such as `-t nix-offload`.

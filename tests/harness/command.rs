@@ -95,7 +95,16 @@ impl Command {
         let (name, home, runtime) =
             if self.as_user { ("user", "/home/user", USER_ID) } else { ("root", "/root", 0) };
         let mut command = StdCommand::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--mount", "--pid", "--uts", "--root", "--"]);
+        command.args([
+            "--target",
+            &self.init.to_string(),
+            "--mount",
+            "--pid",
+            "--uts",
+            "--net",
+            "--root",
+            "--",
+        ]);
         command.args(["/usr/bin/env", "-i", "-C", home]);
         command.args([
             format!("HOME={home}"),

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A machine is a mount, PID and UTS namespace whose root is a tmpfs (`machine.sh`): real sshd, real
-//! nix-daemon, real ssh, the loopback network of the host and nothing else of it but `/usr`, read-only.
+//! nix-daemon, real ssh, the loopback network of the host (but see [`Uplink`]) and nothing else of it but `/usr`, read-only.
 //! When the first process of a machine ends, the kernel ends all others and drops the mounts; that
 //! happens on drop, after a panic, and when the test itself is killed. After a failure the logs of
 //! all machines are printed and kept.
@@ -28,6 +28,7 @@ pub mod drv;
 mod machine;
 mod paths;
 mod relay;
+mod uplink;
 mod wait;
 mod world;
 
@@ -37,5 +38,6 @@ pub use command::{Command, Output, Running};
 pub use machine::{Machine, Process};
 pub use paths::{Release, binaries, workspace};
 pub use relay::Relay;
+pub use uplink::Uplink;
 pub use wait::wait_until;
 pub use world::World;

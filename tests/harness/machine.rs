@@ -40,7 +40,13 @@ pub struct Process {
 }
 
 impl Machine {
-    pub(crate) fn start(world: &World, name: &str, release: Release, with_nix: bool) -> Self {
+    pub(crate) fn start(
+        world: &World,
+        name: &str,
+        release: Release,
+        with_nix: bool,
+        own_network: bool,
+    ) -> Self {
         let directory = world.machine_directory(name);
         let stage = directory.join("root");
         fs::create_dir(&stage).unwrap();
@@ -49,7 +55,9 @@ impl Machine {
         fs::set_permissions(&share, fs::Permissions::from_mode(0o1777)).unwrap();
         let log = File::create(directory.join("machine.log")).unwrap();
         let mut unshare = Process1::new("unshare")
-            .args(["--mount", "--pid", "--uts", "--fork", "--kill-child", "--propagation", "private", "--"])
+            .args(["--mount", "--pid", "--uts", "--fork", "--kill-child", "--propagation", "private"])
+            .args(own_network.then_some("--net"))
+            .arg("--")
             .arg("/bin/bash")
             .arg(paths::machine_script())
             .arg(name)
@@ -59,6 +67,7 @@ impl Machine {
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
             .env("HIDE_NIX", if with_nix { "0" } else { "1" })
+            .env("OWN_NETWORK", if own_network { "1" } else { "0" })
             .env("SHARE", &share)
             .current_dir("/")
             .stdin(Stdio::piped())

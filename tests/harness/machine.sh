@@ -11,11 +11,12 @@
 #   STAGE     an empty directory to mount the root on; seen by nobody outside
 #   ROOT      where programs come from: / or a debootstrapped root; never written to
 #   BINARIES  directory shown read-only as /opt/nix-offload/bin
-# HIDE_NIX=1 leaves out Nix's programs. SHARE=DIR is shown as /mnt/share, writable.
+# HIDE_NIX=1 leaves out Nix's programs. OWN_NETWORK=1 says that it has a network namespace of its own, too. SHARE=DIR is shown as /mnt/share, writable.
 set -euo pipefail
 
 name=$1 stage=$2 root=${3%/} binaries=${4:-}
 
+if [ "${OWN_NETWORK:-}" = 1 ]; then ip link set lo up; fi
 if command -v hostname >/dev/null; then hostname "$name"; else echo "$name" >/proc/sys/kernel/hostname; fi
 mount -t tmpfs -o mode=755 machine "$stage"
 cd "$stage"

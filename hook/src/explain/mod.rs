@@ -17,7 +17,7 @@ use crate::plan::{
 };
 use crate::reach::Reach;
 use crate::slots::Slots;
-use crate::state::{Asked, Decided, History};
+use crate::state::{Asked, Decided, History, Withholdings};
 use crate::store::{Location, Query};
 use crate::survey::{self, Needs, Survey};
 use crate::vantage::{Vantage, VantageError};
@@ -121,7 +121,7 @@ pub fn explain(wish: &Wish, as_json: bool) -> Result<u8, ExplainError> {
             rules: vantage.offload::<Offload>()?.rules(),
             local: Local { max_jobs, ..local },
             location: &vantage.location,
-            slots: vantage.slots()?,
+            slots: vantage.slots(),
             reach: vantage.reach()?,
             history: state.as_deref().map(History::at),
             state,
@@ -271,9 +271,12 @@ impl Desk<'_> {
             ));
         }
         if decision.verdict == Verdict::Decline {
+            let withheld = self.state.as_deref().map(Withholdings::read).unwrap_or_default();
+            let is_withheld =
+                |machine: &Machine| withheld.of(&machine.name).is_some_and(|it| it.holds(decision.at));
             let foreign = self.machines.iter().filter(|machine| !machine.uri.is_ours());
             let foreign: Vec<&str> = foreign
-                .filter(|machine| plan::suits(machine, request).is_ok())
+                .filter(|machine| plan::suits(machine, request).is_ok() && !is_withheld(machine))
                 .map(|machine| machine.name.as_str())
                 .collect();
             if !foreign.is_empty() {

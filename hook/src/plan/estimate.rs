@@ -147,7 +147,7 @@ pub fn estimate(machine: &Machine, known: &Known, weight: u64, basis: &Basis<'_>
     let output = Figure::of(bytes(work.output), 0.0);
     let fetch = output.value / bandwidth.value;
 
-    let is_full = own + weight > machine.max_jobs;
+    let is_full = own + weight > machine.max_jobs || known.waiting > 0;
     let wait = known.slot_wait.filter(|_| is_full).unwrap_or(0.0).max(0.0);
     Estimate {
         total: wait + transfer + build + fetch,

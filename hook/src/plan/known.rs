@@ -27,6 +27,8 @@ pub struct Known {
     /// at which the running builds began, how long builds take, and how many wait already, as if this one were the last
     /// of them (see [`slot_wait`](super::estimate::slot_wait)). Not read while a slot is free.
     pub slot_wait: Option<f64>,
+    /// Builds of this client that wait for a slot there and come before this one. What they wait for is not free.
+    pub waiting: u64,
     /// Whether it can be reached.
     pub health: Health,
     /// Whether somebody has taken it out of service.
@@ -133,6 +135,7 @@ impl Known {
             sample: None,
             link: Link::default(),
             slot_wait: None,
+            waiting: 0,
             health: Health::Well,
             withheld: None,
         }

@@ -134,32 +134,32 @@ impl Question<'_> {
     fn can_build_now(&self) -> bool {
         self.request.am_willing && self.local.could_build(self.request)
     }
+}
 
-    /// What keeps a machine of which this is known from getting anything, whoever else there is.
-    fn obstacle(&self, known: &Known) -> Option<Refusal> {
-        match &known.health {
-            Health::Failed(why) => return Some(Refusal::Failed(why.clone())),
-            Health::Unreachable(why) => return Some(Refusal::Unreachable(why.clone())),
-            Health::Well | Health::CoolDown { .. } | Health::Waking => {}
-        }
-        if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(self.now)) {
-            return Some(Refusal::Withheld(withheld.clone()));
-        }
-        let sample = known.sample.as_ref().filter(|s| !s.is_stale(self.now, self.rules.stale_after))?;
-        if let Some(why) = &sample.inhibited {
-            return Some(Refusal::Inhibited(why.clone()));
-        }
-        let floors = &self.rules.floors;
-        [
-            (Resource::Disk, sample.disk_free, floors.disk),
-            (Resource::Inodes, sample.inodes_free, floors.inodes),
-            (Resource::Memory, sample.memory_free, floors.memory),
-        ]
-        .into_iter()
-        .find_map(|(of, left, floor)| {
-            left.filter(|left| *left < floor).map(|left| Refusal::Short { of, left, floor })
-        })
+/// What keeps a machine of which this is known from getting anything, whoever else there is.
+pub fn obstacle(known: &Known, rules: &Rules, now: SystemTime) -> Option<Refusal> {
+    match &known.health {
+        Health::Failed(why) => return Some(Refusal::Failed(why.clone())),
+        Health::Unreachable(why) => return Some(Refusal::Unreachable(why.clone())),
+        Health::Well | Health::CoolDown { .. } | Health::Waking => {}
     }
+    if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(now)) {
+        return Some(Refusal::Withheld(withheld.clone()));
+    }
+    let sample = known.sample.as_ref().filter(|s| !s.is_stale(now, rules.stale_after))?;
+    if let Some(why) = &sample.inhibited {
+        return Some(Refusal::Inhibited(why.clone()));
+    }
+    let floors = &rules.floors;
+    [
+        (Resource::Disk, sample.disk_free, floors.disk),
+        (Resource::Inodes, sample.inodes_free, floors.inodes),
+        (Resource::Memory, sample.memory_free, floors.memory),
+    ]
+    .into_iter()
+    .find_map(|(of, left, floor)| {
+        left.filter(|left| *left < floor).map(|left| Refusal::Short { of, left, floor })
+    })
 }
 
 /// A machine that could do it, now or when a slot is free.
@@ -188,7 +188,7 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
             continue;
         }
         let known = known(index);
-        if let Some(refusal) = question.obstacle(&known) {
+        if let Some(refusal) = obstacle(&known, rules, now) {
             standings[index].refusal = Some(refusal);
             continue;
         }
@@ -196,7 +196,7 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
         // One who has waited for several slots for long is content with those that are free.
         let left = machine.max_jobs.saturating_sub(known.load.taken);
         let weight = if question.waited() >= rules.hold_back { weight.min(left.max(1)) } else { weight };
-        let is_free = left >= weight;
+        let is_free = left >= weight && known.waiting == 0;
         let is_cool = match &known.health {
             Health::CoolDown { until, .. } => until.is_some_and(|until| until <= now),
             _ => true,
@@ -313,7 +313,8 @@ fn stand(
         let Candidate { index, machine, known, weight, is_free } = candidate;
         let standing = &mut standings[index];
         standing.refusal = if !is_free {
-            Some(Refusal::Full { taken: known.load.taken, slots: machine.max_jobs, needed: weight })
+            let (taken, slots, waiting) = (known.load.taken, machine.max_jobs, known.waiting);
+            Some(Refusal::Full { taken, slots, needed: weight, waiting })
         } else if is_local {
             Some(Refusal::Local)
         } else if *verdict == Verdict::Accept(index) {

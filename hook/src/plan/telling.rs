@@ -148,7 +148,9 @@ pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
         }
         Verdict::Accept(index) => format!("to be built on {}: {why}", name(index)),
         Verdict::Wait(indexes) => format!("to wait for a slot of {}: {why}", names(indexes)),
-        Verdict::Postpone(indexes) => format!("to be asked again, for {}: {why}", names(indexes)),
+        Verdict::Postpone(indexes) => {
+            format!("postponed until Nix asks again, for {}: {why}", names(indexes))
+        }
         Verdict::Decline => format!("left to Nix: {why}"),
     }
 }
@@ -232,7 +234,9 @@ fn arithmetic(text: &mut String, estimate: &Estimate) -> bool {
     }
     let duration = show(terms.duration, span(terms.duration.value));
     let share = format!("{:.0} % of a core", terms.share * 100.0);
-    line("build", estimate.build, &format!("{duration} / (speed {} x {share})", terms.speed));
+    // It was written down with the precision of the list of machines.
+    let speed = terms.speed as f32;
+    line("build", estimate.build, &format!("{duration} / (speed {speed} x {share})"));
     let cores = show(terms.cores, format!("{:.0}", terms.cores.value));
     let foreign = show(terms.foreign, format!("{:.1}", terms.foreign.value));
     let _ = writeln!(

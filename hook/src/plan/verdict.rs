@@ -137,6 +137,8 @@ pub enum Refusal {
         slots: u64,
         /// Slots that the build needs.
         needed: u64,
+        /// Builds that wait for a slot before this one.
+        waiting: u64,
     },
     /// It is being woken.
     Waking,
@@ -208,15 +210,21 @@ impl Refusal {
                 format!("builds only derivations that require the features [{}]", join(set))
             }
             Self::Full { slots: 0, .. } => "has no slots (its maximum of jobs is 0)".into(),
-            Self::Full { taken, slots, needed } if *needed > 1 => {
+            Self::Full { taken, slots, waiting, .. } if *waiting > 0 => {
+                let wait = if *waiting == 1 { "build waits" } else { "builds wait" };
+                format!("full: {taken} of {slots} slots taken, and {waiting} {wait} for one")
+            }
+            Self::Full { taken, slots, needed, .. } if *needed > 1 => {
                 format!("full: {taken} of {slots} slots taken, {needed} needed")
             }
             Self::Full { taken, slots, .. } => format!("full: {taken} of {slots} slots taken"),
             Self::Waking => "is being woken".into(),
-            Self::Failed(why) => format!("failed: {why}"),
+            Self::Failed(why) => format!("failed: {}", first_line(why)),
             Self::CoolDown { until, why } => match until.and_then(|until| seconds_until(until, now)) {
-                Some(seconds) => format!("failed: {why}; left alone for {}", span(seconds)),
-                None => format!("failed: {why}"),
+                Some(seconds) => {
+                    format!("failed: {}; left alone for {}", first_line(why), span(seconds))
+                }
+                None => format!("failed: {}", first_line(why)),
             },
             Self::Unreachable(why) => format!("cannot be used: {why}"),
             Self::Withheld(Withheld { how, until, why }) => {
@@ -256,6 +264,11 @@ impl fmt::Display for Resource {
             Self::Memory => "memory",
         })
     }
+}
+
+/// What comes behind it is the cure.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
 
 fn seconds_until(until: SystemTime, now: SystemTime) -> Option<f64> {

@@ -70,6 +70,11 @@ fn ended(exit: Option<u32>) -> String {
 }
 
 impl ReachError {
+    /// Whether the machine is well and lets us have no session.
+    pub fn is_no_session(&self) -> bool {
+        matches!(self, Self::Open(OpenError::Refused { .. }))
+    }
+
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {
@@ -142,6 +147,11 @@ impl ReachError {
     /// Whether that was this very moment, so that it is worth telling.
     pub fn has_just_begun_to_wake(&self) -> bool {
         matches!(self, Self::Start(StartError::Waking { waking, .. }) if waking.since.is_zero())
+    }
+
+    /// Whether this machine has no network.
+    pub fn is_no_network(&self) -> bool {
+        matches!(self, Self::Start(StartError::NoNetwork { .. }))
     }
 
     /// Cause and cure as one text for Nix's user.

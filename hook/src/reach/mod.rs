@@ -4,6 +4,7 @@
 //! cause and the cure. Must never choose a machine or know what the connection is for.
 
 mod error;
+mod health;
 mod local;
 mod seen;
 mod session;
@@ -12,8 +13,9 @@ mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
+pub use health::Ailing;
 pub use seen::Seen;
-pub use shell::Open;
+pub use shell::{Beside, Open};
 pub use speed::Speed;
 
 use crate::builder::{Ahead, Builder, BuilderError, Store};
@@ -57,9 +59,6 @@ const TURN_BOUND: Duration = Duration::from_millis(500);
 /// How long to wait before a socket that was open to us lately is asked again after it refused.
 const REFUSED_PAUSES: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(180)];
-
-/// A machine that could not be reached is left alone for so long while another one will do.
-const COOL_DOWN: Duration = Duration::from_secs(60);
 
 /// A live master, or the link behind it, has this long to open a stream before another one is tried.
 const OPEN_BOUND: Duration = Duration::from_secs(3);
@@ -159,15 +158,6 @@ impl Reach {
         recent && (machine.uri.here().is_some() || lives())
     }
 
-    /// Why the machine could not be reached, if that was a short while ago: seen by a hook, or by anything else that
-    /// uses the same masters.
-    pub fn ailing(&self, machine: &Machine) -> Option<String> {
-        noted_lately(&self.stamp(machine).with_extension("failed"), COOL_DOWN).or_else(|| {
-            let endpoint = endpoint(machine, &self.ssh_options).ok()?;
-            self.pool.down(&endpoint).map(|down| down.reason)
-        })
-    }
-
     /// How much longer the machine may take to wake up, if it was down and has been told to.
     pub fn waking(&self, machine: &Machine) -> Option<Duration> {
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
@@ -216,7 +206,9 @@ impl Reach {
         bound: Duration,
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
-        let failure = self.stamp(machine).with_extension("failed");
+        // Others need not try again what is being tried here.
+        let health = self.health(machine);
+        let _probe = health.look().and_then(|_| health.claim(SystemTime::now()));
         let reached = self.connect_now(machine, store_dir, bound, ahead);
         match &reached {
             Ok(reached) => {
@@ -226,14 +218,10 @@ impl Reach {
                 let way = reached.way.as_str();
                 if noted_lately(&self.stamp(machine), WARM / 4).as_deref() != Some(way) {
                     note(&self.stamp(machine), way);
-                    let _ = fs::remove_file(failure);
                 }
+                self.note_success(machine);
             }
-            Err(error) if error.is_waking() => self.forget(machine),
-            Err(error) => {
-                self.forget(machine);
-                note(&failure, &error.describe());
-            }
+            Err(error) => self.note_failure(machine, error),
         }
         reached
     }
@@ -440,8 +428,13 @@ impl Reach {
         }
     }
 
+    /// What tells it from others.
+    fn identity(&self, machine: &Machine) -> String {
+        format!("{}\0{}", machine.name, machine.identity.as_deref().unwrap_or_default())
+    }
+
     fn stamp(&self, machine: &Machine) -> PathBuf {
-        let identity = format!("{}\0{}", machine.name, machine.identity.as_deref().unwrap_or_default());
+        let identity = self.identity(machine);
         let digest = hash_bytes(HashAlgorithm::Sha256, identity.as_bytes()).to_nix_base16_string();
         let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
         self.pool.directory().join("answered").join(name)

@@ -1,24 +1,42 @@
-//! A shell on a machine that is connected already, for looking at it.
+//! A shell on a machine: for looking at one that is connected already, and beside a build.
 //!
-//! Must never start a master, wake a machine or ask for anything that a person would have to answer.
+//! To look at a machine must never start a master, wake it or ask for anything that a person would have to answer.
 
-use super::{Reach, Way, endpoint, local};
+use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local, note, noted_lately};
 use crate::plan::machine::Machine;
-use nix_offload_proxy::master::{Master, OpenError, Stream};
+use crate::slots::Held;
+use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
 use std::fs;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
 const COMMAND: &str = "sh";
 
+/// A machine that turned out to have no means for leases is asked for none for so long.
+const LEASES_AGAIN: Duration = Duration::from_secs(600);
+
+/// Shells beside builds on one master, if builds need no sessions there. sshd allows ten (`MaxSessions`), of which some
+/// are left to others: each one refused costs a small process.
+const BESIDE: u64 = 8;
+
+/// A shell on a machine beside a build there.
+pub struct Beside {
+    /// What it says and hears.
+    pub stream: Stream,
+    /// The way to learn how it ended. Without it the end of what it says is its own end, and a lost connection an error.
+    pub status: Option<SessionStatus>,
+    /// To be kept as long.
+    pub seat: Option<Held>,
+}
+
 /// A machine on which a shell can be started without connecting to it.
 #[derive(Debug)]
-pub enum Open {
-    /// Over its living master.
-    Master(Box<Master>),
-    /// It is this one.
-    Here,
+pub struct Open {
+    /// None if it is this machine.
+    master: Option<Master>,
+    /// Builds reach its daemon by the socket, so that they need no sessions on the master.
+    is_by_socket: bool,
 }
 
 impl Reach {
@@ -41,34 +59,90 @@ impl Reach {
 
     /// The machine, if its master lives or it needs none. Starts nothing and waits for nobody.
     pub fn open(&self, machine: &Machine) -> Option<Open> {
+        let is_by_socket = self.is_by_socket(machine);
         if machine.uri.here().is_some() {
-            return Some(Open::Here);
+            return Some(Open::here());
         }
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
-        self.pool.live(&endpoint).map(|master| Open::Master(Box::new(master)))
+        Some(Open { master: Some(self.pool.live(&endpoint)?), is_by_socket })
+    }
+
+    /// A shell on the machine beside a build there. As for builds in sessions, another master is started where those of
+    /// one are used up.
+    ///
+    /// # Errors
+    /// If there is no session to be had; see [`ReachError::is_no_session`].
+    pub fn shell_beside(&self, machine: &Machine, bound: Duration) -> Result<Beside, ReachError> {
+        if machine.uri.here().is_some() {
+            return Ok(Beside { stream: Open::here().shell(bound)?, status: None, seat: None });
+        }
+        let is_by_socket = self.is_by_socket(machine);
+        let deadline = Instant::now() + bound;
+        self.pool.with_master(
+            &endpoint(machine, &self.ssh_options)?,
+            deadline,
+            FIRST_COMMAND,
+            |master| {
+                let bound = left(deadline).min(OPEN_BOUND);
+                if !is_by_socket {
+                    let (stream, status) = master.open_session(COMMAND, bound)?.into_stream();
+                    return Ok(Beside { stream, status: Some(status), seat: None });
+                }
+                let name = master.control_path().file_stem().unwrap_or_default().to_string_lossy();
+                let Some(seat) = self.opening.take_any(&format!("beside-{name}"), BESIDE).ok().flatten()
+                else {
+                    return Err(OpenError::Refused { reason: "enough shells run there".into() }.into());
+                };
+                let stream = master.open_guarded_session(COMMAND, bound)?.into();
+                Ok(Beside { stream, status: None, seat: Some(seat) })
+            },
+            |error| match error {
+                ReachError::Open(error) => Some(error),
+                _ => None,
+            },
+        )
+    }
+
+    /// Whether it turned out lately that the machine has not the means for leases.
+    pub fn is_without_leases(&self, machine: &Machine) -> bool {
+        noted_lately(&self.stamp(machine).with_extension("unleased"), LEASES_AGAIN).is_some()
+    }
+
+    /// Notes that it has not.
+    pub fn note_without_leases(&self, machine: &Machine, reason: &str) {
+        note(&self.stamp(machine).with_extension("unleased"), reason);
     }
 }
 
 impl Open {
-    /// Starts a shell there, which takes commands on its standard input and ends with it.
+    /// This machine.
+    pub fn here() -> Self {
+        Self { master: None, is_by_socket: true }
+    }
+
+    /// Starts a shell there, which takes commands on its standard input and ends with it. It is of the kind that gets on
+    /// with the builds on that master.
     ///
     /// # Errors
     /// If the master gives no session for it, or none can be started here.
     pub fn shell(&self, bound: Duration) -> Result<Stream, OpenError> {
-        match self {
-            Self::Master(master) => Ok(master.open_session(COMMAND, bound)?.into_stream().0),
-            Self::Here => {
+        match &self.master {
+            Some(master) if self.is_by_socket => Ok(master.open_lasting_session(COMMAND, bound)?.into()),
+            Some(master) => Ok(master.open_session(COMMAND, bound)?.into_stream().0),
+            None => {
                 let gone = |source: io::Error| OpenError::Gone { control: "/bin/sh".into(), source };
                 local::start(COMMAND, "").map(|(stream, _)| stream).map_err(gone)
             }
         }
     }
 
+    /// Whether a shell may stay: no build needs a session.
+    pub fn is_by_socket(&self) -> bool {
+        self.is_by_socket
+    }
+
     /// Whether its master takes connections and is still the same. One that was given up ends with the last it has.
     pub fn is_current(&self) -> bool {
-        match self {
-            Self::Master(master) => master.is_in_place(),
-            Self::Here => true,
-        }
+        self.master.as_ref().is_none_or(Master::is_in_place)
     }
 }

@@ -27,6 +27,8 @@ const ROUND_TRIPS: usize = 8;
 pub(super) enum Silence {
     /// The master gives no session now.
     NoSession(OpenError),
+    /// The same in the way that costs a small process for the rest of the master's life.
+    NoLastingSession(OpenError),
     /// Something else than a shell answered, or nothing did.
     NoShell,
     /// The shell is gone, or says nothing more.
@@ -37,7 +39,7 @@ impl Silence {
     /// For the log.
     pub(super) fn describe(&self) -> String {
         match self {
-            Self::NoSession(error) => exit::reason(error),
+            Self::NoSession(error) | Self::NoLastingSession(error) => exit::reason(error),
             Self::NoShell => "no shell answers".into(),
             Self::Lost => "the shell is gone or does not answer".into(),
         }
@@ -61,7 +63,10 @@ pub(super) struct Answer {
 impl Conversation {
     /// Starts a shell.
     pub(super) fn begin(open: &Open) -> Result<Self, Silence> {
-        let stream = open.shell(SESSION_BOUND).map_err(Silence::NoSession)?;
+        let stream = open.shell(SESSION_BOUND).map_err(|error| match error {
+            OpenError::Refused { .. } if open.is_by_socket() => Silence::NoLastingSession(error),
+            error => Silence::NoSession(error),
+        })?;
         let mut begun = Self { stream, heard: Vec::new(), round_trips: VecDeque::new() };
         let is_ready = |heard: &[u8]| sample::has_line(heard, sample::READY);
         match begun.ask(sample::SCRIPT, START_BOUND, is_ready) {

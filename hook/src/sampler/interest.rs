@@ -202,11 +202,13 @@ impl Post {
         (post.is_held() && post.lock.try_lock().is_ok()).then_some(post)
     }
 
-    /// Whether the lock is still where others look for it.
+    /// Whether there is anything left to do it for: the lock is where others look for it, and the program is still
+    /// installed. A new one starts a new sampler.
     pub(super) fn is_held(&self) -> bool {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let there = fs::symlink_metadata(self.directory.join(LOCK)).map(identity);
-        there.is_ok_and(|there| self.lock.metadata().map(identity).is_ok_and(|ours| ours == there))
+        let is_ours = |there| self.lock.metadata().map(identity).is_ok_and(|ours| ours == there);
+        there.is_ok_and(is_ours) && fs::metadata("/proc/self/exe").is_ok_and(|program| program.nlink() > 0)
     }
 
     /// The files of lists, and when each was last wanted.

@@ -49,6 +49,8 @@ const MUTE: Duration = Duration::from_secs(600);
 const KEPT: Duration = Duration::from_secs(1800);
 /// Machines beyond so many are not looked at: each costs a thread.
 const MOST_WATCHED: usize = 512;
+/// How long shells may take to be ended at the end.
+const PARTING: Duration = Duration::from_secs(3);
 /// Of the stack of such a thread, in bytes.
 const STACK: usize = 512 * 1024;
 
@@ -79,11 +81,20 @@ pub fn run() -> Result<(), SamplerError> {
     let path = Samples::path(reach.directory());
     let (tell, hear) = mpsc::channel();
     let samples = Samples::read(&path);
-    let mut sampler = Sampler { post, path, samples, lists: HashMap::new(), watched: HashMap::new(), tell };
+    let mut sampler = Sampler {
+        post,
+        path,
+        samples,
+        lists: HashMap::new(),
+        watched: HashMap::new(),
+        tell,
+        is_ending: Arc::default(),
+    };
     tracing::debug!("looking at the load of machines");
     while sampler.tick() {
         sampler.listen(&hear);
     }
+    sampler.end();
     tracing::debug!("nobody wants to know the load of machines any more");
     Ok(())
 }
@@ -129,9 +140,23 @@ struct Sampler {
     lists: HashMap<PathBuf, Option<Fleet>>,
     watched: HashMap<String, Watched>,
     tell: Sender<News>,
+    /// Whoever looks at a machine is to stop.
+    is_ending: Arc<AtomicBool>,
 }
 
 impl Sampler {
+    /// Has all shells ended, as far as they are not waited for.
+    fn end(&self) {
+        self.is_ending.store(true, Ordering::Relaxed);
+        let watchers: Vec<&JoinHandle<()>> =
+            self.watched.values().filter_map(|watched| watched.watcher.as_ref()).collect();
+        watchers.iter().for_each(|watcher| watcher.thread().unpark());
+        let deadline = Instant::now() + PARTING;
+        while watchers.iter().any(|watcher| !watcher.is_finished()) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Looks for hooks, masters and slots. False if there is nothing more to do.
     fn tick(&mut self) -> bool {
         if !self.post.is_held() {
@@ -151,7 +176,7 @@ impl Sampler {
             if is_recent || builds > 0 {
                 is_wanted = true;
                 if let Some(fleet) = fleet {
-                    fleet.watch(&mut self.watched, &self.samples, &self.tell);
+                    fleet.watch(&mut self.watched, &self.samples, &self.tell, &self.is_ending);
                 }
             } else {
                 self.lists.remove(&path);
@@ -177,8 +202,13 @@ impl Sampler {
                 }
                 Err(silence) => {
                     tracing::debug!(key = news.key, reason = silence.describe(), "no sample of a machine");
-                    // One that was only slow, or is, has answered before.
-                    if matches!(silence, Silence::NoShell) && self.samples.of(&news.key).is_none() {
+                    let is_mute = match silence {
+                        // One that was only slow, or is, has answered before.
+                        Silence::NoShell => self.samples.of(&news.key).is_none(),
+                        Silence::NoLastingSession(_) => true,
+                        Silence::NoSession(_) | Silence::Lost => false,
+                    };
+                    if is_mute {
                         self.samples.put_mute(&news.key, now);
                         is_new = true;
                     }
@@ -241,7 +271,13 @@ impl Fleet {
     }
 
     /// Has machines looked at that are not, and can be.
-    fn watch(&self, watched: &mut HashMap<String, Watched>, samples: &Samples, tell: &Sender<News>) {
+    fn watch(
+        &self,
+        watched: &mut HashMap<String, Watched>,
+        samples: &Samples,
+        tell: &Sender<News>,
+        is_ending: &Arc<AtomicBool>,
+    ) {
         let now = Instant::now();
         for target in &self.machines {
             let is_known = watched.contains_key(&target.key);
@@ -262,18 +298,31 @@ impl Fleet {
             }
             let Some(open) = self.reach.open(&target.machine) else { continue };
             let (reach, target, every) = (Arc::clone(&self.reach), Arc::clone(target), self.every);
-            let tell = tell.clone();
+            let (tell, is_ending) = (tell.clone(), Arc::clone(is_ending));
             state.not_before = now + PAUSE;
             let watcher = thread::Builder::new().stack_size(STACK);
-            state.watcher = watcher.spawn(move || look(&reach, &target, &open, every, &tell)).ok();
+            state.watcher =
+                watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_ending)).ok();
         }
     }
 }
 
 /// Looks at one machine until that is no longer possible, or needs another session.
-fn look(reach: &Reach, target: &Target, open: &Open, every: Duration, tell: &Sender<News>) {
+fn look(
+    reach: &Reach,
+    target: &Target,
+    open: &Open,
+    every: Duration,
+    tell: &Sender<News>,
+    is_ending: &AtomicBool,
+) {
     let say = |what, pause| tell.send(News { key: target.key.clone(), what, pause }).is_ok();
-    let stays = || open.is_current() && reach.is_by_socket(&target.machine);
+    let stays = || {
+        !is_ending.load(Ordering::Relaxed)
+            && open.is_current()
+            && open.is_by_socket()
+            && reach.is_by_socket(&target.machine)
+    };
     let mut conversation = match Conversation::begin(open) {
         Ok(begun) => begun,
         Err(silence) => {
@@ -308,7 +357,7 @@ fn look(reach: &Reach, target: &Target, open: &Open, every: Duration, tell: &Sen
         while let left = every.saturating_sub(begin.elapsed())
             && !left.is_zero()
         {
-            thread::sleep(left.min(TICK));
+            thread::park_timeout(left.min(TICK));
             if !stays() {
                 return;
             }

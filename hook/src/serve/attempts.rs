@@ -2,17 +2,20 @@
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
-use super::{Accepted, Candidate, Chosen, Failed, Hook, PATIENT_BOUND};
+use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
+use crate::lease::Lease;
+use crate::plan::Verdict;
+use crate::plan::machine::Machine;
 use crate::plan::trust::{self, Way};
-use crate::plan::{Local, Verdict};
+use crate::queue::{self, Place, QueueError, Turn};
 use crate::reach::ReachError;
 use crate::sending::Sending;
 use crate::slots::Held;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
-use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often one machine is tried for an accepted build whose connection breaks.
@@ -21,8 +24,8 @@ const TRIES: usize = 3;
 /// A waiting build looks at the slots so often even if nothing seems to happen.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-/// What Nix can still build itself of a derivation that is accepted: nothing, it has no say any more.
-const NOWHERE: Local = Local { max_jobs: 0, systems: BTreeSet::new(), features: BTreeSet::new() };
+/// How long a build that could take a slot leaves it to those who have had their turn for longer, in other lines.
+const ELDERS_FIRST: Duration = Duration::from_millis(5);
 
 /// How trying one machine for an accepted build ended.
 enum Attempt {
@@ -30,7 +33,7 @@ enum Attempt {
     Done,
     /// The build failed, with this exit status and text; no other machine is to be tried.
     Final(u8, String),
-    /// The machine could not be used; another may do it.
+    /// The machine could not be used, which has been told; another may do it.
     Elsewhere(String),
     /// The machine is down and has been told to wake up.
     Asleep,
@@ -49,7 +52,7 @@ impl Hook<'_> {
         let mut tried = Vec::new();
         let mut next = match accepted {
             Accepted::Now(chosen) => Some(*chosen),
-            Accepted::Waiting(machines, _place) => self.wait_for_slot(candidate, &mut failed, &machines),
+            Accepted::Waiting(place) => self.wait_for_slot(candidate, &mut failed, Some(place)),
         };
         while let Some(current) = next.take() {
             let index = current.index;
@@ -67,26 +70,21 @@ impl Hook<'_> {
                     return status;
                 }
                 Attempt::Asleep => {
-                    next = match self.choose(candidate, &NOWHERE, &mut failed, false) {
+                    next = match self.choose(candidate, Stage::Waited, &mut failed) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_for_slot(candidate, &mut failed, &machines)
+                            self.wait_again(candidate, &mut failed, &machines)
                         }
                         (_, chosen) => chosen,
                     };
                 }
                 Attempt::Elsewhere(text) => {
-                    tracing::warn!(
-                        derivation,
-                        builder = name,
-                        reason = plain(&text),
-                        "giving up this machine"
-                    );
-                    self.nix.message(Verbosity::Warn, &format!("cannot build on '{name}': {text}"));
+                    let reason = plain(&text);
+                    tracing::warn!(derivation, builder = name, reason, "giving up this machine");
                     tried.push(format!("{name}: {text}"));
                     failed.insert(index, text);
-                    next = match self.choose(candidate, &NOWHERE, &mut failed, true) {
+                    next = match self.choose(candidate, Stage::Again, &mut failed) {
                         (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_for_slot(candidate, &mut failed, &machines)
+                            self.wait_again(candidate, &mut failed, &machines)
                         }
                         (_, chosen) => chosen,
                     };
@@ -111,18 +109,28 @@ impl Hook<'_> {
         exit::FAILURE
     }
 
-    /// Waits until a machine has a slot for the build; first come, first served.
+    /// The same for a build that is not new. It is accepted, so it has to wait however many do.
+    fn wait_again(&self, candidate: &Candidate, failed: &mut Failed, machines: &[usize]) -> Option<Chosen> {
+        let place = self.queue.place(&self.names(machines), queue::whose(), u64::MAX);
+        let place = place.unwrap_or_else(|error| {
+            self.tell_of_queue(&error);
+            None
+        });
+        self.wait_for_slot(candidate, failed, place)
+    }
+
+    /// Waits until a machine has a slot for the build; first come, first served, and users take turns.
     fn wait_for_slot(
         &self,
         candidate: &Candidate,
         failed: &mut Failed,
-        machines: &[usize],
+        place: Option<Place>,
     ) -> Option<Chosen> {
         let begin = Instant::now();
-        let head = format!("{}-head", self.queue_name(machines));
-        let turn = self.queue.lock(&head).and_then(|turn| Ok((turn, self.slots.watch()?)));
-        let (_turn, watch) = match turn {
-            Ok(turn) => turn,
+        // Without a turn it may still get a slot.
+        let turn = place.and_then(|place| place.wait().map_err(|error| self.tell_of_queue(&error)).ok());
+        let watch = match self.slots.watch() {
+            Ok(watch) => watch,
             Err(error) => {
                 let text = exit::report(&error, None);
                 tracing::error!("{text}");
@@ -131,9 +139,14 @@ impl Hook<'_> {
             }
         };
         loop {
-            self.interest.show();
-            match self.choose(candidate, &NOWHERE, failed, false) {
-                (Verdict::Wait(_) | Verdict::Postpone(_), _) => watch.wait(LOOK_AGAIN),
+            if turn.as_ref().is_some_and(Turn::has_elder) {
+                thread::sleep(ELDERS_FIRST);
+            }
+            match self.choose(candidate, Stage::Waited, failed) {
+                (Verdict::Wait(_) | Verdict::Postpone(_), _) => {
+                    self.attend(failed);
+                    watch.wait(LOOK_AGAIN);
+                }
                 (_, chosen) => {
                     let duration_ms = begin.elapsed().as_millis() as u64;
                     tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
@@ -143,10 +156,22 @@ impl Hook<'_> {
         }
     }
 
+    /// How many slots all clients share there, if they do and the machine has the means for it.
+    fn shared_slots(&self, machine: &Machine) -> Option<u32> {
+        let slots = self.offload.of_machine(machine).shared_slots;
+        slots.filter(|_| !self.reach.is_without_leases(machine))
+    }
+
+    fn tell_of_queue(&self, error: &QueueError) {
+        let text = exit::report(error, None);
+        tracing::error!("{text}");
+        self.nix.message(Verbosity::Warn, &format!("nix-offload: {text}"));
+    }
+
     fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
-        let machine = &self.machines[chosen.index];
+        let Chosen { index, slot, pace, mut reached } = chosen;
+        let machine = &self.machines[index];
         let derivation = candidate.request.drv_path.as_str();
-        let Chosen { slot, pace, mut reached, .. } = chosen;
         let meanwhile = |slot: Option<&Held>| {
             if let Some(slot) = slot {
                 self.say(candidate, slot, pace);
@@ -154,6 +179,7 @@ impl Hook<'_> {
             self.memory.keep_latest(derivation, self.machines);
             self.interest.show();
         };
+        let leases = self.shared_slots(machine);
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
             nix: self.nix,
@@ -164,6 +190,7 @@ impl Hook<'_> {
             outputs: &candidate.outputs,
             machine: &machine.name,
             sending: &sending,
+            is_leased: leases.is_some(),
             meanwhile: &meanwhile,
         };
         let seen = self.reach.seen(machine);
@@ -189,7 +216,10 @@ impl Hook<'_> {
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
-                Err(error) => return Attempt::Elsewhere(error.describe()),
+                Err(error) => {
+                    self.note_failure(index, &error);
+                    return Attempt::Elsewhere(error.describe());
+                }
             };
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);
@@ -209,12 +239,15 @@ impl Hook<'_> {
                 // If it fails the connection is lost, which the first answer will show.
                 let _ = connection.builder.send_ahead(prepared.ahead.clone());
             }
+            // What was built before the connection was lost needs none.
+            let mut lease =
+                leases.filter(|_| slot.is_some()).and_then(|slots| Lease::begin(&self.reach, machine, slots));
             if slot.is_none() {
                 // It was given back when the build was over. Most likely there is nothing left to build, so another
                 // build's claim to the last slot is no reason to wait.
                 slot = self.slots.take_any(&machine.name, machine.max_jobs).ok().flatten();
             }
-            let error = match task.run(&mut connection.builder, job, &prepared, &mut slot) {
+            let error = match task.run(&mut connection.builder, job, &prepared, &mut slot, &mut lease) {
                 Ok(report) => {
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
@@ -248,7 +281,7 @@ impl Hook<'_> {
                     }
                     let distrust = self.distrust_in(machine, &text).map(ReachError::from);
                     let text = distrust.map_or(text, |distrust| distrust.describe());
-                    return Attempt::Elsewhere(text);
+                    return self.elsewhere(index, text);
                 }
                 Blame::Guess => {
                     tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
@@ -281,7 +314,13 @@ impl Hook<'_> {
                 }
             }
         }
-        Attempt::Elsewhere(lost)
+        self.elsewhere(index, lost)
+    }
+
+    fn elsewhere(&self, index: usize, text: String) -> Attempt {
+        let told = format!("cannot build on '{}': {text}", self.machines[index].name);
+        self.nix.message(Verbosity::Warn, &told);
+        Attempt::Elsewhere(text)
     }
 }
 

@@ -1,10 +1,10 @@
 //! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
 
-use super::{Candidate, Failed, Hook, env};
+use super::{Candidate, Failed, Hook, NOWHERE, Stage, env};
 use crate::derivation;
 use crate::local_load;
 use crate::plan::machine::Machine;
-use crate::plan::{self, Decision, Health, Known, Load, Local, Policy, Question, Verdict, Work, telling};
+use crate::plan::{self, Decision, Health, Known, Load, Policy, Question, Refusal, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
 use crate::state::{self, Asked, Decided, History, Told};
@@ -64,6 +64,15 @@ impl Memory {
         }
     }
 
+    /// Machines that the last decision left alone for what is known of their health.
+    pub(super) fn left_alone(&self) -> Vec<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(Decision::refusals);
+        let ailing =
+            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)));
+        ailing.map(|(index, _)| index).collect()
+    }
+
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
     pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
         if let Some(history) = &self.history {
@@ -82,7 +91,7 @@ impl Hook<'_> {
     pub(super) fn decide(
         &self,
         candidate: &Candidate,
-        local: &Local,
+        stage: Stage,
         failed: &Failed,
         unfit: &Failed,
     ) -> Result<(Decision, Option<Held>), SlotError> {
@@ -90,6 +99,11 @@ impl Hook<'_> {
         let state = self.memory.state.as_deref();
         let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        // What is new does not overtake those that wait.
+        let (survey, local) = match stage {
+            Stage::New => (survey, &self.local),
+            Stage::Again | Stage::Waited => (survey.at_its_turn(), &NOWHERE),
+        };
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,

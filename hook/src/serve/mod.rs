@@ -2,6 +2,7 @@
 //!
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
+mod ailing;
 mod attempts;
 mod deciding;
 mod handover;
@@ -19,6 +20,7 @@ use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::Wanted;
 use crate::plan::{Local, Request, Rules, Verdict, Work};
+use crate::queue::{self, Place, Queue, QueueError};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
@@ -29,13 +31,13 @@ use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
 use deciding::Memory;
 use handover::{Among, Handover};
-use nix_derivation::{Derivation, HashAlgorithm, StorePath, hash_bytes};
+use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
-use race::{Runner, race};
+use race::{Runner, STAGGER, race};
 use std::cell::OnceCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -74,6 +76,8 @@ enum Unable {
     #[error(transparent)]
     Slots(#[from] SlotError),
     #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
     Reach(#[from] ReachSetupError),
     #[error(transparent)]
     Settings(#[from] SettingsError),
@@ -84,7 +88,7 @@ impl Unable {
         match self {
             Self::Reach(error) => error.cure(),
             Self::Settings(error) => error.cure(),
-            Self::Location(_) | Self::Slots(_) => None,
+            Self::Location(_) | Self::Slots(_) | Self::Queue(_) => None,
         }
     }
 }
@@ -177,9 +181,23 @@ enum Answer {
 enum Accepted {
     /// On a machine with a free slot.
     Now(Box<Chosen>),
-    /// To wait here for a slot of one of these machines. Holds a place in the queue.
-    Waiting(Vec<usize>, Held),
+    /// To wait here for a slot.
+    Waiting(Place),
 }
+
+/// How far a build has come that a machine is chosen for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Nix waits for the answer.
+    New,
+    /// It was accepted, and its machine was given up.
+    Again,
+    /// It has waited for a slot, and it is its turn.
+    Waited,
+}
+
+/// What Nix can still build itself of a derivation that is accepted: nothing, it has no say any more.
+const NOWHERE: Local = Local { max_jobs: 0, systems: BTreeSet::new(), features: BTreeSet::new() };
 
 struct Hook<'a> {
     nix: &'a NixSide,
@@ -189,10 +207,11 @@ struct Hook<'a> {
     local: Local,
     location: Location,
     slots: Slots,
-    queue: Slots,
+    queue: Queue,
     reach: Reach,
     memory: Memory,
     interest: Interest<'a>,
+    offload: Offload,
 }
 
 /// Machines that failed in this process, by index, and how.
@@ -217,13 +236,26 @@ impl<'a> Hook<'a> {
         let current_load = location.state_dir.join("current-load");
         let slots = Slots::open(current_load.clone())?;
         let reach = Reach::new(env)?.following(settings);
-        let queue = Slots::open(reach.directory().join("queue"))?;
+        let queue = Queue::open(reach.directory())?;
         let offload: Offload = offload::read(env)?;
         let (rules, local) = (offload.rules(), settings.local());
         let memory = Memory::new(&reach);
         let store_dir = location.store_dir.to_string();
         let interest = Interest::new(&reach, machines, offload.sample_every(), &current_load, &store_dir);
-        Ok(Self { nix, settings, machines, rules, local, location, slots, queue, reach, memory, interest })
+        Ok(Self {
+            nix,
+            settings,
+            machines,
+            rules,
+            local,
+            location,
+            slots,
+            queue,
+            reach,
+            memory,
+            interest,
+            offload,
+        })
     }
 
     fn run(&self, source: &mut StdinLock<'_>, verbosity: u64) -> Result<u8, ServeError> {
@@ -233,6 +265,7 @@ impl<'a> Hook<'a> {
         let mut first_asked: HashMap<String, SystemTime> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
+            self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();
             let is_first = !first_asked.contains_key(&drv_path);
             let since =
@@ -258,6 +291,7 @@ impl<'a> Hook<'a> {
             );
             match answer {
                 Answer::Reply(reply) => {
+                    self.attend(&failed);
                     if matches!(reply, Reply::Postpone) {
                         self.memory.postponed(&drv_path, since);
                         self.interest.show();
@@ -270,6 +304,7 @@ impl<'a> Hook<'a> {
                     drop(handover);
                     // Nix writes this with its whole event loop waiting, so it is read before anything else.
                     let job = hook::read_job(source).map_err(ServeError::Protocol)?;
+                    self.attend(&failed);
                     return Ok(self.build(&candidate, accepted, &job, failed));
                 }
                 Answer::Handed(_, stock) => return Ok(stock.carry_on(source, self.nix)),
@@ -298,7 +333,7 @@ impl<'a> Hook<'a> {
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
-        match self.choose(&candidate, &self.local, failed, true) {
+        match self.choose(&candidate, Stage::New, failed) {
             (Verdict::Accept(index), Some(chosen)) => {
                 let accepted = Accepted::Now(Box::new(chosen));
                 Answer::Ours(Reply::Accept { machine: name(index) }, Box::new(candidate), accepted)
@@ -307,7 +342,7 @@ impl<'a> Hook<'a> {
                 // The first is named to Nix, which cannot be told otherwise later.
                 (Some(first), Some(place)) => {
                     let reply = Reply::Accept { machine: name(*first) };
-                    Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(machines, place))
+                    Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(place))
                 }
                 _ => Answer::Reply(Reply::Postpone),
             },
@@ -344,20 +379,13 @@ impl<'a> Hook<'a> {
 
     /// Chooses until a machine is found that is known or seen to answer.
     ///
-    /// With `ask` a machine that has not answered lately is connected to first. `local` is what Nix could still build
-    /// itself.
-    fn choose(
-        &self,
-        candidate: &Candidate,
-        local: &Local,
-        failed: &mut Failed,
-        ask: bool,
-    ) -> (Verdict, Option<Chosen>) {
+    /// A machine that has not answered lately is connected to first, unless the build has waited for this one already.
+    fn choose(&self, candidate: &Candidate, stage: Stage, failed: &mut Failed) -> (Verdict, Option<Chosen>) {
         // What speaks against a machine for this derivation only.
         let mut unfit = Failed::new();
         let mut woken = HashSet::new();
         loop {
-            let (decision, slot) = match self.decide(candidate, local, failed, &unfit) {
+            let (decision, slot) = match self.decide(candidate, stage, failed, &unfit) {
                 Ok(decided) => decided,
                 Err(error) => {
                     let text = exit::report(&error, None);
@@ -374,7 +402,7 @@ impl<'a> Hook<'a> {
                 _ => return (decision.verdict, None),
             };
             let machine = &self.machines[index];
-            if !ask || self.may_be_promised(machine, candidate) {
+            if stage == Stage::Waited || self.may_be_promised(machine, candidate) {
                 let chosen = Chosen { index, pace: decision.pace(index), slot, reached: None };
                 return (decision.verdict, Some(chosen));
             }
@@ -406,11 +434,26 @@ impl<'a> Hook<'a> {
                     }
                     continue;
                 }
-                tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
-                self.nix.message(Verbosity::Error, &format!("cannot build on '{}': {text}", machine.name));
-                let against =
-                    if matches!(error, ReachError::Distrust(_)) { &mut unfit } else { &mut *failed };
-                against.insert(index, text);
+                match error {
+                    ReachError::Distrust(_) => {
+                        tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
+                        let told = format!("cannot build on '{}': {text}", machine.name);
+                        self.nix.message(Verbosity::Error, &told);
+                        unfit.insert(index, text);
+                    }
+                    // It is used at once when there is one again.
+                    error if error.is_no_network() => {
+                        self.tell_of_network();
+                        unfit.insert(index, text);
+                    }
+                    error => {
+                        self.note_failure(index, &error);
+                        failed.insert(index, text);
+                    }
+                }
+            }
+            for index in raced.slow {
+                self.reach.note_slow(&self.machines[index], STAGGER);
             }
             let (winner, reached) = match raced.winner {
                 Some((winner, reached)) => (winner, reached.map(|reached| *reached)),
@@ -449,19 +492,16 @@ impl<'a> Hook<'a> {
         Runner { index, machine, bound: if waking { WAKING_BOUND } else { self.reach.connect_timeout() } }
     }
 
-    /// A place among the builds that wait here for a slot of these machines.
-    fn place_in_queue(&self, machines: &[usize]) -> Option<Held> {
-        self.queue.take_any(&self.queue_name(machines), self.rules.max_waiting).unwrap_or_else(|error| {
+    /// A place among the builds that wait here for a slot of these machines; none if there are too many.
+    fn place_in_queue(&self, machines: &[usize]) -> Option<Place> {
+        let names = self.names(machines);
+        self.queue.place(&names, queue::whose(), self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("{}", exit::report(&error, None));
             None
         })
     }
 
-    /// Builds that can use the same machines stand in one queue, so that none waits behind one with other wishes.
-    fn queue_name(&self, machines: &[usize]) -> String {
-        let names: Vec<&str> = machines.iter().map(|index| self.machines[*index].name.as_str()).collect();
-        hash_bytes(HashAlgorithm::Sha256, names.join("\n").as_bytes())
-            .to_nix_base16_string()
-            .replace(':', "-")
+    fn names(&self, machines: &[usize]) -> Vec<&str> {
+        machines.iter().map(|index| self.machines[*index].name.as_str()).collect()
     }
 }

@@ -2,7 +2,8 @@
 
 use nix::unistd::getppid;
 use nix_derivation::{HashAlgorithm, hash_bytes};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -19,20 +20,27 @@ pub struct Told {
     directory: PathBuf,
     /// The process and its time of birth, if that is known.
     command: Option<(i32, u64)>,
+    /// What this process told, by its hash.
+    here: RefCell<HashSet<String>>,
 }
 
 impl Told {
     /// The memory in a runtime directory.
     pub fn at(runtime: &Path) -> Self {
         let parent = getppid().as_raw();
-        Self { directory: runtime.join("told"), command: born(parent).map(|born| (parent, born)) }
+        let command = born(parent).map(|born| (parent, born));
+        Self { directory: runtime.join("told"), command, here: RefCell::default() }
     }
 
-    /// Whether this is still to be told; it counts as told from now on. What cannot be kept is told again.
+    /// Whether this is still to be told; it counts as told from now on. What cannot be kept for others is told by them, too.
     pub fn is_first(&self, what: &str) -> bool {
-        let Some((pid, born)) = self.command else { return true };
         let digest = hash_bytes(HashAlgorithm::Sha256, what.as_bytes()).to_nix_base16_string();
         let digest: String = digest.chars().skip("sha256:".len()).take(DIGITS).collect();
+        let mut here = self.here.borrow_mut();
+        if here.len() >= MOST || !here.insert(digest.clone()) {
+            return false;
+        }
+        let Some((pid, born)) = self.command else { return true };
         let path = self.directory.join(format!("{pid}-{born}-{digest}"));
         let create = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         let created = match create() {
@@ -98,7 +106,7 @@ mod tests {
         // Another command is told too, and what was told in one that is over is forgotten.
         let (pid, born) = told.command.unwrap();
         for over in [(pid, born + 1), (i32::MAX, 7)] {
-            let other = Told { command: Some(over), ..told.clone() };
+            let other = Told { command: Some(over), ..Told::at(runtime.path()) };
             assert!(other.is_first("a"));
         }
         fs::write(told.directory.join("nonsense"), "").unwrap();
@@ -110,15 +118,19 @@ mod tests {
     fn one_command_is_not_told_ever_so_many_things() {
         let runtime = tempfile::tempdir().unwrap();
         let told = Told::at(runtime.path());
-        assert_eq!((0..100).filter(|number| told.is_first(&number.to_string())).count(), MOST);
+        let first = |told: &Told, numbers: std::ops::Range<u32>| {
+            numbers.filter(|number| told.is_first(&number.to_string())).count()
+        };
+        assert_eq!(first(&told, 0..20) + first(&Told::at(runtime.path()), 0..100), MOST);
+        assert_eq!(first(&told, 200..300), 0);
         assert_eq!(names(&told), MOST);
     }
 
     #[test]
     fn what_cannot_be_kept_is_told() {
-        let told = Told { directory: "/proc/nothing".into(), command: Some((1, 1)) };
-        assert!(told.is_first("a") && told.is_first("a"));
-        let told = Told { command: None, ..told };
-        assert!(told.is_first("a") && told.is_first("a"));
+        for command in [None, Some((1, 1))] {
+            let told = Told { directory: "/proc/nothing".into(), command, here: RefCell::default() };
+            assert!(told.is_first("a") && !told.is_first("a") && told.is_first("b"));
+        }
     }
 }

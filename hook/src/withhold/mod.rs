@@ -82,8 +82,6 @@ impl WithholdError {
 struct Done {
     name: String,
     is_changed: bool,
-    /// It is in the list, and its builds are none of ours.
-    is_left_to_stock: bool,
     /// The builds that run there; none within for those of Nix's own hook.
     running: Vec<Option<Holder>>,
 }
@@ -126,17 +124,15 @@ pub fn withhold(
     };
     let changed = Withholdings::change(&directory, &chosen, to.as_ref())
         .map_err(|source| WithholdError::Write { directory, source })?;
-    let slots = vantage.slots().ok();
+    let slots = vantage.slots();
     let done: Vec<Done> = chosen
         .into_iter()
         .map(|name| {
             let machine = machines.iter().find(|machine| machine.name == name);
             Done {
                 is_changed: changed.contains(&name),
-                is_left_to_stock: machine.is_some_and(|machine| !machine.uri.is_ours()),
                 running: machine
-                    .zip(slots.as_ref())
-                    .map(|(machine, slots)| slots.running(&machine.name, machine.max_jobs))
+                    .map(|machine| slots.running(&machine.name, machine.max_jobs))
                     .unwrap_or_default(),
                 name,
             }
@@ -233,10 +229,6 @@ fn to_text(report: &mut String, done: &Done, to: Option<&Withheld>, now: SystemT
         "" => writeln!(report),
         why => writeln!(report, ": {why}"),
     };
-    if done.is_left_to_stock {
-        report.push_str("  It is left to Nix's own hook, which sends builds there as before.\n");
-        return;
-    }
     let _ = match done.running.len() {
         0 => writeln!(report, "  No build runs there. No new one begins."),
         1 => writeln!(report, "  1 build runs there and is left to finish. No new one begins."),
@@ -294,12 +286,7 @@ mod tests {
             since: (now - Duration::from_secs(130)).duration_since(UNIX_EPOCH).unwrap().as_secs_f64(),
             expected: None,
         };
-        let done = |is_changed, running| Done {
-            name: "ssh-ng://mac".into(),
-            is_changed,
-            is_left_to_stock: false,
-            running,
-        };
+        let done = |is_changed, running| Done { name: "ssh-ng://mac".into(), is_changed, running };
         let text = |done: &Done, to: Option<&Withheld>| {
             let mut text = String::new();
             to_text(&mut text, done, to, now);

@@ -78,14 +78,67 @@ impl Channel {
 
 /// Opens a channel to a unix socket on the far side (`direct-streamlocal@openssh.com`).
 pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result<Channel, OpenError> {
-    let opening = Dialogue::opening(socket_path)?;
+    let (opened, holder) = begin(control, &Dialogue::opening(socket_path)?, bound)?;
+    let guard = holder.map(|mut holder| {
+        holder.opened(&codec::close(opened.confirmed.channel));
+        Guard::Shell(holder)
+    });
+    Ok(opened.into_channel(control, guard))
+}
+
+/// Runs a command in a session. `is_guarded` is for who is likely to be killed: otherwise nobody closes the channel in our
+/// place, other than before it is confirmed.
+pub(super) fn open_session(
+    control: &Path,
+    command: &str,
+    bound: Duration,
+    is_guarded: bool,
+) -> Result<Channel, OpenError> {
+    if command.is_empty() || command.contains('\0') || command.len() > codec::MAX_DATA / 2 {
+        return Err(OpenError::Argument { what: "command" });
+    }
+    let deadline = Instant::now() + bound;
+    let (opened, holder) = begin(control, &Dialogue::opening_session(), bound)?;
+    let guard = holder.and_then(|mut holder| {
+        holder.opened(&codec::close(opened.confirmed.channel));
+        if is_guarded {
+            return Some(Guard::Shell(holder));
+        }
+        holder.release();
+        None
+    });
+    let mut channel = opened.into_channel(control, guard);
+    let gone = |source| OpenError::Gone { control: control.to_owned(), source };
+    channel.writer.shared.send(&codec::exec(channel.writer.shared.channel, command), &[]).map_err(gone)?;
+    match channel.reader.wait_for_window(deadline) {
+        Ok(()) => Ok(channel),
+        Err(error) if is_timeout(&error) => Err(OpenError::TimedOut { bound, master_answers: true }),
+        Err(error) => Err(gone(error)),
+    }
+}
+
+/// A channel that has just been confirmed.
+struct Opened {
+    socket: UnixStream,
+    incoming: Incoming,
+    confirmed: Confirmed,
+}
+
+impl Opened {
+    fn into_channel(self, control: &Path, guard: Option<Guard>) -> Channel {
+        Channel::new(self.socket, control, self.incoming, self.confirmed, guard)
+    }
+}
+
+/// Says what opens a channel, and waits until it is confirmed.
+fn begin(control: &Path, opening: &[u8], bound: Duration) -> Result<(Opened, Option<Holder>), OpenError> {
     let deadline = Instant::now() + bound;
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let mut socket = connect(control, deadline).map_err(gone)?;
     socket.set_write_timeout(Some(MASTER_STALL)).map_err(gone)?;
     let holder = Holder::spawn(&socket).map_err(|error| tracing::warn!(%error, "cannot run /bin/sh")).ok();
     let mut dialogue = Dialogue::default();
-    let confirmed = match dialogue.run(&mut socket, &opening, deadline) {
+    let confirmed = match dialogue.run(&mut socket, opening, deadline) {
         Ok(confirmed) => confirmed,
         Err(reason) => {
             match (holder, &reason) {
@@ -106,12 +159,8 @@ pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result
             });
         }
     };
-    let guard = holder.map(|mut holder| {
-        holder.opened(&codec::close(confirmed.channel));
-        Guard::Shell(holder)
-    });
     socket.set_read_timeout(None).map_err(gone)?;
-    Ok(Channel::new(socket, control, dialogue.into_rest(), confirmed, guard))
+    Ok((Opened { socket, incoming: dialogue.into_rest(), confirmed }, holder))
 }
 
 /// Who closes the channel if we do not.
@@ -280,6 +329,30 @@ impl ChannelReader {
         }
         self.incoming.take(4 + len);
         Ok(true)
+    }
+
+    /// Reads until something may be sent. A session has no window before its command runs (`session_set_fds` in session.c).
+    fn wait_for_window(&mut self, deadline: Instant) -> io::Result<()> {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        while lock(&self.shared.flow).window == 0 {
+            if self.finished || self.data_left > 0 {
+                return Err(invalid(ProtocolError::Window));
+            }
+            if self.step().map_err(invalid)? {
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.shared.socket.set_read_timeout(Some(left))?;
+            let mut socket = &self.shared.socket;
+            match self.incoming.fill(&mut socket) {
+                Err(error) if is_timeout(&error) => {}
+                other => other?,
+            }
+        }
+        self.shared.socket.set_read_timeout(None)
     }
 
     fn charge(&mut self, bytes: u32) -> Result<(), ProtocolError> {

@@ -63,7 +63,12 @@ impl Dialogue {
         {
             return Err(OpenError::Argument { what: "socket path" });
         }
-        Ok(codec::opening(socket_path, WINDOW))
+        Ok(codec::opening(Some(socket_path), WINDOW))
+    }
+
+    /// The same for a session.
+    pub(super) fn opening_session() -> Vec<u8> {
+        codec::opening(None, WINDOW)
     }
 
     /// Says all at once, for the master takes its messages one by one whatever their packing, and hears the answers.

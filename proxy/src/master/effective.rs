@@ -3,6 +3,7 @@
 
 use std::{
     fs, io,
+    net::IpAddr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -34,6 +35,8 @@ pub(super) struct Effective {
     pub(super) host: String,
     /// Its port.
     pub(super) port: u16,
+    /// That it is connected to by ssh itself, and is not this machine.
+    pub(super) needs_network: bool,
     /// Where it writes the keys of new hosts.
     pub(super) known_hosts: Option<PathBuf>,
     /// All of it, as a hash. Empty if ssh did not say.
@@ -92,6 +95,7 @@ pub(super) fn ask(endpoint: &Endpoint, files: &Files, bound: Duration) -> Effect
     if effective.host.is_empty() {
         effective.host = endpoint.host().to_owned();
         effective.port = endpoint.port.unwrap_or(SSH_PORT);
+        effective.needs_network = !is_this_machine(&effective.host);
     }
     effective
 }
@@ -134,10 +138,13 @@ fn read(stdout: &str, stderr: &str, main: &[PathBuf]) -> Effective {
             stamps.push(Stamp::of(path));
         }
     }
+    let host = value("hostname").to_ascii_lowercase();
+    let is_direct = ["proxycommand", "proxyjump"].iter().all(|name| matches!(value(name), "" | "none"));
     let known_hosts = value("userknownhostsfile").split(' ').next().filter(|word| !word.is_empty());
     Effective {
         known_hosts: known_hosts.map(PathBuf::from),
-        host: value("hostname").to_ascii_lowercase(),
+        needs_network: is_direct && !is_this_machine(&host),
+        host,
         port: value("port").parse().unwrap_or(SSH_PORT),
         hash: if stdout.is_empty() {
             String::new()
@@ -146,6 +153,12 @@ fn read(stdout: &str, stderr: &str, main: &[PathBuf]) -> Effective {
         },
         stamps,
     }
+}
+
+/// Whether a host is reached without any network.
+fn is_this_machine(host: &str) -> bool {
+    let is_loopback = || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
+    host == "localhost" || host.ends_with(".localhost") || is_loopback()
 }
 
 #[cfg(test)]
@@ -177,5 +190,18 @@ mod tests {
         fs::write(path("absent"), "").unwrap();
         assert!(!effective.stamps[1].still_holds());
         assert_ne!(read("host other\n", &stderr, &main).hash, effective.hash);
+    }
+
+    #[test]
+    fn hosts_that_are_reached_without_a_network_are_known() {
+        let needs = |said: &str| read(said, "", &[]).needs_network;
+        for host in ["example.org", "10.0.0.1", "2001:db8::1", "localhost.example.org"] {
+            assert!(needs(&format!("hostname {host}\nproxycommand none\n")), "{host}");
+        }
+        for host in ["localhost", "LOCALHOST", "vm.localhost", "127.0.0.1", "127.8.8.8", "::1"] {
+            assert!(!needs(&format!("hostname {host}\n")), "{host}");
+        }
+        assert!(!needs("hostname example.org\nproxycommand socat - VSOCK-CONNECT:3:22\n"));
+        assert!(!needs("hostname example.org\nproxyjump bastion\n"));
     }
 }

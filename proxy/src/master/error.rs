@@ -77,6 +77,15 @@ pub enum StartError {
         #[source]
         source: WakeError,
     },
+    /// This machine has no network.
+    #[error("cannot connect to {destination}: this machine has no network")]
+    NoNetwork {
+        /// The destination as it was given.
+        destination: String,
+        /// How that was seen.
+        #[source]
+        source: Box<StartError>,
+    },
     /// There is no `ssh`.
     #[error("cannot connect to {destination}: no program `ssh` in PATH")]
     NoSsh {
@@ -121,6 +130,7 @@ impl StartError {
                 Some("try again; `connections-per-second` in offload.toml says how many are allowed".into())
             }
             StartError::Waking { .. } => Some("try again in a while".into()),
+            StartError::NoNetwork { .. } => Some("connect this machine to a network".into()),
             StartError::Wake { source, .. } => Some(source.cure()),
             StartError::NoSsh { .. } => {
                 Some("install OpenSSH's client, or put it on the PATH of this process (the Nix daemon's, for a build hook)".into())
@@ -139,6 +149,7 @@ impl StartError {
             StartError::TimedOut { .. }
             | StartError::Busy { .. }
             | StartError::Crowded { .. }
+            | StartError::NoNetwork { .. }
             | StartError::Waking { .. } => true,
             StartError::Failed { fault, .. } => matches!(
                 fault,
@@ -170,10 +181,23 @@ impl StartError {
         }
     }
 
+    /// Where there is no network it fails like this.
+    pub(super) fn may_lack_network(&self) -> bool {
+        let StartError::Failed { fault, .. } = self else { return false };
+        match fault {
+            Fault::NameNotResolved { .. } | Fault::Unreachable { .. } => true,
+            // What a ProxyCommand of ours has of the kernel and of the resolver.
+            Fault::Proxy { said, .. } => {
+                said.contains("Network is unreachable") || said.contains("cannot be resolved")
+            }
+            _ => false,
+        }
+    }
+
     /// The exit code a command ends with, from [`crate::exit`].
     pub fn exit_code(&self) -> u8 {
         match self {
-            StartError::TimedOut { .. } => exit::UNAVAILABLE,
+            StartError::TimedOut { .. } | StartError::NoNetwork { .. } => exit::UNAVAILABLE,
             StartError::Busy { .. } | StartError::Crowded { .. } | StartError::Waking { .. } => {
                 exit::TEMPORARY
             }

@@ -135,6 +135,24 @@ impl Master {
         Session::open(&self.files.socket, command, bound)
     }
 
+    /// The same for a command that stays: what it writes to stderr is lost, its exit status is not told, and it lives
+    /// beside channels that [`Master::open_unix_socket`] opened. While there is a session of the other kind, the end of a
+    /// killed process's channel may end the connection (see `parting`).
+    ///
+    /// # Errors
+    /// `Refused` when sshd has no session to give, which costs as much as for a socket; see [`OpenError`].
+    pub fn open_lasting_session(&self, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open_session(&self.files.socket, command, bound, false)
+    }
+
+    /// The same for a process that may be killed: a small one closes the channel in its place.
+    ///
+    /// # Errors
+    /// As [`Master::open_lasting_session`].
+    pub fn open_guarded_session(&self, command: &str, bound: Duration) -> Result<Channel, OpenError> {
+        channel::open_session(&self.files.socket, command, bound, true)
+    }
+
     /// Gives the master up, because it is dead, hung, or its link is: it is killed if it is still the process
     /// that was started, and its socket removed, so that the next start makes a new one. Does nothing to
     /// a master that has replaced it meanwhile. True when this one is gone, so that it cannot do any more what it

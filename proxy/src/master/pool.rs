@@ -33,6 +33,7 @@ use super::{
 use crate::{
     down::{Down, Memory, dice},
     exit,
+    network::{self, Outage},
     settings::{Settings, SettingsError},
     wake::{WakeError, Waker, Waking},
 };
@@ -302,7 +303,7 @@ impl Pool {
             // That somebody with less time ran out of it says little.
             .filter(|setback| !setback.timed_out || left() < LEAST_TIME)
         {
-            return Err(setback.explain(endpoint, &files, bound, effective.known_hosts));
+            return Err(self.seen(endpoint, setback.explain(endpoint, &files, bound, effective.known_hosts)));
         }
         if left().is_zero() {
             return Err(StartError::Busy { destination: endpoint.destination.clone(), bound });
@@ -332,7 +333,7 @@ impl Pool {
                 // If it cannot be shared, the others try for themselves.
                 let _ = start::write_whole(&files.failure, &record::failure(&setback));
                 let _ = remove(&files.record);
-                setback.explain(endpoint, &files, bound, effective.known_hosts)
+                self.seen(endpoint, setback.explain(endpoint, &files, bound, effective.known_hosts))
             }
         };
         tracing::warn!(destination = endpoint.destination, %error, "SSH master not started");
@@ -340,6 +341,15 @@ impl Pool {
             memory.failed(&exit::reason(&error), SystemTime::now());
         }
         Err(error)
+    }
+
+    /// A failure, which may be no fault of the host's.
+    fn seen(&self, endpoint: &Endpoint, error: StartError) -> StartError {
+        if !error.may_lack_network() || !network::is_absent() {
+            return error;
+        }
+        self.outage().began(&endpoint.name());
+        StartError::NoNetwork { destination: endpoint.destination.clone(), source: Box::new(error) }
     }
 
     /// Runs ssh, again and again while sshd turns it away and there is time.
@@ -492,6 +502,25 @@ impl Pool {
     /// What is remembered of failed starts of a master.
     pub fn memory(&self, endpoint: &Endpoint) -> Memory {
         Memory::of(&self.directory, format!("master {}", endpoint.name()))
+    }
+
+    /// What is known of the present time without a network.
+    pub fn outage(&self) -> Outage {
+        Outage::of(&self.directory)
+    }
+
+    /// Whether a master cannot be started because this machine has no network. Hosts that ssh does not connect to itself,
+    /// or that are this machine, are none the worse for that.
+    pub fn is_cut_off(&self, endpoint: &Endpoint) -> bool {
+        let outage = self.outage();
+        outage.lasts() && self.live(endpoint).is_none() && {
+            let name = endpoint.name();
+            outage.needs_network(&name).unwrap_or_else(|| {
+                let needs = effective::ask(endpoint, &self.files(endpoint), ASK_BOUND).needs_network;
+                outage.note_host(&name, needs);
+                needs
+            })
+        }
     }
 
     /// Whether its host is being woken.

@@ -113,9 +113,11 @@ pub(crate) enum Packet {
     GlobalRequest { want_reply: bool },
 }
 
-/// Everything the client has to say until the channel is confirmed, to be written at once.
-pub(crate) fn opening(socket_path: &str, window: u32) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(128 + socket_path.len());
+/// Everything the client has to say until the channel is confirmed, to be written at once: a channel to a socket on
+/// the far side, or without one a session.
+pub(crate) fn opening(socket_path: Option<&str>, window: u32) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(128 + socket_path.map_or(0, str::len));
+    let kind: &[u8] = if socket_path.is_some() { b"direct-streamlocal@openssh.com" } else { b"session" };
     framed(&mut bytes, |body| {
         put_u32(body, MUX_MSG_HELLO);
         put_u32(body, MUX_VERSION);
@@ -126,13 +128,15 @@ pub(crate) fn opening(socket_path: &str, window: u32) -> Vec<u8> {
     });
     framed(&mut bytes, |body| {
         body.extend_from_slice(&[0, CHANNEL_OPEN]);
-        put_string(body, b"direct-streamlocal@openssh.com");
+        put_string(body, kind);
         put_u32(body, OUR_CHANNEL);
         put_u32(body, window);
         put_u32(body, MAX_DATA as u32);
-        put_string(body, socket_path.as_bytes());
-        put_string(body, b""); // reserved
-        put_u32(body, 0); // reserved
+        if let Some(socket_path) = socket_path {
+            put_string(body, socket_path.as_bytes());
+            put_string(body, b""); // reserved
+            put_u32(body, 0); // reserved
+        }
     });
     bytes
 }
@@ -223,6 +227,19 @@ pub(crate) fn packet(body: &[u8]) -> Result<Packet, ProtocolError> {
         }
         number => Err(ProtocolError::Unexpected { number: number.into(), expected: "a packet without data" }),
     }
+}
+
+/// Runs a command in a session. No answer is asked for.
+pub(crate) fn exec(channel: u32, command: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(32 + command.len());
+    framed(&mut bytes, |body| {
+        body.extend_from_slice(&[0, CHANNEL_REQUEST]);
+        put_u32(body, channel);
+        put_string(body, b"exec");
+        body.push(0); // no answer
+        put_string(body, command.as_bytes());
+    });
+    bytes
 }
 
 /// What goes in front of `len` bytes of data.
@@ -338,7 +355,7 @@ mod tests {
 
     #[test]
     fn opening_is_hello_then_proxy_then_open() {
-        let bytes = opening("/s", 8);
+        let bytes = opening(Some("/s"), 8);
         assert_eq!(bytes[..12], [0, 0, 0, 8, 0, 0, 0, 1, 0, 0, 0, 4]);
         assert_eq!(bytes[12..24], [0, 0, 0, 8, 0x10, 0, 0, 0x0f, 0, 0, 0, 1]);
         let open = &bytes[24..];
@@ -347,6 +364,9 @@ mod tests {
         assert_eq!(&open[10..40], b"direct-streamlocal@openssh.com");
         assert_eq!(open[40..52], [0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0x80, 0]);
         assert_eq!(&open[52..], b"\0\0\0\x02/s\0\0\0\0\0\0\0\0");
+        let open = &opening(None, 8)[24..];
+        assert_eq!(open, b"\0\0\0\x19\0\x5a\0\0\0\x07session\0\0\0\0\0\0\0\x08\0\0\x80\0");
+        assert_eq!(exec(7, "sh"), b"\0\0\0\x15\0\x62\0\0\0\x07\0\0\0\x04exec\0\0\0\0\x02sh");
     }
 
     #[test]

@@ -47,10 +47,7 @@ pub enum TunnelError {
     #[error(transparent)]
     Start(#[from] StartError),
     /// It failed a short while ago.
-    #[error(
-        "{} is not tried again before {} (in {} s), because it failed: {}",
-        way, clock(down.next), seconds_until(down.next), down.reason
-    )]
+    #[error("{way} is {}, because it failed: {}", left_alone(down), down.reason)]
     KnownDown {
         /// The way that failed.
         way: String,
@@ -187,6 +184,13 @@ impl TunnelError {
             TunnelError::Start(error) => error.is_temporary(),
             _ => false,
         }
+    }
+}
+
+fn left_alone(down: &Down) -> String {
+    match seconds_until(down.next) {
+        0 => "left alone while another process tries it again".into(),
+        seconds => format!("not tried again before {} (in {seconds} s)", clock(down.next)),
     }
 }
 

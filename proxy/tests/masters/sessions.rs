@@ -1,11 +1,12 @@
 //! More sessions than sshd gives on one connection, and masters that nobody uses.
 
 use std::{
-    io::{ErrorKind, Read},
+    io::{ErrorKind, Read, Write},
     time::{Duration, Instant},
 };
 
-use nix_offload_proxy::master::{Master, MasterInfo, OpenError, TimedRead};
+use nix::sys::signal::{Signal, kill};
+use nix_offload_proxy::master::{CloseWrite, Master, MasterInfo, OpenError, TimedRead};
 
 use crate::world::{BOUND, Echo, Trouble, World, gone, session_on_any, wait_until};
 
@@ -84,4 +85,50 @@ fn a_flood_on_stderr_does_not_stop_the_clock() {
     let ended = status.listen(Some(Duration::from_millis(300)), &mut |bytes| heard += bytes.len()).unwrap();
     assert!(!ended && heard > 0, "{ended} {heard}");
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn a_lasting_session_runs_its_command_to_the_end_of_its_input_or_of_itself() {
+    let world = World::with_sshd(|_| "MaxSessions 3".into());
+    let master = world.start();
+    let open = |command: &str| master.open_lasting_session(command, BOUND).map(|session| session.split());
+    let (mut reader, mut writer) = open("echo begun; cat; echo ended; echo lost >&2").unwrap();
+    let mut heard = [0; 11];
+    reader.read_exact(&mut heard[..6]).unwrap();
+    writer.write_all(b"word\n").unwrap();
+    reader.read_exact(&mut heard[6..]).unwrap();
+    assert_eq!(&heard, b"begun\nword\n");
+
+    let (another, third) = (open("cat").unwrap(), open("cat").unwrap());
+    // That costs a process which holds the connection, so the master and the other sessions live.
+    let refused = open("cat").map(drop).unwrap_err();
+    assert!(matches!(refused, OpenError::Refused { .. }), "{refused:?}");
+    drop((another, third));
+    let count = |words: &str| world.sshd_log().matches(words).count();
+    wait_until("those that were dropped have ended", || count("Close session:") == 3);
+    for command in ["", "a\0b"] {
+        assert!(matches!(open(command).map(drop), Err(OpenError::Argument { .. })), "{command:?}");
+    }
+
+    writer.shutdown().unwrap();
+    let mut rest = String::new();
+    reader.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.as_str(), world.logins()), ("ended\n", 1));
+    assert!(master.is_in_place());
+}
+
+#[test]
+fn a_session_whose_command_is_slow_to_begin_is_waited_for_within_the_bound() {
+    let world = World::new();
+    let master = world.start();
+    let sessions = world.sshd_sessions();
+    let all = |number: Signal| sessions.iter().for_each(|pid| kill(*pid, number).unwrap());
+    let begin = Instant::now();
+    all(Signal::SIGSTOP);
+    let late = master.open_lasting_session("cat", Duration::from_millis(500)).map(drop).unwrap_err();
+    all(Signal::SIGCONT);
+    assert!(matches!(late, OpenError::TimedOut { .. }), "{late:?}");
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    master.open_lasting_session("cat", BOUND).unwrap();
+    assert_eq!(world.logins(), 1);
 }

@@ -61,7 +61,7 @@ fn refusals(decision: &Decision) -> Vec<(usize, Refusal)> {
 }
 
 fn full(slots: u64) -> Refusal {
-    Refusal::Full { taken: slots, slots, needed: 1 }
+    Refusal::Full { taken: slots, slots, needed: 1, waiting: 0 }
 }
 
 #[test]
@@ -70,6 +70,23 @@ fn a_machine_of_another_system_is_refused_for_its_system() {
     m.systems = set(&["aarch64-linux"]);
     let d = with_loads(&[m], &request(), &[0]);
     assert_eq!((d.verdict.clone(), refusals(&d)), (Verdict::Decline, vec![(0, Refusal::System)]));
+}
+
+#[test]
+fn what_others_wait_for_is_not_free_to_who_comes_later() {
+    let machines = [machine("a", 4, 9.0), machine("b", 4, 1.0)];
+    let known = |waiting: [u64; 2]| move |i: usize| Known { waiting: waiting[i], ..busy(2) };
+    let decision = decided(&machines, &Local::default(), &request(), known([3, 0]));
+    assert_eq!(decision.verdict, Verdict::Accept(1));
+    let refusal = decision.standings[0].refusal.as_ref().unwrap();
+    assert_eq!(refusal.describe(NOW), "full: 2 of 4 slots taken, and 3 builds wait for one");
+    // It stands behind them, or is built here.
+    let decision = decided(&machines, &Local::default(), &request(), known([3, 1]));
+    assert_eq!((decision.verdict, decision.because), (Verdict::Wait(vec![0, 1]), Because::Full));
+    let local = Local { max_jobs: 1, systems: set(&["x86_64-linux"]), features: set(&[]) };
+    let willing = Request { am_willing: true, ..request() };
+    let decision = decided(&machines, &local, &willing, known([3, 1]));
+    assert_eq!((decision.verdict, decision.because), (Verdict::Decline, Because::LocalFree));
 }
 
 #[test]

@@ -100,7 +100,7 @@ prop_compose! {
             until: until.map(|at| NOW + Duration::from_secs(at)),
             why: String::new(),
         });
-        Known { load: Load { taken }, sample, link, slot_wait, health, withheld }
+        Known { load: Load { taken }, sample, link, slot_wait, waiting: 0, health, withheld }
     }
 }
 

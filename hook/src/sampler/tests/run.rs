@@ -3,7 +3,7 @@ use std::fs;
 
 #[test]
 fn a_shell_of_this_machine_answers_and_again() {
-    let mut conversation = Conversation::begin(&Open::Here).unwrap();
+    let mut conversation = Conversation::begin(&Open::here()).unwrap();
     let directory = tempfile::tempdir().unwrap();
     for _ in 0..3 {
         let answer = conversation.sample(directory.path().to_str()).unwrap();
@@ -22,7 +22,7 @@ fn a_thousand_machines_are_read_quickly() {
     let directory = tempfile::tempdir().unwrap();
     let path = Samples::path(directory.path());
     let mut samples = Samples::default();
-    let mut conversation = Conversation::begin(&Open::Here).unwrap();
+    let mut conversation = Conversation::begin(&Open::here()).unwrap();
     let mut entry = conversation.sample(directory.path().to_str()).unwrap().entry;
     entry.sample.own_load = Some(1.25);
     for number in 0..1000 {

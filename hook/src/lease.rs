@@ -1,0 +1,178 @@
+//! Leases: slots of a machine that several clients share, held by a shell there as long as its connection lives.
+//!
+//! Nothing of ours is installed there, and nothing has to be cleared away. Where a machine has not the means for it, it
+//! is said once, and builds go there without. Must never hold a lease for more than one build.
+
+mod script;
+
+use crate::plan::machine::Machine;
+use crate::reach::{Beside, Reach, ReachError};
+use nix_offload_proxy::master::{CloseWrite, SessionStatus, Stream};
+use script::Word;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+use thiserror::Error;
+
+/// How long a session for it may take to come about.
+const OPENING: Duration = Duration::from_secs(20);
+/// How long the shell may take to say its first word, with what its account runs before.
+const FIRST_WORD: Duration = Duration::from_secs(15);
+/// A word that the shell over there hears, so that it knows that the link is alive.
+const BEAT: Duration = Duration::from_secs(15);
+/// Without such a word it gives the slot up after so long. Masters give a silent link up about as soon.
+const QUIET: Duration = Duration::from_secs(60);
+/// A wait is worth a word to the user after so long.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// A line is no longer than this, in bytes.
+const LONGEST_LINE: u64 = 4096;
+/// What is said of an account by which no shell answers.
+const NO_SHELL: &str = "its account gives us no shell";
+
+/// Why no lease can be waited for any longer.
+#[derive(Debug, Error)]
+pub enum LeaseError {
+    /// The connection is lost.
+    #[error("the connection was lost while waiting for a shared slot")]
+    Lost(#[source] io::Error),
+    /// There is no connection any more for the shell that waits for it.
+    #[error("no shell could be started to wait for a shared slot")]
+    NoShell(#[source] ReachError),
+}
+
+/// How waiting for a lease ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Permit {
+    /// There is a slot, until the lease is dropped.
+    Held,
+    /// The machine has not the means for it: go on without. This is to be said.
+    Without(String),
+}
+
+/// What the thread that listens has to say.
+type Heard = Result<Word, LeaseError>;
+
+/// One of a machine's shared slots, or the wait for it. Given back when dropped.
+pub struct Lease {
+    reach: Reach,
+    machine: Machine,
+    slots: u32,
+    heard: Receiver<Heard>,
+    /// Dropped to end it.
+    _alive: Sender<()>,
+}
+
+impl Lease {
+    /// Begins to wait for one of so many slots; nothing is waited for here. The machine should be connected to. None if
+    /// it turned out a short while ago that it has not the means for it.
+    pub fn begin(reach: &Reach, machine: &Machine, slots: u32) -> Option<Self> {
+        if reach.is_without_leases(machine) {
+            return None;
+        }
+        let (say, heard) = mpsc::channel();
+        let (alive, ended) = mpsc::channel();
+        let (reach_too, machine_too) = (reach.clone(), machine.clone());
+        thread::spawn(move || match reach_too.shell_beside(&machine_too, OPENING) {
+            Ok(shell) => run(shell, slots, &say, ended),
+            Err(error) => drop(say.send(Err(LeaseError::NoShell(error)))),
+        });
+        Some(Self { reach: reach.clone(), machine: machine.clone(), slots, heard, _alive: alive })
+    }
+
+    /// How many there are.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// Waits for the slot, as long as the connection lives. `waiting` is called once if that takes a while.
+    ///
+    /// # Errors
+    /// If the connection is lost.
+    pub fn wait(&mut self, waiting: &mut dyn FnMut()) -> Result<Permit, LeaseError> {
+        match self.heard.recv_timeout(OPENING + FIRST_WORD) {
+            Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
+            Ok(Ok(_)) => {}
+            Ok(Err(LeaseError::NoShell(error))) if error.is_no_session() => {
+                return Ok(self.without("there is no session for a shell".into()));
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Ok(self.without(NO_SHELL.into())),
+        }
+        let mut told = false;
+        loop {
+            let heard = match told {
+                false => self.heard.recv_timeout(PATIENCE),
+                true => self.heard.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match heard {
+                Ok(Ok(Word::Held)) => return Ok(Permit::Held),
+                Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
+                Ok(Ok(Word::Waiting | Word::Here)) => {}
+                Ok(Err(error)) => return Err(error),
+                Err(RecvTimeoutError::Timeout) => {
+                    waiting();
+                    told = true;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(LeaseError::Lost(io::ErrorKind::UnexpectedEof.into()));
+                }
+            }
+        }
+    }
+
+    /// Notes it for other builds.
+    fn without(&mut self, reason: String) -> Permit {
+        self.reach.note_without_leases(&self.machine, &reason);
+        Permit::Without(reason)
+    }
+}
+
+/// Runs the script and passes its words on. Another thread writes, for what ends the lease must not wait for a word.
+fn run(shell: Beside, slots: u32, say: &Sender<Heard>, ended: Receiver<()>) {
+    let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
+    thread::spawn(move || talk(writer, slots, &ended));
+    let mut reader = BufReader::new(reader);
+    let mut runs = false;
+    loop {
+        match next_word(&mut reader) {
+            Ok(Some(word)) => {
+                runs = true;
+                // Whoever gave the lease back does not listen any more, and the end is still to be seen.
+                let _ = say.send(Ok(word));
+            }
+            Ok(None) => {}
+            // Something ran there, and it was none.
+            Err(error) if !runs && has_ended(&error, status.as_mut()) => {
+                return drop(say.send(Ok(Word::None(NO_SHELL.into()))));
+            }
+            Err(error) => return drop(say.send(Err(LeaseError::Lost(error)))),
+        }
+    }
+}
+
+/// Says the script, and lets the far side hear of us until the lease is dropped.
+fn talk(mut writer: Box<dyn CloseWrite + Send>, slots: u32, ended: &Receiver<()>) {
+    let script = script::text(slots, QUIET, script::DIRECTORY);
+    let mut said = writer.write_all(script.as_bytes()).and_then(|()| writer.flush());
+    while said.is_ok() && ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+        said = writer.write_all(b"\n").and_then(|()| writer.flush());
+    }
+    let _ = writer.shutdown();
+}
+
+/// The next line's word; none if the line is not one of the script's, as those of an account that greets are.
+fn next_word(reader: &mut impl BufRead) -> io::Result<Option<Word>> {
+    let mut line = Vec::new();
+    if reader.take(LONGEST_LINE).read_until(b'\n', &mut line)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(script::word(&String::from_utf8_lossy(&line)))
+}
+
+/// Whether the command ended by itself. A lost connection has no exit status.
+fn has_ended(error: &io::Error, status: Option<&mut SessionStatus>) -> bool {
+    const STATUS_BOUND: Duration = Duration::from_secs(1);
+    error.kind() == io::ErrorKind::UnexpectedEof
+        && status.is_none_or(|status| status.end(STATUS_BOUND).exit.is_some())
+}

@@ -1,0 +1,149 @@
+//! How machines are: which of them failed lately and are left alone, who tries them again, and who tells people.
+//!
+//! Must never decide whether a machine that is to be left alone is used all the same.
+
+use super::{Reach, ReachError, endpoint};
+use crate::builder::Ahead;
+use crate::config;
+use crate::plan::machine::Machine;
+use nix_derivation::StoreDir;
+use nix_offload_proxy::down::Memory;
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+/// How long a machine is left alone after its first failure; doubled with each that follows. Long enough for a crowd of
+/// builds to take no notice of it. Since nobody waits for the attempt that follows, it may come soon: a machine that was
+/// started again is not to stand idle for long.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+
+/// A machine that failed and has not been seen to be well since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ailing {
+    /// When somebody may try it again. None if it is time for that, or somebody is doing so.
+    pub until: Option<SystemTime>,
+    /// How it failed.
+    pub why: String,
+}
+
+impl Reach {
+    /// Whether and how the machine failed since it was last reached: as seen by a hook, or by anything else that uses the
+    /// same masters.
+    pub fn ailing(&self, machine: &Machine, now: SystemTime) -> Option<Ailing> {
+        let own = self.health(machine).look();
+        let host = self.health_of_host(machine).and_then(|memory| memory.look());
+        let until =
+            [&own, &host].into_iter().flatten().filter(|down| down.lasts(now)).map(|down| down.next).max();
+        own.or(host).map(|down| Ailing { until, why: down.reason })
+    }
+
+    /// Whether the machine cannot be reached because this one has no network.
+    pub fn is_cut_off(&self, machine: &Machine) -> bool {
+        self.pool.outage().lasts()
+            && endpoint(machine, &self.ssh_options).is_ok_and(|endpoint| self.pool.is_cut_off(&endpoint))
+    }
+
+    /// Notes that the machine failed, and how, unless that says nothing of it.
+    pub fn note_failure(&self, machine: &Machine, error: &ReachError) {
+        self.forget(machine);
+        if !error.is_waking() && !error.is_no_network() {
+            self.health(machine).failed(&error.describe(), SystemTime::now());
+        }
+    }
+
+    /// Notes that the machine has not answered for so long, so that no other build waits for the same: this process may
+    /// end before it knows more. Nobody is told yet, for it may be no more than slow.
+    pub fn note_slow(&self, machine: &Machine, bound: Duration) {
+        let health = self.health(machine);
+        if health.failed(&format!("no answer within {} s", bound.as_secs_f32()), SystemTime::now()) {
+            health.take_news();
+        }
+    }
+
+    /// Notes that the machine is well.
+    pub(super) fn note_success(&self, machine: &Machine) {
+        self.health(machine).clear();
+    }
+
+    /// How the machine failed, if people are to be told: one process tells them, once for each pause.
+    pub fn take_news(&self, machine: &Machine) -> Option<String> {
+        self.health(machine).take_news().map(|down| down.reason)
+    }
+
+    /// Whether people are to be told that this machine has no network, which one process does.
+    pub fn take_news_of_network(&self) -> bool {
+        let outage = self.pool.outage();
+        outage.lasts() && outage.take_news()
+    }
+
+    /// Has the machine tried again, if it is time for that and nobody else does. Nobody waits for it: it is done by a
+    /// process of its own, which outlives this one.
+    pub fn try_again(&self, machine: &Machine) {
+        let now = SystemTime::now();
+        if self.health_of_host(machine).is_some_and(|memory| memory.pause(now).is_some()) {
+            return;
+        }
+        let Some(probe) = self.health(machine).claim(now) else { return };
+        tracing::info!(builder = machine.name, "trying this machine again");
+        if machine.uri.here().is_some() {
+            // What is on this machine answers at once or not at all, and Nix's settings count for it.
+            let (reach, machine) = (self.clone(), machine.clone());
+            thread::spawn(move || {
+                let _ =
+                    reach.connect(&machine, &StoreDir::default(), reach.connect_timeout(), &Ahead::default());
+                drop(probe);
+            });
+            return;
+        }
+        let child = Command::new("/proc/self/exe")
+            .arg0("nix-offload")
+            .args(["probe", &machine.name, &config::line(machine)])
+            // The right to try is a lock on this file, as long as it is open.
+            .stdin(OwnedFd::from(probe))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .current_dir("/")
+            // What kills our process group, as Nix does when a hook has ended, must not kill it.
+            .process_group(0)
+            .spawn();
+        match child {
+            Ok(mut child) => drop(thread::spawn(move || child.wait())),
+            Err(error) => tracing::warn!(builder = machine.name, %error, "cannot try this machine again"),
+        }
+    }
+
+    /// Connects to the machine of a line of the list, in the place of a hook that called [`Reach::try_again`], and notes
+    /// what came of it. `name` is what the hook calls the machine.
+    pub fn probe(&self, name: &str, line: &str) {
+        let fleet = config::parse_machines("probe", line, &BTreeSet::new(), &|_| Ok(None));
+        let Some(mut machine) = fleet.machines.into_iter().next() else {
+            tracing::error!(line, "no machine to try again");
+            return;
+        };
+        machine.name = name.to_owned();
+        // Somebody who knows nothing of Nix may be trying the same host.
+        let host = self.health_of_host(&machine).map(|memory| memory.admit(SystemTime::now()));
+        if let Some(Err(down)) = &host {
+            tracing::info!(builder = name, reason = down.reason, "left alone");
+            return;
+        }
+        match self.connect(&machine, &StoreDir::default(), self.connect_timeout(), &Ahead::default()) {
+            Ok(_) => tracing::info!(builder = name, "this machine is well again"),
+            Err(error) => {
+                tracing::info!(builder = name, reason = error.describe(), "this machine is not well yet")
+            }
+        }
+    }
+
+    pub(super) fn health(&self, machine: &Machine) -> Memory {
+        let name = format!("machine {}", self.identity(machine));
+        Memory::of(self.pool.directory(), name).pausing_first(FIRST_PAUSE)
+    }
+
+    fn health_of_host(&self, machine: &Machine) -> Option<Memory> {
+        endpoint(machine, &self.ssh_options).ok().map(|endpoint| self.pool.memory(&endpoint))
+    }
+}

@@ -1,0 +1,70 @@
+//! Machines that failed: who is told of it, and that they are tried again.
+//!
+//! Each failure is told by one process, once for each time that the machine is left alone, not for each derivation. Must
+//! never decide, or wait for a machine.
+
+use super::{Failed, Hook};
+use crate::reach::ReachError;
+use crate::wire::hook::Verbosity;
+use std::time::SystemTime;
+
+impl Hook<'_> {
+    /// A machine could not be used for a reason that is its own.
+    pub(super) fn note_failure(&self, index: usize, error: &ReachError) {
+        let machine = &self.machines[index];
+        let text = error.describe();
+        tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
+        self.reach.note_failure(machine, error);
+        self.tell_news(index, &text);
+    }
+
+    /// Tells how a machine failed, unless another process has done so since it failed. `text` is for the case that its
+    /// failure could not be noted.
+    fn tell_news(&self, index: usize, text: &str) {
+        let machine = &self.machines[index];
+        match self.reach.take_news(machine) {
+            Some(text) => self.tell(index, &text),
+            None if self.reach.ailing(machine, SystemTime::now()).is_none() => self.tell(index, text),
+            None => {}
+        }
+    }
+
+    fn tell(&self, index: usize, text: &str) {
+        self.nix
+            .message(Verbosity::Error, &format!("cannot build on '{}': {text}", self.machines[index].name));
+    }
+
+    /// Tells that this machine has no network, once.
+    pub(super) fn tell_of_network(&self) {
+        if self.reach.take_news_of_network() {
+            tracing::warn!("this machine has no network");
+            let text = "this machine has no network: no builds go to other machines until it has one";
+            self.nix.message(Verbosity::Error, text);
+        }
+    }
+
+    /// When the last decision has been answered: tells what is new of the machines that it left alone, and has those
+    /// tried again for which it is time.
+    pub(super) fn attend(&self, failed: &Failed) {
+        self.tell_of_network();
+        let mut ailing = self.memory.left_alone();
+        ailing.extend(failed.keys());
+        ailing.sort_unstable();
+        ailing.dedup();
+        for index in ailing {
+            let machine = &self.machines[index];
+            let Some(known) = self.reach.ailing(machine, SystemTime::now()) else { continue };
+            if let Some(text) = self.reach.take_news(machine) {
+                self.tell(index, &text);
+            }
+            if known.until.is_none() {
+                self.reach.try_again(machine);
+            }
+        }
+    }
+
+    /// Forgets what failed in this process if it has been seen to be well since.
+    pub(super) fn forget_what_is_well(&self, failed: &mut Failed) {
+        failed.retain(|index, _| self.reach.ailing(&self.machines[*index], SystemTime::now()).is_some());
+    }
+}

@@ -1,0 +1,295 @@
+//! Machines that fail: how often they are tried, by whom, what people are told, and how they come back.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Uplink, World, drv, wait_until};
+use serde_json::Value;
+
+use crate::support::SOON;
+
+/// A few pauses.
+const PAUSES: Duration = Duration::from_secs(60);
+
+fn plan(world: &World) -> ClientPlan {
+    world.client().hook(Hook::Ours)
+}
+
+/// Where connections are counted, and answered only from some moment on.
+struct Door {
+    port: u16,
+    target: Arc<AtomicU16>,
+    knocks: Arc<AtomicUsize>,
+    held: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Door {
+    /// One behind which nobody is.
+    fn shut() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let door = Self { port, target: Arc::default(), knocks: Arc::default(), held: Arc::default() };
+        let (target, knocks, held) = (door.target.clone(), door.knocks.clone(), door.held.clone());
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let Ok(client) = client else { return };
+                knocks.fetch_add(1, Ordering::Relaxed);
+                match target.load(Ordering::Relaxed) {
+                    0 => held.lock().unwrap().push(client),
+                    port => carry(&client, &TcpStream::connect(("127.0.0.1", port)).unwrap()),
+                }
+            }
+        });
+        door
+    }
+
+    /// From now on it leads to the builder. Those who came before are let down.
+    fn open_to(&self, builder: &Builder) {
+        self.target.store(builder.port(), Ordering::Relaxed);
+        self.held.lock().unwrap().clear();
+    }
+
+    fn knocks(&self) -> usize {
+        self.knocks.load(Ordering::Relaxed)
+    }
+
+    fn ssh_config(&self, name: &str, builder: &Builder) -> String {
+        format!(
+            "Host {name}\n HostName 127.0.0.1\n Port {}\n User root\n HostKeyAlias [127.0.0.1]:{}\n",
+            self.port,
+            builder.port()
+        )
+    }
+}
+
+fn carry(one: &TcpStream, other: &TcpStream) {
+    for (from, to) in [(one, other), (other, one)] {
+        let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+        thread::spawn(move || {
+            let mut chunk = vec![0; 64 << 10];
+            while let Ok(len @ 1..) = from.read(&mut chunk) {
+                if to.write_all(&chunk[..len]).is_err() {
+                    break;
+                }
+            }
+            let _ = to.shutdown(Shutdown::Write);
+        });
+    }
+}
+
+/// What is noted of the machine `name`: file and content.
+fn note(client: &Client, name: &str) -> Option<(String, Value)> {
+    client.entries("/run/nix-offload").into_iter().filter(|file| file.ends_with(".down")).find_map(|file| {
+        let path = format!("/run/nix-offload/{file}");
+        let value: Value = serde_json::from_str(&std::fs::read_to_string(client.path(&path)).ok()?).ok()?;
+        value["way"].as_str().unwrap().contains(name).then_some((path, value))
+    })
+}
+
+fn failures(client: &Client, name: &str) -> usize {
+    note(client, name).map_or(0, |(_, note)| note["failures"].as_u64().unwrap() as usize)
+}
+
+/// The length of the pause, from the note alone.
+fn pause(client: &Client, name: &str) -> f64 {
+    let (path, note) = note(client, name).unwrap();
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let noted = std::fs::metadata(client.path(&path)).unwrap();
+    note["next"].as_f64().unwrap() - seconds(noted.modified().unwrap())
+}
+
+fn wait_for_end_of_pause(client: &Client, name: &str) {
+    let (_, note) = note(client, name).unwrap();
+    wait_until("the pause is over", PAUSES, || {
+        note["next"].as_f64().unwrap() < SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64()
+    });
+}
+
+fn notices(output: &Output, name: &str) -> usize {
+    output.stderr().matches(&format!("cannot build on 'ssh-ng://{name}'")).count()
+}
+
+fn many(name: &str, count: usize) -> String {
+    drv::expression(&format!(
+        r#"builtins.genList (i: d "{name}-${{toString i}}" "cat /etc/machine-name > $out" {{ }}) {count}"#
+    ))
+}
+
+fn assert_built_on(client: &Client, output: &Output, machine: &str) {
+    let paths = output.assert_success().out_paths();
+    assert_eq!(client.read(&paths[0]), format!("{machine}\n"), "{output}");
+    let all = client.run(&format!("cat {}", paths.join(" ")));
+    assert!(all.lines().all(|line| line == machine), "{output}");
+}
+
+#[test]
+fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back_by_one() {
+    const BUILDS: usize = 100;
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let late = world.builder("late").start();
+    let door = Door::shut();
+    let mut client = plan(&world)
+        .mode(Mode::Daemon)
+        .ssh_config(&door.ssh_config("hole", &late))
+        .uses(&mac, "ssh-ng", 4)
+        .knows(&late)
+        .start();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
+    client.nix_build(&drv::trivial("warm-up"), &["-j0"]).assert_success();
+    let fleet = client.read("/etc/nix/machines");
+    // Better than any other.
+    client.set_machines(&format!("ssh-ng://hole x86_64-linux - 4 9\n{fleet}"));
+    let mut told = 0;
+
+    let built = client.nix_build(&many("first", BUILDS), &["-j0"]);
+    assert_built_on(&client, &built, "mac");
+    told += notices(&built, "hole");
+    let first = failures(&client, "hole");
+    // One for each pause that was over while these were built.
+    assert_eq!(door.knocks(), first, "{built}");
+    assert!((1..4).contains(&first), "{first} failures in {:?}", built.took());
+    assert!(pause(&client, "hole") > 7.9 * f64::from(1 << (first - 1)));
+    assert!(pause(&client, "hole") < 12.1 * f64::from(1 << (first - 1)));
+
+    // Neither the daemon nor its hooks forget it when they are started again.
+    client.stop_daemon();
+    client.start_daemon();
+    wait_for_end_of_pause(&client, "hole");
+    // Several commands at once, and still one attempt.
+    let begin = Instant::now();
+    let several: Vec<_> =
+        (0..4).map(|number| client.spawn_nix_build(&many(&format!("again-{number}"), 5), &["-j0"])).collect();
+    for build in several {
+        let built = build.wait();
+        assert_built_on(&client, &built, "mac");
+        told += notices(&built, "hole");
+    }
+    wait_until("somebody has tried", SOON, || failures(&client, "hole") > first);
+    let second = failures(&client, "hole");
+    assert_eq!((door.knocks(), second), (first + 1, first + 1), "in {:?}", begin.elapsed());
+    assert!(pause(&client, "hole") > 7.9 * f64::from(1 << (second - 1)));
+    let built = client.nix_build(&many("told", 5), &["-j0"]);
+    told += notices(&built, "hole");
+    assert_eq!((told, door.knocks()), (second, second), "{built}");
+
+    // It comes back.
+    door.open_to(&late);
+    wait_for_end_of_pause(&client, "hole");
+    let built = client.nix_build(&drv::where_built("knock"), &["-j0"]);
+    // Nobody waits for the attempt.
+    assert_built_on(&client, &built, "mac");
+    wait_until("it is seen to be well", SOON, || note(&client, "hole").is_none());
+    assert_eq!(door.knocks(), second + 1);
+    let built = client.nix_build(&many("back", 4), &["-j0"]);
+    assert_built_on(&client, &built, "late");
+    assert_eq!((door.knocks(), late.logins(), notices(&built, "hole")), (second + 1, 1, 0));
+    client.verify_store();
+}
+
+#[test]
+fn a_process_that_was_told_no_uses_the_only_machine_again_when_it_is_back() {
+    let world = World::new();
+    let late = world.builder("late").start();
+    let door = Door::shut();
+    let client =
+        plan(&world).ssh_config(&door.ssh_config("hole", &late)).machines("ssh-ng://hole x86_64-linux - 1 1");
+    let client = client.knows(&late).start();
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 1\n");
+    // Each takes the only local slot for a while, so that one process of Nix asks for long.
+    let body = "until [ -e /mnt/share/$name.go ]; do sleep 0.05; done; cat /etc/machine-name > $out";
+    let chain = drv::expression(&format!(
+        r#"let step = name: input: d name "test -z '${{input}}' || cat ${{input}} ; {body}" {{ }};
+           in step "three" (step "two" (step "one" ""))"#
+    ));
+    let build = client.spawn_nix_build(&chain, &["-j1"]);
+    wait_until("it was tried in vain", SOON, || failures(&client, "hole") == 1);
+    door.open_to(&late);
+    wait_for_end_of_pause(&client, "hole");
+    // The second request finds that it is time.
+    client.write("/mnt/share/one.go", "");
+    wait_until("it is seen to be well", SOON, || note(&client, "hole").is_none());
+    client.write("/mnt/share/two.go", "");
+    client.write("/mnt/share/three.go", "");
+    let built = build.wait();
+    assert_built_on(&client, &built, "late");
+    assert_eq!(notices(&built, "hole"), 1, "{built}");
+}
+
+#[test]
+fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_there_is_one() {
+    let world = World::new();
+    let uplink = Uplink::new();
+    let mac = world.builder("mac").sshd_option(&format!("ListenAddress {}", uplink.far_address())).start();
+    let host = |name: &str, address: &str| {
+        format!(
+            "Host {name}\n HostName {address}\n Port {}\n User root\n HostKeyAlias [127.0.0.1]:{0}\n",
+            mac.port()
+        )
+    };
+    let far = host("far", &uplink.far_address());
+    let client = plan(&world)
+        .own_network()
+        .ssh_config(&format!("{far}{}{}", host("near", "127.0.0.1"), host("named", "mac.example.org")))
+        .knows(&mac)
+        .machines("ssh-ng://far x86_64-linux - 4 3\nssh-ng://named x86_64-linux - 4 2")
+        .start();
+    uplink.lead_to(&client);
+    let no_network = "this machine has no network";
+
+    let built = client.nix_build(&many("offline", 5), &["-j1"]);
+    assert_built_on(&client, &built, "client");
+    assert_eq!(built.stderr().matches(no_network).count(), 1, "{built}");
+    built.assert_stderr_lacks("cannot build on");
+    let again = client.nix_build(&many("offline-again", 5), &["-j1"]);
+    assert_built_on(&client, &again, "client");
+    again.assert_stderr_lacks("network").assert_stderr_lacks("cannot");
+    let stock = client.nix_build(&many("no-machines", 5), &["-j1", "--builders", ""]);
+    println!(
+        "5 builds without a network: {:?}, when that is known {:?}, without machines {:?}",
+        built.took(),
+        again.took(),
+        stock.took()
+    );
+    assert!(again.took() < stock.took() + Duration::from_secs(1), "{again}");
+    assert!(built.took() < stock.took() + Duration::from_secs(2), "{built}");
+    let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
+    refused
+        .assert_failure()
+        .assert_stderr_has("nothing can build")
+        .assert_stderr_has("this client has no network");
+    // Nothing is held against machines for that.
+    assert!(client.entries("/run/nix-offload").iter().all(|name| !name.ends_with(".down")));
+
+    // What is reached without one is tried all the same.
+    let fleet = client.read("/etc/nix/machines");
+    client.set_machines(&format!("ssh-ng://near x86_64-linux - 4 9\n{fleet}"));
+    let refused = client.nix_build(&drv::where_built("near"), &["-j0"]);
+    refused
+        .assert_failure()
+        .assert_stderr_has("cannot build on 'ssh-ng://near': cannot connect to near: connection refused");
+    client.set_machines(&fleet);
+
+    uplink.plug_in(&client);
+    let begin = Instant::now();
+    let online = client.nix_build(&drv::where_built("online"), &["-j0"]);
+    assert_built_on(&client, &online, "mac");
+    println!("the first build with a network: {:?}", begin.elapsed());
+    // A name that nobody knows is another matter now.
+    online.assert_stderr_lacks(no_network);
+
+    // A master that was there does not answer any more, and nobody is told of the same again for each derivation.
+    client.run("/opt/nix-offload/bin/nix-offload-proxy stop --all");
+    uplink.pull_out(&client);
+    let built = client.nix_build(&many("offline-once-more", 5), &["-j1"]);
+    assert_built_on(&client, &built, "client");
+    assert_eq!(built.stderr().matches(no_network).count(), 1, "{built}");
+}
