@@ -1,6 +1,6 @@
 //! Who waits for whom: chains, turns, and builds that begin anew on a faster machine.
 
-use super::estimating::{decide_with, idle};
+use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::chain::{Step, tails};
 use crate::plan::moving::{Running, worth_moving};
@@ -117,5 +117,13 @@ fn a_build_that_goes_on_for_long_begins_anew_where_that_is_sooner() {
     assert_eq!(with(unknown(), idle(), Running { elapsed: 10.0, ..running }), None);
     assert_eq!(with(unknown(), idle(), Running { elapsed: f64::NAN, ..running }), None);
     let full = Known { load: Load { taken: 8 }, ..idle() };
-    assert_eq!(with(unknown(), full, running), None, "there is no slot, and a mere load is no reason");
+    assert_eq!(with(unknown(), full, running), None, "there is no slot");
+    let loaded = with_sample(Known { load: Load { taken: 1 }, ..idle() }, |sample| {
+        sample.load_average = Some(100.0);
+        sample.own_load = Some(1.0);
+    });
+    let known = [loaded, Known { load: Load { taken: 8 }, ..idle() }, idle()];
+    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known);
+    assert_eq!(decision.verdict, Verdict::Accept(2));
+    assert_eq!(worth_moving(&machines, &decision, &running), None, "load alone is no reason");
 }
