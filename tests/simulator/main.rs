@@ -44,6 +44,12 @@ struct Arguments {
     /// Hooks of ours send a path though another one is sending it to the same machine
     #[arg(long)]
     twice: bool,
+    /// Builds of ours wait in the order in which they come
+    #[arg(long)]
+    first_come: bool,
+    /// Builds of ours stay where they began
+    #[arg(long)]
+    stay: bool,
     /// Also writes choosing.svg, and the table into choosing.md, in this directory
     #[arg(long, value_name = "DIRECTORY")]
     docs: Option<PathBuf>,
@@ -63,7 +69,12 @@ fn main() -> ExitCode {
     let scenes: Vec<scene::Scene> =
         scene::all().into_iter().filter(|scene| scene.name().contains(&arguments.only)).collect();
     let workers = thread::available_parallelism().map_or(1, usize::from);
-    let conditions = Conditions { is_kind: arguments.kind, sends_twice: arguments.twice };
+    let conditions = Conditions {
+        is_kind: arguments.kind,
+        sends_twice: arguments.twice,
+        is_first_come: arguments.first_come,
+        stays: arguments.stay,
+    };
     let results = scene::run_all(&scenes, arguments.seeds, scale, conditions, workers);
     let figures = format!("{}\n{}\n{speed}", report::table(&results), report::goals(&results));
     print!("{figures}");

@@ -45,6 +45,11 @@ impl Shared {
         Some(self.users.remove(least).0)
     }
 
+    /// Takes out one who gives up.
+    pub(crate) fn remove(&mut self, user: usize) {
+        self.users.retain(|(other, _)| *other != user);
+    }
+
     pub(crate) fn clear(&mut self) {
         self.users.clear();
         self.version += 1;

@@ -4,6 +4,7 @@
 //! The world knows how long everything takes. The rule is told only what it would know in reality.
 
 mod choice;
+mod waiting;
 
 #[cfg(test)]
 pub(crate) use choice::unmeasured_choice;
@@ -16,12 +17,12 @@ use crate::site::Site;
 use nix_offload::plan::machine::Machine;
 use nix_offload::plan::{Rules, Verdict};
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashSet, VecDeque};
+use std::collections::{BTreeSet, BinaryHeap, HashSet};
 
 /// Nix asks again for what was postponed after so long, unless something ends before.
 const NIX_POLL: f64 = 5.0;
-/// A build that waits in a hook of ours looks again after so long even if nothing happens.
-const LOOK_AGAIN: f64 = 2.0;
+/// Hooks of ours look so often whether their builds would be done sooner elsewhere.
+const LOOK_ELSEWHERE: f64 = 10.0;
 /// A connection whose far side is dead is given up after so long.
 const SILENCE: f64 = 10.0;
 /// Nix waits so long for a stock hook that connects to a dead machine. Without `ConnectTimeout` it is minutes.
@@ -38,7 +39,8 @@ const ROUND_TRIPS: f64 = 2.0;
 pub(crate) enum Contender {
     /// Nix's own hook.
     Stock,
-    /// Our hook when nothing is ever measured: it builds as ours does and chooses as stock does.
+    /// Our hook when nothing is ever measured: it builds as ours does and chooses as stock does, and its builds wait in
+    /// the order in which they come.
     Unmeasured,
     /// Our hook, which learns while it builds.
     Ours,
@@ -55,12 +57,17 @@ pub(crate) struct Conditions {
     pub(crate) is_kind: bool,
     /// Hooks of ours send a path to a machine though another one is doing that already.
     pub(crate) sends_twice: bool,
+    /// Builds wait in the order in which they come, whatever waits for them.
+    pub(crate) is_first_come: bool,
+    /// No build is moved to a faster machine.
+    pub(crate) stays: bool,
 }
 
 #[cfg(test)]
 impl Conditions {
     /// Nix as it is, and hooks that do nothing twice.
-    pub(crate) const REAL: Self = Self { is_kind: false, sends_twice: false };
+    pub(crate) const REAL: Self =
+        Self { is_kind: false, sends_twice: false, is_first_come: false, stays: false };
 }
 
 /// How it went.
@@ -70,6 +77,8 @@ pub(crate) struct Outcome {
     pub(crate) makespan: f64,
     /// Builds that died with their machine.
     pub(crate) lost: u64,
+    /// Builds that were moved.
+    pub(crate) moved: u64,
     /// Bytes of inputs that were sent.
     pub(crate) sent: u64,
     /// The longest time that a build waited for a machine.
@@ -86,6 +95,8 @@ enum Event {
     Poll,
     /// Builds that wait in hooks look again.
     Look,
+    /// Builds that run look for a faster machine.
+    LookElsewhere,
     /// The connection stands, inputs can travel.
     Send {
         job: usize,
@@ -149,6 +160,7 @@ impl Ord for Due {
 struct Progress {
     unmet: usize,
     attempt: u32,
+    was_moved: bool,
     site: Option<usize>,
     asked: Option<f64>,
     /// Whose transfers it waits for.
@@ -176,7 +188,7 @@ struct World<'a> {
     ready: BTreeSet<(usize, usize)>,
     postponed: Vec<usize>,
     /// Accepted by a hook of ours to wait for a slot.
-    waiting: VecDeque<usize>,
+    waiting: Vec<usize>,
     nix_busy_until: f64,
     /// Machines that the present hook process could not connect to.
     shunned: Vec<bool>,
@@ -187,6 +199,8 @@ struct World<'a> {
     built: (u64, f64, u64),
     /// What is known of the seconds that each build takes at speed 1.
     history: Vec<Option<f64>>,
+    /// Seconds of the longest chain that waits for each build, as far as its hook knows.
+    tails: Vec<Option<f64>>,
     left: usize,
     outcome: Outcome,
 }
@@ -207,6 +221,9 @@ pub(crate) fn run(
     for (index, job) in graph.jobs.iter().enumerate() {
         job.needs.iter().for_each(|need| dependents[*need].push(index));
     }
+    let history = choice::history(graph, contender, naming);
+    let is_first_come = conditions.is_first_come || !contender.is_learning();
+    let tails = if is_first_come { vec![None; count] } else { choice::tails(&history, &dependents) };
     let progress = graph.jobs.iter().map(|job| Progress { unmet: job.needs.len(), ..Progress::default() });
     let mut world = World {
         graph,
@@ -225,16 +242,17 @@ pub(crate) fn run(
             .collect(),
         names,
         postponed: Vec::new(),
-        waiting: VecDeque::new(),
+        waiting: Vec::new(),
         nix_busy_until: 0.0,
         shunned: vec![false; fleet.len()],
         is_polling: false,
         is_looking: false,
         conditions,
         built: (0, 0.0, 0),
-        history: choice::history(graph, contender, naming),
+        history,
+        tails,
         left: count,
-        outcome: Outcome { makespan: 0.0, lost: 0, sent: 0, longest_wait: 0.0, overbooked: 0 },
+        outcome: Outcome { makespan: 0.0, lost: 0, moved: 0, sent: 0, longest_wait: 0.0, overbooked: 0 },
     };
     for (site, spec) in fleet.iter().enumerate() {
         spec.foreign.iter().for_each(|(at, _)| world.at(*at, Event::Foreign { site }));
@@ -244,6 +262,9 @@ pub(crate) fn run(
         }
     }
     world.at(0.0, Event::Ask);
+    if contender.is_learning() && !conditions.stays {
+        world.at(LOOK_ELSEWHERE, Event::LookElsewhere);
+    }
     while world.left > 0 {
         let Reverse(Due(at, _, event)) = world.due.pop().expect("a world that goes on until all is built");
         world.now = at;
@@ -273,6 +294,10 @@ impl World<'_> {
             Event::Look => {
                 self.is_looking = false;
                 self.serve_waiting();
+            }
+            Event::LookElsewhere => {
+                self.move_builds();
+                self.after(LOOK_ELSEWHERE, Event::LookElsewhere);
             }
             Event::Send { job, attempt } if self.jobs[job].attempt == attempt => self.send(job),
             Event::Fetch { job, attempt } if self.jobs[job].attempt == attempt => self.fetch(job),
@@ -353,7 +378,7 @@ impl World<'_> {
             self.jobs[job].asked.get_or_insert(self.now);
             let is_hopeless = !self.sites.iter().any(Site::is_free)
                 && (self.contender == Contender::Stock || !self.may_wait());
-            let verdict = if is_hopeless { Verdict::Postpone(Vec::new()) } else { self.decide(job) };
+            let verdict = if is_hopeless { Verdict::Postpone(Vec::new()) } else { self.decide(job).0 };
             match verdict {
                 Verdict::Accept(site) if !self.sites[site].is_up && !self.is_trusted(site) => {
                     // The reply has to wait for the connection, and so does Nix.
@@ -374,7 +399,7 @@ impl World<'_> {
                 }
                 Verdict::Wait(_) if self.may_wait() => {
                     self.shunned.fill(false);
-                    self.waiting.push_back(job);
+                    self.waiting.push(job);
                     self.look_later();
                 }
                 Verdict::Wait(_) | Verdict::Postpone(_) => self.postponed.push(job),
@@ -537,26 +562,6 @@ impl World<'_> {
         self.sites[index].taken.retain(|(taker, _)| *taker != job);
     }
 
-    /// The first of those that wait in hooks of ours are served, as far as there are slots.
-    fn serve_waiting(&mut self) {
-        while let Some(job) = self.waiting.front().copied() {
-            if !self.sites.iter().any(Site::is_free) {
-                break;
-            }
-            let Verdict::Accept(site) = self.decide(job) else { break };
-            self.waiting.pop_front();
-            self.start(job, site);
-        }
-        self.look_later();
-    }
-
-    fn look_later(&mut self) {
-        if !self.waiting.is_empty() && !self.is_looking {
-            self.is_looking = true;
-            self.after(LOOK_AGAIN, Event::Look);
-        }
-    }
-
     // --- Death ---
 
     fn die(&mut self, index: usize) {
@@ -585,7 +590,7 @@ impl World<'_> {
         } else {
             // The hook itself looks for another one.
             self.sites[index].cool_until = self.now + COOL_DOWN;
-            self.waiting.push_front(job);
+            self.waiting.push(job);
             self.serve_waiting();
         }
     }

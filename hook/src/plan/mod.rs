@@ -5,14 +5,17 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod chain;
 pub mod estimate;
 pub mod here;
 pub mod known;
 pub mod machine;
+pub mod moving;
 pub mod outputs;
 pub mod rules;
 pub mod telling;
 pub mod trust;
+pub mod turn;
 pub mod verdict;
 
 use estimate::{Basis, Estimate, estimate, estimate_here, is_measured};

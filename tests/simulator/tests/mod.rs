@@ -19,8 +19,10 @@ fn ours_is_never_slower_than_stock_and_much_faster_where_machines_differ() {
     let scenes = [
         (Fleet::Equal, Shape::Wide),
         (Fleet::Equal, Shape::Deep),
+        (Fleet::Equal, Shape::Debian),
         (Fleet::Speeds, Shape::Deep),
         (Fleet::Speeds, Shape::Mixed),
+        (Fleet::Speeds, Shape::Debian),
         (Fleet::Foreign, Shape::Deep),
         (Fleet::Links, Shape::Wide),
         (Fleet::Links, Shape::Deep),
@@ -56,6 +58,24 @@ fn the_rule_alone_is_better_where_machines_differ() {
         let (gain, _) = result.gain_of_rule();
         assert!(gain >= BETTER, "{}: only {:.1} %", result.scene.name(), 100.0 * gain);
     }
+}
+
+#[test]
+fn waiting_in_the_order_of_chains_and_moving_to_faster_machines_are_worth_something() {
+    let better = |fleet: Fleet, shape: Shape, scale: f64, without: Conditions| {
+        let (graph, fleet) = (shape.make(1, scale), fleet.make(1));
+        let sum = |conditions| -> f64 {
+            let run = |naming| world::run(&graph, &fleet, Contender::Ours, conditions, naming).makespan;
+            (0..4).map(run).sum()
+        };
+        1.0 - sum(Conditions::REAL) / sum(without)
+    };
+    let first_come = Conditions { is_first_come: true, ..Conditions::REAL };
+    let chains = better(Fleet::Equal, Shape::Debian, 1.0, first_come);
+    assert!(chains > 0.05, "{chains}");
+    let stays = Conditions { stays: true, ..Conditions::REAL };
+    let moves = better(Fleet::Speeds, Shape::Debian, 1.0, stays);
+    assert!(moves > 0.05, "{moves}");
 }
 
 #[test]

@@ -1,17 +1,19 @@
 //! The choice: what a hook is told in the simulated world, and whom it asks.
 
-use super::{Contender, World};
+use super::{Contender, Progress, World};
 use crate::graph::Graph;
 use crate::random::Random;
 use crate::site::{Site, clock};
 use crate::stock;
-#[cfg(test)]
-use nix_offload::plan::Rules;
+use nix_offload::plan::chain::{self, Step};
 use nix_offload::plan::estimate::slot_wait;
 use nix_offload::plan::known::Link;
 #[cfg(test)]
 use nix_offload::plan::machine::Machine;
-use nix_offload::plan::{self, Health, Known, Load, Local, Question, Request, Verdict, Work};
+use nix_offload::plan::moving::{Running, worth_moving};
+use nix_offload::plan::{
+    self, Because, Decision, Health, Known, Load, Local, Question, Request, Rules, Verdict, Work,
+};
 use std::collections::BTreeSet;
 
 /// A history has so many of the names, with durations that are off by so much (two thirds are within a factor of
@@ -19,16 +21,39 @@ use std::collections::BTreeSet;
 const KNOWN_NAMES: f64 = 0.85;
 const KNOWN_SIGMA: f64 = 0.3;
 
+impl Contender {
+    pub(super) fn is_learning(self) -> bool {
+        matches!(self, Self::Ours | Self::Experienced)
+    }
+}
+
 impl World<'_> {
-    pub(super) fn decide(&mut self, job: usize) -> Verdict {
+    pub(super) fn decide(&mut self, job: usize) -> (Verdict, Because) {
         if self.contender == Contender::Stock {
             let taken: Vec<u64> = self.sites.iter().map(|site| site.taken.len() as u64).collect();
             let best = stock::choose(&self.lines, &taken, &self.shunned);
-            return best.map_or(Verdict::Postpone(Vec::new()), Verdict::Accept);
+            return (best.map_or(Verdict::Postpone(Vec::new()), Verdict::Accept), Because::Best);
         }
+        let decision = self.decided(job);
+        if self.contender.is_learning() {
+            let now = self.now;
+            self.sites.iter_mut().for_each(|site| site.look(now));
+        }
+        (decision.verdict, decision.because)
+    }
+
+    /// Where the build would be done sooner if it began anew.
+    pub(super) fn better_place(&self, job: usize, on: usize) -> Option<usize> {
+        let Progress { began, was_moved, .. } = self.jobs[job];
+        let running = Running { on, elapsed: self.now - began, was_moved };
+        let better = worth_moving(&self.lines, &self.decided(job), &running)?;
+        Some(better.to)
+    }
+
+    fn decided(&self, job: usize) -> Decision {
         let now = clock(self.now);
         let (built, _, bytes) = self.built;
-        let is_learning = self.is_learning();
+        let is_learning = self.contender.is_learning();
         let work = Work {
             duration: if is_learning { self.history[job].or_else(|| self.usual()) } else { None },
             output: (built > 0 && is_learning).then(|| bytes / built),
@@ -45,16 +70,7 @@ impl World<'_> {
             work: &work,
             now,
         };
-        let decision = plan::decide(&question, |index| self.known(job, index));
-        if is_learning {
-            let now = self.now;
-            self.sites.iter_mut().for_each(|site| site.look(now));
-        }
-        decision.verdict
-    }
-
-    fn is_learning(&self) -> bool {
-        matches!(self.contender, Contender::Ours | Contender::Experienced)
+        plan::decide(&question, |index| self.known(job, index))
     }
 
     /// Seconds of an average build at speed 1.
@@ -65,11 +81,13 @@ impl World<'_> {
 
     /// When slots will be free, from the times of the lock files and how long builds take. One that has run for longer
     /// than usual is expected to go on for half as long again.
-    fn slot_wait(&self, site: &Site) -> Option<f64> {
+    fn slot_wait(&self, job: usize, site: &Site) -> Option<f64> {
         let usual = self.usual()? / f64::from(site.spec.line.speed_factor);
         let ages = site.taken.iter().map(|(_, since)| self.now - since);
         let ends: Vec<f64> = ages.map(|age| (usual - age).max(age / 2.0)).collect();
-        slot_wait(&ends, self.waiting.len() as u64, usual)
+        let own = self.waits(job).ticket();
+        let ahead = self.waiting.iter().filter(|other| **other != job && self.waits(**other).ticket() <= own);
+        slot_wait(&ends, ahead.count() as u64, usual)
     }
 
     /// Whether one build more may wait in a hook.
@@ -88,14 +106,14 @@ impl World<'_> {
             Health::Well
         };
         let known = Known::ready(Load { taken: site.taken.len() as u64 }).with_health(health);
-        if !self.is_learning() {
+        if !self.contender.is_learning() {
             return known;
         }
         let missing = |path: &usize| self.conditions.sends_twice || !site.coming.contains_key(path);
         let outputs = self.graph.inputs[job].without(&site.holds).filter(missing);
         let missing = outputs.map(|path| self.graph.jobs[path].output).sum::<u64>();
         Known {
-            slot_wait: if site.is_free() { None } else { self.slot_wait(site) },
+            slot_wait: if site.is_free() { None } else { self.slot_wait(job, site) },
             sample: site.sample.clone(),
             link: Link {
                 missing: Some(missing + self.graph.jobs[job].source),
@@ -144,4 +162,14 @@ pub(super) fn history(graph: &Graph, contender: Contender, seed: u64) -> Vec<Opt
     let mut about = |work: f64| random.chance(KNOWN_NAMES).then(|| random.log_normal(work, KNOWN_SIGMA));
     let known = graph.jobs.iter().map(|job| about(job.work));
     known.map(|known| known.filter(|_| contender == Contender::Experienced)).collect()
+}
+
+/// The chains that wait for each build. The graph is in the client's store; of the durations a hook knows its history.
+pub(super) fn tails(history: &[Option<f64>], dependents: &[Vec<usize>]) -> Vec<Option<f64>> {
+    let steps = history.iter().zip(dependents);
+    let steps: Vec<Step> = steps
+        .map(|(seconds, dependents)| Step { seconds: *seconds, dependents: dependents.clone() })
+        .collect();
+    let tails = chain::tails(&steps, Rules::default().typical_duration);
+    tails.into_iter().map(Some).collect()
 }

@@ -4,6 +4,7 @@ mod estimating;
 mod obstacles;
 mod properties;
 mod telling;
+mod waiting;
 
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 

@@ -1,0 +1,129 @@
+//! Who waits for whom: chains, turns, and builds that begin anew on a faster machine.
+
+use super::estimating::{decide_with, idle, with_sample};
+use super::*;
+use crate::plan::chain::{Step, tails};
+use crate::plan::moving::{Running, worth_moving};
+use crate::plan::turn::{LONGEST_HEAD_START, Waiting, order, turn};
+use proptest::collection::vec;
+use proptest::option::of;
+use proptest::prelude::*;
+
+fn step(seconds: Option<f64>, dependents: &[usize]) -> Step {
+    Step { seconds, dependents: dependents.to_vec() }
+}
+
+fn waits(user: u32, since: u64, tail: Option<f64>) -> Waiting {
+    Waiting { user, slots: 0, since: NOW + Duration::from_secs(since), tail }
+}
+
+#[test]
+fn a_tail_is_the_longest_chain_that_waits() {
+    let steps = [step(Some(5.0), &[1, 2]), step(Some(10.0), &[3]), step(None, &[3]), step(Some(3.0), &[])];
+    // What is not known counts as the mean of the others, 6 s.
+    assert_eq!(tails(&steps, 30.0), [18.0, 13.0, 9.0, 3.0]);
+    let unknown = steps.map(|step| Step { seconds: None, ..step });
+    assert_eq!(tails(&unknown, 30.0), [90.0, 60.0, 60.0, 30.0]);
+    let nonsense = [step(Some(f64::NAN), &[1, 7]), step(Some(-1.0), &[0])];
+    assert_eq!(tails(&nonsense, 2.0).len(), 2, "a circle comes to an end");
+    assert_eq!(tails(&[], 30.0), [0.0; 0]);
+}
+
+#[test]
+fn a_chain_of_a_hundred_thousand_needs_no_stack() {
+    let steps: Vec<Step> = (0..100_000).map(|index| step(None, &[index + 1])).collect();
+    assert_eq!(tails(&steps, 1.0)[0], 100_000.0);
+}
+
+#[test]
+fn the_longer_chain_goes_first_but_not_before_everybody() {
+    let first = waits(1, 100, Some(30.0));
+    assert_eq!(turn(&[first, waits(1, 101, Some(300.0))]), Some(1));
+    assert_eq!(turn(&[first, waits(1, 100_000, Some(1e9))]), Some(0), "it came too late");
+    assert_eq!(order(&[waits(1, 3, None), waits(1, 1, None), waits(1, 2, None)]), [1, 2, 0]);
+    assert_eq!(turn(&[]), None);
+}
+
+#[test]
+fn users_get_as_many_slots_each() {
+    let many = |user, slots| Waiting { slots, ..waits(user, 5, Some(1e6)) };
+    let waiting = [many(1, 2), many(1, 2), Waiting { slots: 1, ..waits(2, 50, None) }, waits(3, 60, None)];
+    assert_eq!(order(&waiting), [3, 2, 0, 1]);
+}
+
+proptest! {
+    #[test]
+    fn everybody_has_a_turn_and_nobody_is_overtaken_by_those_who_come_much_later(
+        who in vec((0_u32..3, 0_u64..5, 0_u64..100_000, of(-10.0_f64..1e7)), 0..40),
+    ) {
+        let later = LONGEST_HEAD_START.as_secs();
+        let slots = |user: u32| who.iter().filter(|(other, ..)| *other == user).map(|(_, slots, ..)| *slots).max();
+        let waiting: Vec<Waiting> = who
+            .iter()
+            .map(|(user, _, since, tail)| Waiting { slots: slots(*user).unwrap_or(0), ..waits(*user, *since + later, *tail) })
+            .collect();
+        let order = order(&waiting);
+        let mut places = order.clone();
+        places.sort_unstable();
+        prop_assert_eq!(places, (0..waiting.len()).collect::<Vec<_>>());
+        prop_assert_eq!(turn(&waiting), order.first().copied());
+        for (place, index) in order.iter().enumerate() {
+            let one = &waiting[*index];
+            for before in order[..place].iter().map(|index| &waiting[*index]).filter(|other| other.user == one.user) {
+                prop_assert!(before.since <= one.since + LONGEST_HEAD_START);
+                prop_assert!(before.tail.is_some_and(|tail| tail > 0.0) || before.since <= one.since);
+            }
+        }
+        // Whoever is first has no more slots than any other user who waits.
+        if let Some(first) = order.first() {
+            prop_assert!(waiting.iter().all(|other| waiting[*first].slots <= other.slots));
+        }
+    }
+
+    #[test]
+    fn a_tail_is_never_shorter_than_those_behind_it(
+        seconds in vec(of(0.0_f64..1e4), 1..30), edges in vec((0_usize..30, 0_usize..30), 0..60),
+    ) {
+        let count = seconds.len();
+        let mut steps: Vec<Step> = seconds.iter().map(|seconds| step(*seconds, &[])).collect();
+        for (from, to) in edges.into_iter().filter(|(from, to)| from < to && *to < count) {
+            steps[from].dependents.push(to);
+        }
+        let tails = tails(&steps, 30.0);
+        for (step, tail) in steps.iter().zip(&tails) {
+            prop_assert!(*tail >= step.seconds.unwrap_or(0.0));
+            prop_assert!(step.dependents.iter().all(|behind| *tail >= tails[*behind]));
+        }
+    }
+}
+
+#[test]
+fn a_build_that_goes_on_for_long_begins_anew_where_that_is_sooner() {
+    let machines = [machine("slow", 8, 1.0), machine("fast", 8, 8.0), machine("same", 8, 1.0)];
+    let running = Running { on: 0, elapsed: 600.0, was_moved: false };
+    let with = |work: Work, fast: Known, running: Running| {
+        let known = [Known { load: Load { taken: 1 }, ..idle() }, fast, idle()];
+        worth_moving(&machines, &decide_with(&Rules::default(), &work, &machines, &known), &running)
+    };
+    let unknown = || Work::default();
+    let better = with(unknown(), idle(), running).unwrap();
+    // It has done 600 s and is expected to go on for 420 more; all 1020 take an eighth there.
+    assert_eq!((better.to, better.stay.round(), better.go), (1, 420.0, 127.5));
+    let known = Work { duration: Some(610.0), ..Work::default() };
+    assert_eq!(with(known, idle(), running), Some(better), "what was known was wrong");
+    let known = Work { duration: Some(6000.0), ..Work::default() };
+    assert_eq!(with(known, idle(), running).unwrap().stay.round(), 5400.0);
+    assert_eq!(with(unknown(), idle(), Running { was_moved: true, ..running }), None);
+    assert_eq!(with(unknown(), idle(), Running { elapsed: 10.0, ..running }), None);
+    assert_eq!(with(unknown(), idle(), Running { elapsed: f64::NAN, ..running }), None);
+    let full = Known { load: Load { taken: 8 }, ..idle() };
+    assert_eq!(with(unknown(), full, running), None, "there is no slot");
+    let loaded = with_sample(Known { load: Load { taken: 1 }, ..idle() }, |sample| {
+        sample.load_average = Some(100.0);
+        sample.own_load = Some(1.0);
+    });
+    let known = [loaded, Known { load: Load { taken: 8 }, ..idle() }, idle()];
+    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known);
+    assert_eq!(decision.verdict, Verdict::Accept(2));
+    assert_eq!(worth_moving(&machines, &decision, &running), None, "load alone is no reason");
+}
