@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use crate::{
     leases::assert_all_given_back,
     running::{Build, builds, held_slots, marked, name_in, parent, slot_files},
-    support::{SOON, assert_only_masters_left},
+    support::{SOON, held_locks},
 };
 
 const SLOTS: usize = 4;
@@ -35,6 +35,8 @@ const TOLERANCE: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(40);
 /// Files of two masters and of two machines that may be left in the runtime directory, besides queues.
 const MOST_FILES: usize = 50;
+/// Masters that may be left, and processes that hold something for one.
+const MOST_OF_EACH: usize = 6;
 /// Between two looks of the watcher, or of the killer.
 const PACE: Duration = Duration::from_millis(3);
 
@@ -357,6 +359,37 @@ fn check(looks: &[Look], machine: usize, slots: usize, kills: &[Kill]) -> usize 
     most
 }
 
+/// Only masters are left, and small processes that hold what a master needs for the rest of its life. A link that was slow
+/// has more than one master.
+fn assert_nothing_runs(client: &Client) {
+    let mut others = Vec::new();
+    let is_kept = |process: &Process| {
+        ["ssh: /run/nix-offload/", "/bin/sh -c exec 3>&-"]
+            .iter()
+            .any(|head| process.command_line.starts_with(head))
+            || process.command_line == "nix-offload sample"
+    };
+    let begin = Instant::now();
+    wait_until("what is left is known", SOON * 2, || {
+        others = client.processes();
+        others.retain(|process| !is_kept(process));
+        others.is_empty() || begin.elapsed() > SOON
+    });
+    assert!(others.is_empty(), "{others:?}");
+    assert!(client.pids_matching("ssh: /run/nix-offload/").len() <= MOST_OF_EACH);
+    assert!(client.pids_matching("/bin/sh -c exec 3>&-").len() <= MOST_OF_EACH);
+    assert_eq!(held_locks(client), "");
+}
+
+/// The first daemon waits for connections, and is the only one.
+fn assert_nobody_is_served(mac: &Builder, client: &Client, kills: &[Kill]) {
+    let begin = Instant::now();
+    let daemons = || mac.pids_matching("nix-daemon").len();
+    wait_until("who is served is known", SOON * 2, || daemons() == 1 || begin.elapsed() > SOON);
+    let kills: Vec<&Whose> = kills.iter().map(|kill| &kill.whose).collect();
+    assert_eq!(daemons(), 1, "{:?}\n{:?}\n{kills:?}", mac.processes(), client.processes());
+}
+
 /// What the killed have left in the runtime directory is used again, and nothing of it is half written.
 fn assert_nothing_piles_up(client: &Client) {
     let files = client.run("cd /run/nix-offload && find . -mindepth 1 ! -type d | sort");
@@ -414,22 +447,21 @@ fn survive(works: usize, shared: Option<usize>) {
         (watcher.join().unwrap(), chaos)
     });
 
-    for (machine, looks) in looks.iter().enumerate() {
-        let slots = shared.unwrap_or(SLOTS);
-        let most = check(looks, machine, slots, &chaos.kills);
-        assert_eq!(most, slots, "machine {machine} was never full");
-    }
-    for kind in ["client", "hook", "keeper", "daemon"] {
+    let slots = shared.unwrap_or(SLOTS);
+    let most: Vec<usize> =
+        looks.iter().enumerate().map(|(machine, looks)| check(looks, machine, slots, &chaos.kills)).collect();
+    // One whose first master was killed may be left alone for as long as this takes.
+    assert!(most.contains(&slots), "no machine was ever full: {most:?}");
+    for kind in ["client", "hook"] {
         assert!(chaos.tally.contains_key(kind), "{:?}", chaos.tally);
     }
     let valid = client.nix("nix-store").args(["--check-validity"]).args(&chaos.outputs).run();
     valid.assert_success();
     wait_until("the keepers are gone", IDLE, || client.pids_matching("nix-offload keep ").is_empty());
-    assert_only_masters_left(&client, macs.len());
+    assert_nothing_runs(&client);
     for mac in &macs {
         wait_until("no build is left", SOON, || builds(mac).is_empty());
-        let daemons = || mac.pids_matching("nix-daemon").len();
-        wait_until("no daemon serves anybody", SOON, || daemons() == 1);
+        assert_nobody_is_served(mac, &client, &chaos.kills);
         let name = format!("ssh-ng://{}", mac.alias());
         assert_eq!((slot_files(&client, &name).len(), held_slots(&client, &name)), (SLOTS, 0));
         if shared.is_some() {
