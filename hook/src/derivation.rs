@@ -129,6 +129,9 @@ pub fn weighed_inputs(location: &Location, drv: &Derivation) -> Option<Vec<(Stor
     if direct.len() > MOST_INPUTS {
         return None;
     }
+    if direct.is_empty() {
+        return Some(Vec::new());
+    }
     let query = Query::open(location).ok()?;
     // What is not valid yet is not known to be large.
     let weigh = |path: StorePath| {

@@ -319,6 +319,27 @@ fn a_file_system_that_hangs_holds_nobody() {
 }
 
 #[test]
+fn a_connection_that_no_build_uses_is_not_kept_for_looking_at_its_machine() {
+    let world = World::new();
+    let (left, right) = (world.builder("left").start(), world.builder("right").start());
+    let client = client(&world, &[&left, &right]);
+    client.write("/etc/nix/offload.toml", &format!("[ssh]\nidle = '3s'\n{OFTEN}"));
+    let first = client.spawn_nix_build(&gated("first"), &["-j0"]);
+    wait_for_begin(&client, "first", &["left"]);
+    let masters = || client.pids_matching("ssh: /run/nix-offload/").len();
+    let second = client.spawn_nix_build(&gated("second"), &["-j0"]);
+    wait_until("both are begun", SOON, || begun(&client, "second").len() == 1);
+    assert_eq!(begun(&client, "second"), ["right"]);
+    wait_until("both are looked at", SOON, || shells(&left) == 1 && shells(&right) == 1);
+    open(&client, "second");
+    second.wait().assert_success();
+    wait_until("the one is left", IDLE, || shells(&right) == 0 && masters() == 1);
+    assert_eq!((shells(&left), samplers(&client).len()), (1, 1));
+    open(&client, "first");
+    first.wait().assert_success();
+}
+
+#[test]
 fn nothing_is_sampled_if_that_is_set() {
     let world = World::new();
     let mac = world.builder("mac").start();

@@ -87,18 +87,15 @@ pub fn suits(machine: &Machine, request: &Request) -> Result<(), Refusal> {
     if !request.is_builtin() && !machine.systems.contains(&request.system) {
         return Err(Refusal::System);
     }
-    let missing: BTreeSet<String> = request
-        .required_features
-        .iter()
-        .filter(|f| !machine.supported_features.contains(*f) && !machine.mandatory_features.contains(*f))
-        .cloned()
-        .collect();
-    if !missing.is_empty() {
+    let lacks =
+        |f: &&String| !machine.supported_features.contains(*f) && !machine.mandatory_features.contains(*f);
+    // Mostly there are none, and no set is made for that.
+    if request.required_features.iter().any(|f| lacks(&f)) {
+        let missing = request.required_features.iter().filter(lacks).cloned().collect();
         return Err(Refusal::MissingFeatures(missing));
     }
-    let unmet: BTreeSet<String> =
-        machine.mandatory_features.difference(&request.required_features).cloned().collect();
-    if !unmet.is_empty() {
+    if !machine.mandatory_features.is_subset(&request.required_features) {
+        let unmet = machine.mandatory_features.difference(&request.required_features).cloned().collect();
         return Err(Refusal::MandatoryFeatures(unmet));
     }
     Ok(())

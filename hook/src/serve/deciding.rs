@@ -12,7 +12,6 @@ use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use std::cell::{Ref, RefCell};
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -123,7 +122,7 @@ impl Hook<'_> {
             work: &candidate.work,
             now,
         };
-        let mut free: HashMap<usize, u64> = HashMap::new();
+        let mut free: Vec<Option<u64>> = vec![None; self.machines.len()];
         let mut fault = None;
         let _choosing = self.slots.lock("main-lock")?;
         let decision = plan::decide(&question, |index| {
@@ -133,7 +132,7 @@ impl Hook<'_> {
             }
             match survey.look(&self.machines[index], &needs) {
                 Ok(look) => {
-                    free.extend(look.free.map(|slot| (index, slot)));
+                    free[index] = look.free;
                     look.known
                 }
                 Err(error) => {
@@ -146,8 +145,8 @@ impl Hook<'_> {
         match (&decision.verdict, fault) {
             (Verdict::Accept(index), _) => {
                 let machine = &self.machines[*index];
-                let slot = match free.get(index) {
-                    Some(number) if decision.slots == 1 => self.slots.take(&machine.name, *number)?,
+                let slot = match free[*index] {
+                    Some(number) if decision.slots == 1 => self.slots.take(&machine.name, number)?,
                     Some(_) => self.slots.take_many(&machine.name, machine.max_jobs, decision.slots)?,
                     None => None,
                 };
