@@ -2,7 +2,7 @@
 
 use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv};
 
-use crate::support::{begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, begun, gated, open, wait_for_begin};
 
 /// A client with these machines, eight slots each, and a text for offload.toml.
 fn client(world: &World, builders: &[&Builder], toml: &str) -> Client {
@@ -100,7 +100,7 @@ fn what_nix_does_itself_is_not_sent_away_unless_nobody_else_can() {
 fn a_build_goes_where_its_large_input_is() {
     let world = World::new();
     let [mac, tin] = ["mac", "tin"].map(|name| world.builder(name).start());
-    let client = client(&world, &[&mac, &tin], "");
+    let client = client(&world, &[&mac, &tin], NO_SAMPLES);
     // Nothing is known: the earlier one in the list.
     let mac_only = client.spawn_nix_build(&gated("apart"), &["-j0"]);
     wait_for_begin(&client, "apart", &["mac"]);
@@ -138,7 +138,7 @@ fn a_long_build_waits_for_the_fast_machine_if_that_will_be_free_soon() {
         .machines("ssh-ng://mac x86_64-linux - 1 8\nssh-ng://tin x86_64-linux - 1 1\n")
         .start();
     // Both have the load of the machine that this test runs on.
-    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     let waiting = "cd /run/nix-offload/queue 2>/dev/null || exit 0; \
                    for place in *; do flock -n $place true || echo $place; done";
     // On a machine of speed 8 two seconds are sixteen of the usual ones.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
 
 /// Longer than the sampler stays after the last build.
 const IDLE: Duration = Duration::from_secs(60);
@@ -323,7 +323,7 @@ fn nothing_is_sampled_if_that_is_set() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let client = client(&world, &[&mac]);
-    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     for name in ["a", "b"] {
         assert_built_on(&client, &build(&client, name), "mac");
     }
