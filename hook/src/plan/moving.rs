@@ -64,8 +64,7 @@ pub fn worth_moving(machines: &[Machine], decision: &Decision, running: &Running
     let tasks = own.foreign.value + own.own as f64;
     let pace = own.speed * (own.cores.value / tasks.max(1.0)).min(1.0);
     let done = running.elapsed * pace;
-    let known = if own.duration.is_known { own.duration.value } else { 0.0 };
-    let total = known.max(LONGER * done);
+    let total = own.duration.value.max(LONGER * done);
     let stay = (total - done) / pace;
     let go = other.transfer + total / (other.terms.speed * other.terms.share);
     (go * MARGIN < stay).then_some(Move { to, stay, go })

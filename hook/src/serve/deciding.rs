@@ -97,7 +97,7 @@ impl Hook<'_> {
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
+        let needs = Needs { inputs: self.inputs(candidate), usual: candidate.work.usual };
         let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
