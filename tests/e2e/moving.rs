@@ -97,7 +97,7 @@ fn a_long_build_is_begun_anew_on_a_fast_machine_when_nobody_waits_any_more() {
     let drv = message.split('\'').nth(1).unwrap();
     let last = client.nix_offload(&["explain", "--last", drv]);
     let last = last.assert_success().stdout();
-    assert!(last.contains("ssh-ng://mac"), "{last}");
+    assert!(last.contains("built on ssh-ng://mac"), "{last}");
     // Nobody is to blame for it, and the slow machine builds on.
     let status = client.nix_offload(&["status"]);
     assert!(!status.assert_success().stdout().contains("failed"), "{status}");
@@ -179,4 +179,48 @@ fn builds_end_where_they_were_by_every_way_to_a_machine_and_stay_if_that_is_want
         build.signal(nix::sys::signal::Signal::SIGINT);
         build.wait().assert_failure().assert_stderr_lacks(" anew on ");
     }
+}
+
+#[test]
+fn a_build_is_begun_anew_once_at_most() {
+    let world = World::new();
+    let [tin, mac, top] = ["tin", "mac", "top"].map(|name| {
+        let features = format!("system-features = gate-{name}");
+        world.builder(name).nix_conf(&features).start()
+    });
+    let client = plan(&world, "client")
+        .knows(&tin)
+        .knows(&mac)
+        .knows(&top)
+        .machines("ssh-ng://tin x86_64-linux - 1 1\nssh-ng://mac x86_64-linux - 1 8 gate-mac\n")
+        .machines("ssh-ng://top x86_64-linux - 2 64 gate-top\n")
+        .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    let gates = [("one", "gate-mac"), ("two", "gate-top"), ("three", "gate-top")].map(|(name, feature)| {
+        let gate = client.spawn_nix_build(&picky(name, feature), &["-j0"]);
+        wait_until("a machine is busy", SOON, || begun(&client, name).len() == 1);
+        gate
+    });
+    let first = client.spawn_nix_build(&gated("first"), &["-j0"]);
+    wait_for_begin(&client, "first", &["tin"]);
+    open(&client, "one");
+    wait_until("it is begun anew", LOOKED_AT, || begun(&client, "first") == ["tin", "mac"]);
+    let second = client.spawn_nix_build(&gated("second"), &["-j0"]);
+    wait_for_begin(&client, "second", &["tin"]);
+    for name in ["two", "three"] {
+        open(&client, name);
+    }
+    for gate in gates {
+        gate.wait().assert_success();
+    }
+    // By then the first one has run on its second machine for longer.
+    wait_until("the second is begun anew", LOOKED_AT, || begun(&client, "second") == ["tin", "top"]);
+    assert_eq!(begun(&client, "first"), ["tin", "mac"]);
+    for (name, build, machine) in [("first", first, "mac\n"), ("second", second, "top\n")] {
+        open(&client, name);
+        let built = build.wait();
+        assert_eq!(client.read(&built.assert_success().out_path()), machine);
+        told(&built);
+    }
+    assert_eq!(held_locks(&client), "");
 }

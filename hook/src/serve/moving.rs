@@ -25,8 +25,8 @@ pub(super) struct Outlook<'h, 'a> {
     on: usize,
     /// Machines that failed in this process.
     failed: &'h Failed,
-    /// What speaks against others for this only.
-    unfit: RefCell<Failed>,
+    /// Machines that turned out not to trust us with this build.
+    distrusted: RefCell<Failed>,
     found: Cell<Option<Better>>,
 }
 
@@ -48,16 +48,21 @@ impl<'a> Hook<'a> {
         if !self.rules.begin_anew {
             return None;
         }
-        // It might have to wait for a lease there.
-        let is_shared =
-            |index: &usize| self.offload.of_machine(&self.machines[*index]).shared_slots.is_some();
         let mut rivals = moving::rivals(self.machines, &candidate.request, on);
-        rivals.any(|index| !is_shared(&index)).then(|| {
-            let shared = (0..self.machines.len()).filter(|index| *index != on && is_shared(index));
-            let why = "it shares its slots, so no build that runs is begun anew on it";
-            let unfit = RefCell::new(shared.map(|index| (index, why.to_owned())).collect());
-            Outlook { hook: self, candidate, on, failed, unfit, found: Cell::default() }
+        let (distrusted, found) = Default::default();
+        rivals.any(|index| !self.is_shared(index)).then_some(Outlook {
+            hook: self,
+            candidate,
+            on,
+            failed,
+            distrusted,
+            found,
         })
+    }
+
+    /// Whether a build might have to wait for a lease there.
+    fn is_shared(&self, index: usize) -> bool {
+        self.offload.of_machine(&self.machines[index]).shared_slots.is_some()
     }
 
     /// Goes over to the better machine, when the build has ended where it was.
@@ -118,12 +123,15 @@ impl Outlook<'_, '_> {
         // It does not wait, so it is not to be content with what there is.
         let work =
             Work { duration: candidate.work.duration, output: candidate.work.output, ..Work::default() };
+        let mut unfit = self.distrusted.borrow().clone();
+        for index in (0..hook.machines.len()).filter(|index| *index != on && hook.is_shared(*index)) {
+            unfit.insert(index, "it shares its slots, so no build that runs is begun anew on it".to_owned());
+        }
         let mut worth = None;
-        let decided =
-            hook.decide_if((candidate, &work), Stage::Waited, failed, &self.unfit.borrow(), |decision| {
-                worth = moving::worth_moving(hook.machines, decision, &running);
-                worth.is_some()
-            });
+        let decided = hook.decide_if((candidate, &work), Stage::Waited, failed, &unfit, |decision| {
+            worth = moving::worth_moving(hook.machines, decision, &running);
+            worth.is_some()
+        });
         let (decision, slot) = decided.map_err(|error| exit::report(&error, None))?;
         let (Verdict::Accept(index), Some(slot), Some(worth)) = (&decision.verdict, slot, worth) else {
             return Err("no machine is that much better".into());
@@ -147,7 +155,7 @@ impl Outlook<'_, '_> {
     fn failure_of(&self, index: usize, error: ReachError) -> String {
         let text = error.describe();
         if matches!(error, ReachError::Distrust(_)) {
-            self.unfit.borrow_mut().insert(index, text.clone());
+            self.distrusted.borrow_mut().insert(index, text.clone());
         } else if !error.is_waking() && !error.is_no_network() {
             self.hook.note_failure(index, &error);
         }
