@@ -224,3 +224,37 @@ fn a_build_is_begun_anew_once_at_most() {
     }
     assert_eq!(held_locks(&client), "");
 }
+
+#[test]
+fn a_build_is_not_ended_for_a_machine_that_does_not_answer() {
+    let world = World::new();
+    let mut mac = world.builder("mac").nix_conf("system-features = gate").start();
+    let tin = world.builder("tin").start();
+    let client = plan(&world, "client")
+        .knows(&mac)
+        .knows(&tin)
+        .machines("ssh-ng://mac x86_64-linux - 1 8 gate\nssh-ng://tin x86_64-linux - 1 1\n")
+        .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    let gate = client.spawn_nix_build(&picky("gate", "gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
+    wait_for_begin(&client, "long", &["tin"]);
+    open(&client, "gate");
+    gate.wait().assert_success();
+    mac.stop();
+    let is_why = |reason: &str| reason.starts_with("'ssh-ng://mac': ");
+    wait_until("it was looked at", LOOKED_AT, || {
+        let entries = client.journal("-t nix-offload");
+        entries
+            .iter()
+            .any(|entry| entry["MESSAGE"] == "not begun anew" && entry["REASON"].as_str().is_some_and(is_why))
+    });
+    assert_eq!(begun(&client, "long"), ["tin"]);
+    assert!(held_locks(&client).lines().all(|lock| lock.contains("tin") || lock.ends_with(".lock")));
+    open(&client, "long");
+    let long = long.wait();
+    assert_eq!(client.read(&long.assert_success().out_path()), "tin\n");
+    long.assert_stderr_lacks(" anew on ").assert_stderr_lacks("connection was lost");
+    assert_eq!(long.stderr().matches("cannot build on 'ssh-ng://mac'").count(), 1, "{long}");
+}

@@ -137,11 +137,8 @@ impl Outlook<'_, '_> {
             return Err("no machine is that much better".into());
         };
         let (index, machine) = (*index, &hook.machines[*index]);
-        // A machine that does not answer after all is to be known as such before the build has ended here.
-        let reached = match hook.may_be_promised(machine, candidate) {
-            true => None,
-            false => self.reach(machine).map_err(|error| self.failure_of(index, error))?,
-        };
+        // Nobody waits for the answer, and a machine that gives none is to be known before the build has ended here.
+        let reached = self.reach(machine).map_err(|error| self.failure_of(index, error))?;
         let chosen = Chosen { index, pace: decision.pace(index), slot, reached };
         Ok(Better { chosen, decision, worth })
     }
