@@ -13,11 +13,12 @@ fn plan(world: &World, name: &str) -> ClientPlan {
     world.client().named(name).hook(Hook::Ours).journald().env("NIX_OFFLOAD_LOG", "debug")
 }
 
-/// Never ends but on one machine. Says a word and is silent from then on, and notes where it was begun.
+/// Ends on one machine only, and there after [`open`]. Says a word and is silent from then on, and notes where it was begun.
 fn endless_but_on(machine: &str, name: &str, seconds: &str) -> String {
     let script = format!(
         "here=$(cat /etc/machine-name); echo begun on $here; echo $here >> /mnt/share/{name}.begun; \
-         [ $here = {machine} ] || exec sleep {seconds}; echo $here > $out"
+         [ $here = {machine} ] || exec sleep {seconds}; \
+         until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; echo $here > $out"
     );
     drv::script(name, &script)
 }
@@ -77,10 +78,12 @@ fn a_long_build_is_begun_anew_on_a_fast_machine_when_nobody_waits_any_more() {
     waits.wait().assert_success();
     assert_eq!(begun(&client, "long"), ["tin"]);
 
+    wait_until("it is begun anew", LOOKED_AT, || begun(&client, "long") == ["tin", "mac"]);
+    wait_until("it has ended on the slow machine", SOON, || sleeping(&tin, "4711").is_empty());
+    open(&client, "long");
     let long = long.wait();
     assert_eq!(client.read(&long.assert_success().out_path()), "mac\n");
     assert_eq!(begun(&client, "long"), ["tin", "mac"]);
-    wait_until("it has ended on the slow machine", SOON, || sleeping(&tin, "4711").is_empty());
     let message = told(&long);
     assert!(message.contains("-long.drv' anew on 'ssh-ng://mac': it would take about "), "{message}");
     assert!(message.contains(" more on 'ssh-ng://tin', "), "{message}");
@@ -156,19 +159,31 @@ fn builds_end_where_they_were_by_every_way_to_a_machine_and_stay_if_that_is_want
         }
     }
     let mut first = Vec::new();
-    for (_, name, seconds, build) in builds.drain(2..) {
-        let built = build.wait();
-        assert_eq!(moving.read(&built.assert_success().out_path()), "mac\n", "{name}");
-        told(&built);
-        let on = begun(&moving, &name);
-        assert_eq!(on[1..], ["mac"], "{name}");
-        first.extend_from_slice(&on[..1]);
+    let moved = builds.split_off(2);
+    for (_, name, seconds, _) in &moved {
+        wait_until("it is begun anew", LOOKED_AT, || begun(&moving, name).len() == 2);
+        let on = begun(&moving, name);
+        assert_eq!(on[1], "mac", "{name}");
         let machine = slow.iter().find(|machine| machine.alias() == on[0]).unwrap();
         wait_until("nothing is left of it", SOON, || {
-            sleeping(machine, &seconds).is_empty() && machine.pids_matching("--serve").is_empty()
+            sleeping(machine, seconds).is_empty() && machine.pids_matching("--serve").is_empty()
         });
-        machine.verify_store();
+        first.extend_from_slice(&on[..1]);
     }
+    // The slots are free before the builds are over.
+    let held = "cd /nix/var/nix/current-load; for slot in ssh*; do flock -n $slot true || echo $slot; done";
+    wait_until("only slots of the fast machine are taken", SOON, || {
+        let held = moving.run(held);
+        held.lines().count() == 3 && held.lines().all(|slot| slot.contains("mac"))
+    });
+    for (_, name, _, build) in moved {
+        open(&moving, &name);
+        let built = build.wait();
+        assert_eq!(moving.read(&built.assert_success().out_path()), "mac\n", "{name}");
+        assert_eq!(begun(&moving, &name).len(), 2, "{name}");
+        told(&built);
+    }
+    slow.iter().for_each(|machine| machine.verify_store());
     first.sort();
     assert_eq!(first, ["pipe", "serve", "sock"]);
     assert_eq!(held_locks(&moving), "");
