@@ -8,12 +8,14 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::queue::{Queue, Waiting};
-use crate::reach::{Ailing, Reach};
+use crate::reach::{Ailing, Reach, Vitals};
 use crate::sampler::Samples;
+use crate::sending;
 use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,8 @@ pub struct Survey<'a> {
     withheld: Withholdings,
     used: Used,
     samples: Samples,
+    vitals: Vitals,
+    backlogs: HashMap<String, u64>,
     waiting: Waiting,
     now: SystemTime,
 }
@@ -51,8 +55,10 @@ pub struct Needs<'a> {
 }
 
 impl<'a> Survey<'a> {
-    /// Reads what is the same for all machines. `state` is the state directory.
+    /// Reads what is noted of all machines, so that little is left to be done for each, and nothing that waits. To be called
+    /// without the lock `main-lock`. `state` is the state directory.
     pub fn begin(
+        machines: &[Machine],
         slots: &'a Slots,
         reach: &'a Reach,
         location: &'a Location,
@@ -62,7 +68,8 @@ impl<'a> Survey<'a> {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
         let samples = Samples::read(&Samples::path(reach.directory()));
         let waiting = Queue::of(reach.directory()).waiting();
-        Self { slots, reach, location, withheld, used: slots.used(), samples, waiting, now }
+        let (vitals, backlogs) = (reach.vitals(machines), sending::backlogs(reach.directory()));
+        Self { slots, reach, location, withheld, used: slots.used(), samples, vitals, backlogs, waiting, now }
     }
 
     /// The same for a build that comes before all that wait.
@@ -94,13 +101,16 @@ impl<'a> Survey<'a> {
             self.waiting.of(&machine.name, machine.max_jobs, machine.max_jobs.saturating_sub(load.taken));
         let slot_wait =
             if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, waiting) } else { None };
-        let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        // Of a machine that never had a build of ours nothing is noted here.
+        let inputs = needs.inputs.filter(|_| is_used);
+        let missing = inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
         let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
+        let backlog = self.backlogs.get(&machine.name).copied();
         let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
         let round_trip = said.and_then(|said| said.round_trip);
         let known = Known {
             sample: said.map(|said| said.sample.clone()),
-            link: Link { missing, bandwidth, round_trip, ..Link::default() },
+            link: Link { missing, backlog, bandwidth, round_trip },
             slot_wait,
             waiting,
             health: self.health(machine),
@@ -111,13 +121,13 @@ impl<'a> Survey<'a> {
     }
 
     fn health(&self, machine: &Machine) -> Health {
-        if self.reach.is_asleep(machine) {
+        if self.vitals.is_asleep(self.reach, machine, self.now) {
             return Health::Waking;
         }
-        if self.reach.is_cut_off(machine) {
+        if self.vitals.is_cut_off(self.reach, machine) {
             return Health::Unreachable("this client has no network".into());
         }
-        let ailing = self.reach.ailing(machine, self.now);
+        let ailing = self.vitals.ailing(self.reach, machine, self.now);
         ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 

@@ -221,7 +221,8 @@ impl Desk<'_> {
             .then(|| derivation::weighed_inputs(self.location, &subject.drv))
             .flatten();
         let needs = Needs { inputs: inputs.as_deref(), usual: work.usual };
-        let survey = Survey::begin(&self.slots, &self.reach, self.location, self.state.as_deref(), now);
+        let state = self.state.as_deref();
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, self.location, state, now);
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,

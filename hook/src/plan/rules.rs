@@ -25,7 +25,7 @@ pub struct Rules {
     pub typical_duration: f64,
     /// Bytes per second to a machine whose bandwidth was never measured, once anything is measured at all.
     pub typical_bandwidth: f64,
-    /// How old a sample may be to be believed.
+    /// How old a sample may be to be believed; see [`stale_after`].
     pub stale_after: Duration,
     /// How long a build may be held back for a machine that is full but would be done sooner, or for as many free slots
     /// as it weighs. Then it takes what is free.
@@ -58,6 +58,16 @@ pub struct Floors {
     pub inodes: u64,
     /// Bytes of memory that can be had.
     pub memory: u64,
+}
+
+/// Where a sample needs a session that builds may need, samples are so many times as far apart.
+pub const SPARING: u32 = 6;
+
+/// How old a sample may be to be believed if machines are asked so often: at least a minute, and long enough for one to be
+/// missed.
+pub fn stale_after(every: Duration) -> Duration {
+    const LEAST: Duration = Duration::from_secs(60);
+    (every * SPARING * 2).max(LEAST)
 }
 
 impl Default for Rules {

@@ -336,10 +336,12 @@ impl Hook<'_> {
                         reason = lost,
                         "connection lost"
                     );
-                    if attempt < TRIES {
-                        let text = format!("'{}': {lost}; connecting again", machine.name);
-                        self.nix.message(Verbosity::Warn, &text);
+                    if attempt >= TRIES {
+                        self.note_lost(index, &lost);
+                        return Attempt::Elsewhere(lost);
                     }
+                    let text = format!("'{}': {lost}; connecting again", machine.name);
+                    self.nix.message(Verbosity::Warn, &text);
                 }
             }
         }

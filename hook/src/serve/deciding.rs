@@ -78,6 +78,15 @@ impl Memory {
         ailing.map(|(index, _)| index).collect()
     }
 
+    /// Machines that the last decision passed over for what they said of themselves.
+    pub(super) fn short(&self) -> Vec<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(Decision::refusals);
+        let short =
+            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_)));
+        short.map(|(index, _)| index).collect()
+    }
+
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
     pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
         if let Some(history) = &self.history {
@@ -116,7 +125,7 @@ impl Hook<'_> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
         let needs = Needs { inputs: self.inputs(candidate), usual: candidate.work.usual };
-        let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, &self.location, state, now);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
             Stage::New => (survey, &self.local),

@@ -153,8 +153,9 @@ struct Desk {
 impl Desk {
     fn rows(&self, now: SystemTime) -> Vec<Row> {
         let location = &self.vantage.location;
-        let survey = Survey::begin(&self.slots, &self.reach, location, self.state.as_deref(), now);
         let machines = self.vantage.fleet().machines;
+        let state = self.state.as_deref();
+        let survey = Survey::begin(&machines, &self.slots, &self.reach, location, state, now);
         machines.iter().map(|machine| self.row(&survey, machine, now)).collect()
     }
 
