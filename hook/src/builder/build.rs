@@ -143,12 +143,15 @@ fn look_in(
     match input.wait() {
         Ok(()) => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Some(Duration::ZERO)),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => match () {
-            // One of Nix's own clocks, which the reader will find to be over.
-            () if until == limit => Ok(None),
-            () if reviews.is_over() => Err(BuilderError::CalledOff),
-            () => Ok(Some(Duration::ZERO)),
-        },
+        // One of Nix's own clocks, which the reader will find to be over.
+        Err(error) if error.kind() == io::ErrorKind::TimedOut && until == limit => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            if reviews.is_over() {
+                Err(BuilderError::CalledOff)
+            } else {
+                Ok(Some(Duration::ZERO))
+            }
+        }
         Err(error) => Err(BuilderError::wire(DOING, WireError::io("a message", error))),
     }
 }
