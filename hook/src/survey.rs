@@ -50,8 +50,8 @@ pub struct Look {
 pub struct Needs<'a> {
     /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
     pub inputs: Option<&'a [(StorePath, u64)]>,
-    /// Seconds that it takes on an idle machine of speed factor 1, if that is known.
-    pub duration: Option<f64>,
+    /// Seconds that an average build takes on an idle machine of speed factor 1, if that is known.
+    pub usual: Option<f64>,
 }
 
 impl<'a> Survey<'a> {
@@ -131,15 +131,19 @@ impl<'a> Survey<'a> {
         ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 
-    /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
+    /// When one of its slots is free, if of all builds that have one it is known since when. One that has run for longer than
+    /// expected is taken to go on for half as long again.
     fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>, waiting: u64) -> Option<f64> {
-        let each = needs.duration?;
+        let usual = needs.usual? / f64::from(machine.speed_factor);
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
-        let end =
-            |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
+        let end = |holder: Option<Holder>| {
+            let Holder { since, expected, .. } = holder?;
+            let age = (now - since).max(0.0);
+            Some((expected.unwrap_or(usual) - age).max(age / 2.0))
+        };
         let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
-        estimate::slot_wait(&ends, waiting, each)
+        estimate::slot_wait(&ends, waiting, usual)
     }
 }
 
@@ -148,6 +152,7 @@ pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
     let record = history.and_then(|history| history.of(name));
     Work {
         duration: record.map(|record| record.seconds),
+        usual: history.and_then(History::usual).map(|usual| usual.seconds),
         output: record.map(|record| record.output as u64),
         waiting_since: Some(since),
     }

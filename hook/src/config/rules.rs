@@ -50,6 +50,7 @@ struct Choice {
     min_free_memory: Option<u64>,
     #[serde(deserialize_with = "some_time")]
     hold_back: Option<Duration>,
+    begin_anew: Option<bool>,
     #[serde(deserialize_with = "some_interval")]
     sample_every: Option<Duration>,
 }
@@ -100,6 +101,7 @@ impl Offload {
                 memory: set.min_free_memory.unwrap_or(default.floors.memory),
             },
             hold_back: set.hold_back.unwrap_or(default.hold_back),
+            begin_anew: set.begin_anew.unwrap_or(default.begin_anew),
             stale_after: self.sample_every().map_or(default.stale_after, stale_after),
             ..default
         }
@@ -205,7 +207,7 @@ mod tests {
         let offload = read(
             "[ssh]\nidle = 5\n[choice]\npolicy = 'cost'\nlocal-speed-factor = 2\nbig-parallel-slots = 4\n\
              max-waiting = 7\nmin-free-disk = '2G'\nmin-free-inodes = 5\nmin-free-memory = 1024\n\
-             hold-back = '1m'\nsample-every = 0\n",
+             hold-back = '1m'\nbegin-anew = false\nsample-every = 0\n",
         )
         .unwrap();
         let rules = offload.rules();
@@ -213,6 +215,7 @@ mod tests {
         assert_eq!((rules.policy, rules.floors, rules.max_waiting), (Policy::Cost, floors, 7));
         assert_eq!((rules.local_speed_factor, rules.big_parallel_slots), (2.0, 4));
         assert_eq!((rules.hold_back, offload.sample_every()), (Duration::from_secs(60), None));
+        assert!(Rules::default().begin_anew && !rules.begin_anew);
     }
 
     #[test]
@@ -249,6 +252,7 @@ mod tests {
             ("[choice]\nmin-free-disk = '99999999999T'", "/f:2:17: it must be a number of bytes"),
             ("[choice]\nmax-waiting = 100000", "/f:2:15: it must be at most 4096"),
             ("[choice]\nbig-parallel-slots = 0", "/f:2:22: "),
+            ("[choice]\nbegin-anew = 'no'", "/f:2:14: invalid type"),
             ("[choice]\nsample-every = '6m'", "/f:2:16: it must be at most 5m"),
             ("[choice]\nhold-back = '31d'", "/f:2:13: it must be "),
             ("[[machine]]\nshared-slots = 2", "/f:1:1: missing field `name`"),

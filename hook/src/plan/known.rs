@@ -120,7 +120,9 @@ pub enum Withholding {
 pub struct Work {
     /// Seconds that it takes on an idle machine of speed factor 1: an average over builds of the same name.
     pub duration: Option<f64>,
-    /// Bytes of its outputs, from the same source.
+    /// The same of an average build of this client.
+    pub usual: Option<f64>,
+    /// Bytes of its outputs: an average over builds of the same name.
     pub output: Option<u64>,
     /// When Nix first asked for it, if that was before. What is held back or waits for an obstacle to pass is held to
     /// a bound by it, so it has to outlive the hook process where the answer was `postpone`.

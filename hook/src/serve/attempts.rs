@@ -2,6 +2,7 @@
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
+use super::moving::Outlook;
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::lease::Lease;
@@ -37,6 +38,8 @@ enum Attempt {
     Elsewhere(String),
     /// The machine is down and has been told to wake up.
     Asleep,
+    /// Another machine would be done much sooner, so the build was ended where it was.
+    Moved(Box<Chosen>),
 }
 
 impl Hook<'_> {
@@ -50,6 +53,7 @@ impl Hook<'_> {
     ) -> u8 {
         let derivation = candidate.request.drv_path.as_str();
         let mut tried = Vec::new();
+        let mut was_moved = false;
         let mut next = match accepted {
             Accepted::Now(chosen) => Some(*chosen),
             Accepted::Waiting(place) => self.wait_for_slot(candidate, &mut failed, Some(place)),
@@ -57,7 +61,10 @@ impl Hook<'_> {
         while let Some(current) = next.take() {
             let index = current.index;
             let name = self.machines[index].name.as_str();
-            let done = catch_unwind(AssertUnwindSafe(|| self.build_on(candidate, current, job)));
+            let done = catch_unwind(AssertUnwindSafe(|| {
+                let outlook = (!was_moved).then(|| self.outlook(candidate, index, &failed)).flatten();
+                self.build_on(candidate, current, job, outlook.as_ref())
+            }));
             let attempt = done.unwrap_or_else(|_| {
                 Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
@@ -68,6 +75,10 @@ impl Hook<'_> {
                     tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
+                }
+                Attempt::Moved(chosen) => {
+                    was_moved = true;
+                    next = Some(*chosen);
                 }
                 Attempt::Asleep => {
                     next = match self.choose(candidate, Stage::Waited, &mut failed) {
@@ -168,7 +179,13 @@ impl Hook<'_> {
         self.nix.message(Verbosity::Warn, &format!("nix-offload: {text}"));
     }
 
-    fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
+    fn build_on(
+        &self,
+        candidate: &Candidate,
+        chosen: Chosen,
+        job: &Job,
+        outlook: Option<&Outlook<'_, '_>>,
+    ) -> Attempt {
         let Chosen { index, slot, pace, mut reached } = chosen;
         let machine = &self.machines[index];
         let derivation = candidate.request.drv_path.as_str();
@@ -179,6 +196,7 @@ impl Hook<'_> {
             self.memory.keep_latest(derivation, self.machines);
             self.interest.show();
         };
+        let calls_off = |ran: Duration| outlook.is_some_and(|outlook| outlook.finds(ran));
         let leases = self.shared_slots(machine);
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
@@ -192,6 +210,8 @@ impl Hook<'_> {
             sending: &sending,
             is_leased: leases.is_some(),
             meanwhile: &meanwhile,
+            review: outlook.map(|outlook| outlook.review(&calls_off)),
+            ended: &|| outlook.into_iter().for_each(Outlook::leave),
         };
         let seen = self.reach.seen(machine);
         let direct = self.direct_inputs(&candidate.drv);
@@ -282,6 +302,15 @@ impl Hook<'_> {
                     let distrust = self.distrust_in(machine, &text).map(ReachError::from);
                     let text = distrust.map_or(text, |distrust| distrust.describe());
                     return self.elsewhere(index, text);
+                }
+                Blame::Nobody => {
+                    if let Some(better) = outlook.and_then(Outlook::take) {
+                        // With the connection the build ends there, and then the slot is free.
+                        drop(connection);
+                        drop(slot);
+                        return Attempt::Moved(self.move_to(better, candidate, machine));
+                    }
+                    lost = one_report(&error);
                 }
                 Blame::Guess => {
                     tracing::info!(derivation, builder = machine.name, "inputs are not there any more");

@@ -46,6 +46,11 @@ impl Memory {
         self.asked.postponed(drv_path, since, SystemTime::now());
     }
 
+    /// Whether Nix was asked a moment ago to ask again for something.
+    pub(super) fn is_anything_postponed(&self) -> bool {
+        self.asked.is_anything_postponed(SystemTime::now())
+    }
+
     /// The last decision of this process, unless it is kept already.
     pub(super) fn latest(&self) -> Ref<'_, Option<Decision>> {
         self.latest.borrow()
@@ -103,9 +108,22 @@ impl Hook<'_> {
         failed: &Failed,
         unfit: &Failed,
     ) -> Result<(Decision, Option<Held>), SlotError> {
+        self.decide_if((candidate, &candidate.work), stage, failed, unfit, |_| true)
+    }
+
+    /// The same with other words of what is known of the build, and takes the slot only if it is `wanted` after that
+    /// decision.
+    pub(super) fn decide_if(
+        &self,
+        (candidate, work): (&Candidate, &Work),
+        stage: Stage,
+        failed: &Failed,
+        unfit: &Failed,
+        wanted: impl FnOnce(&Decision) -> bool,
+    ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
+        let needs = Needs { inputs: self.inputs(candidate), usual: candidate.work.usual };
         let survey = Survey::begin(self.machines, &self.slots, &self.reach, &self.location, state, now);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
@@ -119,7 +137,7 @@ impl Hook<'_> {
             local,
             here: here.as_ref(),
             request: &candidate.request,
-            work: &candidate.work,
+            work,
             now,
         };
         let mut free: Vec<Option<u64>> = vec![None; self.machines.len()];
@@ -143,6 +161,7 @@ impl Hook<'_> {
             }
         });
         match (&decision.verdict, fault) {
+            (Verdict::Accept(_), _) if !wanted(&decision) => Ok((decision, None)),
             (Verdict::Accept(index), _) => {
                 let machine = &self.machines[*index];
                 let slot = match free[*index] {

@@ -6,6 +6,7 @@ mod ailing;
 mod attempts;
 mod deciding;
 mod handover;
+mod moving;
 mod notice;
 mod race;
 mod trust;

@@ -163,7 +163,7 @@ impl Desk {
         let look = {
             // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
             let _choosing = self.slots.lock("main-lock");
-            survey.look(machine, &Needs { inputs: None, duration: None })
+            survey.look(machine, &Needs { inputs: None, usual: None })
         };
         let mut row = Row {
             name: machine.name.clone(),

@@ -130,8 +130,8 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn any_work()(duration in of(0.1_f64..1e4), output in of(0_u64..1 << 32), since in of(0..LATER)) -> Work {
-        Work { duration, output, waiting_since: since.map(|at| NOW + Duration::from_secs(at)) }
+    fn any_work()(duration in of(0.1_f64..1e4), usual in of(0.1_f64..1e4), output in of(0_u64..1 << 32), since in of(0..LATER)) -> Work {
+        Work { duration, usual, output, waiting_since: since.map(|at| NOW + Duration::from_secs(at)) }
     }
 }
 
