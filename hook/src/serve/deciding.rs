@@ -14,6 +14,7 @@ use nix_offload_proxy::exit;
 use std::cell::{Ref, RefCell};
 use std::path::PathBuf;
 use std::process;
+use std::rc::Rc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What hooks remember together.
@@ -24,7 +25,7 @@ pub(super) struct Memory {
     asked: Asked,
     told: Told,
     /// The last decision of this process, until it is kept.
-    latest: RefCell<Option<Decision>>,
+    latest: RefCell<Option<Rc<Decision>>>,
 }
 
 impl Memory {
@@ -52,7 +53,7 @@ impl Memory {
     }
 
     /// The last decision of this process, unless it is kept already.
-    pub(super) fn latest(&self) -> Ref<'_, Option<Decision>> {
+    pub(super) fn latest(&self) -> Ref<'_, Option<Rc<Decision>>> {
         self.latest.borrow()
     }
 
@@ -71,7 +72,7 @@ impl Memory {
     /// Machines that the last decision left alone for what is known of their health.
     pub(super) fn left_alone(&self) -> Vec<usize> {
         let latest = self.latest.borrow();
-        let refusals = latest.iter().flat_map(Decision::refusals);
+        let refusals = latest.iter().flat_map(|decision| decision.refusals());
         let ailing =
             refusals.filter(|(_, refusal)| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)));
         ailing.map(|(index, _)| index).collect()
@@ -80,7 +81,7 @@ impl Memory {
     /// Machines that the last decision passed over for what they said of themselves.
     pub(super) fn short(&self) -> Vec<usize> {
         let latest = self.latest.borrow();
-        let refusals = latest.iter().flat_map(Decision::refusals);
+        let refusals = latest.iter().flat_map(|decision| decision.refusals());
         let short =
             refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_)));
         short.map(|(index, _)| index).collect()
@@ -195,8 +196,8 @@ impl Hook<'_> {
         });
     }
 
-    pub(super) fn log_decision(&self, candidate: &Candidate, decision: &Decision) {
-        self.memory.latest.replace(Some(decision.clone()));
+    pub(super) fn log_decision(&self, candidate: &Candidate, decision: &Rc<Decision>) {
+        self.memory.latest.replace(Some(Rc::clone(decision)));
         let derivation = candidate.request.drv_path.as_str();
         for (index, refusal) in decision.refusals() {
             let builder = self.machines[index].name.as_str();

@@ -42,6 +42,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ffi::OsString;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
@@ -387,7 +388,7 @@ impl<'a> Hook<'a> {
         let mut woken = HashSet::new();
         loop {
             let (decision, slot) = match self.decide(candidate, stage, failed, &unfit) {
-                Ok(decided) => decided,
+                Ok((decision, slot)) => (Rc::new(decision), slot),
                 Err(error) => {
                     let text = exit::report(&error, None);
                     tracing::error!("{text}");
@@ -400,12 +401,12 @@ impl<'a> Hook<'a> {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => return (decision.verdict, None),
+                _ => return (decision.verdict.clone(), None),
             };
             let machine = &self.machines[index];
             if stage == Stage::Waited || self.may_be_promised(machine, candidate) {
                 let chosen = Chosen { index, pace: decision.pace(index), slot, reached: None };
-                return (decision.verdict, Some(chosen));
+                return (decision.verdict.clone(), Some(chosen));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
             // One that never had a build of ours has not answered us either, which there may be a thousand of.

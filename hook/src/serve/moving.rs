@@ -12,6 +12,7 @@ use crate::reach::{ReachError, Reached};
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::time::Duration;
 
 /// A build that runs is looked at so often.
@@ -71,6 +72,7 @@ impl<'a> Hook<'a> {
         let derivation = candidate.request.drv_path.as_str();
         let (here, there) = (&from.name, &self.machines[chosen.index].name);
         let (stay, go) = (telling::seconds(worth.stay), telling::seconds(worth.go));
+        let decision = Rc::new(decision);
         self.log_decision(candidate, &decision);
         let reason = format!("it would take about {stay} more on '{here}', {go} there");
         tracing::info!(derivation, builder = there, reason, "begun anew");
