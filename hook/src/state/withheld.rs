@@ -132,7 +132,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let withheld = Withheld { how: Withholding::Disabled, until: None, why: String::new() };
         // The first ones make the directory.
-        for round in 0..20 {
+        for round in 0..200 {
             let state = directory.path().join(format!("{round}"));
             let gate = std::sync::Barrier::new(16);
             std::thread::scope(|scope| {
