@@ -9,9 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix_offload_proxy::master::{Endpoint, Fault, Master, Pool, StartError};
+use nix_offload_proxy::master::{Endpoint, Fault, Master, OpenError, Pool, StartError};
 
-use crate::world::{BOUND, World, wait_until};
+use crate::world::{BOUND, Trouble, World, wait_until};
 
 #[test]
 fn two_hundred_processes_at_once_make_one_connection_and_all_can_use_it() {
@@ -143,4 +143,34 @@ fn how_many_connections_are_made_in_a_second_is_set() {
     let pool = world.pool_with("[[host]]\nname = '127.*'\nconnections-per-second = 1\n");
     let one = start_at_once(&pool, &world.endpoint(), 3);
     assert!(one >= Duration::from_millis(1900), "{one:?}");
+}
+
+#[test]
+fn a_master_that_carries_enough_is_left_for_another_one_and_nothing_is_held_against_it() {
+    let world = World::new();
+    let mut asked = Vec::new();
+    let open = |master: &Master| {
+        asked.push(master.control_path().to_owned());
+        // More of them than may refuse before the far side is given up.
+        if asked.len() < 5 { Err(Trouble::Open(OpenError::Taken)) } else { Ok(()) }
+    };
+    fn why(error: &Trouble) -> Option<&OpenError> {
+        match error {
+            Trouble::Open(error) => Some(error),
+            Trouble::Start(_) => None,
+        }
+    }
+    let deadline = Instant::now() + BOUND * 5;
+    world.pool.with_master(&world.endpoint(), deadline, "true", open, why).unwrap();
+    asked.sort();
+    asked.dedup();
+    assert_eq!((asked.len(), world.logins()), (5, 5));
+    // The first one is as good as before for what it still has room for.
+    let mut first = None;
+    let any = |master: &Master| -> Result<(), Trouble> {
+        first = Some(master.control_path().to_owned());
+        Ok(())
+    };
+    world.pool.with_master(&world.endpoint(), deadline, "true", any, why).unwrap();
+    assert_eq!(first.as_deref(), Some(world.pool.live(&world.endpoint()).unwrap().control_path()));
 }
