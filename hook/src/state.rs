@@ -9,7 +9,7 @@ mod history;
 mod told;
 mod withheld;
 
-pub use asked::Asked;
+pub use asked::{Asked, Times};
 pub use decided::{Decided, Last};
 pub use history::{History, Record};
 pub use told::Told;

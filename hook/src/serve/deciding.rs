@@ -7,12 +7,12 @@ use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Health, Known, Load, Policy, Question, Refusal, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
-use crate::state::{self, Asked, Decided, History, Told};
+use crate::state::{self, Asked, Decided, History, Times, Told};
 use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use std::cell::{Ref, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::process;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -37,14 +37,19 @@ impl Memory {
         Self { state, history, decided, asked, told, latest: RefCell::default() }
     }
 
-    /// When Nix first asked for this derivation.
-    pub(super) fn first_asked(&self, drv_path: &str) -> SystemTime {
+    /// When Nix first asked for this derivation, and since when there are obstacles.
+    pub(super) fn asked(&self, drv_path: &str) -> Times {
         let now = SystemTime::now();
-        self.asked.since(drv_path, now).unwrap_or(now)
+        self.asked.times(drv_path, now).unwrap_or(Times { first: now, obstructed: None })
     }
 
-    pub(super) fn postponed(&self, drv_path: &str, since: SystemTime) {
-        self.asked.postponed(drv_path, since, SystemTime::now());
+    pub(super) fn postponed(&self, drv_path: &str, times: Times) {
+        self.asked.postponed(drv_path, times, SystemTime::now());
+    }
+
+    /// Seconds that builds of these names take, where it is known.
+    pub(super) fn seconds_of(&self, names: &[&str]) -> Vec<Option<f64>> {
+        self.history.as_ref().map(|history| history.seconds_of(names)).unwrap_or_default()
     }
 
     /// The last decision of this process, unless it is kept already.
@@ -91,9 +96,9 @@ impl Hook<'_> {
     pub(super) fn decide(
         &self,
         candidate: &Candidate,
-        stage: Stage,
+        stage: Stage<'_>,
         failed: &Failed,
-        unfit: &Failed,
+        cut_off: &HashSet<usize>,
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
@@ -102,8 +107,11 @@ impl Hook<'_> {
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
             Stage::New => (survey, &self.local),
-            Stage::Again | Stage::Waited => (survey.at_its_turn(), &NOWHERE),
+            Stage::Again => (survey.at_its_turn(None), &NOWHERE),
+            Stage::Waited(wish) => (survey.at_its_turn(wish), &NOWHERE),
         };
+        let unfit = candidate.unfit.borrow();
+        let work = Work { obstructed_since: candidate.obstructed.get(), ..candidate.work };
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
@@ -111,7 +119,7 @@ impl Hook<'_> {
             local,
             here: here.as_ref(),
             request: &candidate.request,
-            work: &candidate.work,
+            work: &work,
             now,
         };
         let mut free: HashMap<usize, u64> = HashMap::new();
@@ -121,6 +129,9 @@ impl Hook<'_> {
             let unused = Known::ready(Load::default());
             if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
                 return unused.with_health(Health::Failed(reason.clone()));
+            }
+            if cut_off.contains(&index) {
+                return unused.with_health(Health::CutOff);
             }
             match survey.look(&self.machines[index], &needs) {
                 Ok(look) => {
@@ -134,6 +145,7 @@ impl Hook<'_> {
                 }
             }
         });
+        candidate.obstructed.set(decision.obstructed_since(work.obstructed_since));
         match (&decision.verdict, fault) {
             (Verdict::Accept(index), _) => {
                 let machine = &self.machines[*index];
