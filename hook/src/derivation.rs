@@ -135,6 +135,10 @@ pub fn direct_inputs(location: &Location, drv: &Derivation) -> Option<Vec<StoreP
 
 /// The same with the sizes of their NARs in bytes. None also if there are very many.
 pub fn weighed_inputs(location: &Location, drv: &Derivation) -> Option<Vec<(StorePath, u64)>> {
+    // Before their derivations are read, each of which is a file.
+    if drv.input_sources().len() + drv.input_derivations().len() > MOST_INPUTS {
+        return None;
+    }
     let direct = direct_inputs(location, drv)?;
     if direct.len() > MOST_INPUTS {
         return None;

@@ -4,7 +4,7 @@
 
 mod inputs;
 
-use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Store as Builder};
+use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Review, Store as Builder};
 use crate::config::Settings;
 use crate::lease::{Lease, LeaseError, Permit};
 use crate::nix_side::NixSide;
@@ -74,6 +74,8 @@ pub enum Blame {
     Build,
     /// A guess of ours: without it the same machine will do it.
     Guess,
+    /// Nobody: it was called off, to be done elsewhere.
+    Nobody,
 }
 
 impl JobError {
@@ -83,6 +85,7 @@ impl JobError {
             Self::Builder(error) if error.is_transport() => Blame::Transport,
             Self::Lease(_) => Blame::Transport,
             Self::Builder(BuilderError::Guess { .. }) => Blame::Guess,
+            Self::Builder(BuilderError::CalledOff) => Blame::Nobody,
             Self::Builder(BuilderError::Refused { .. } | BuilderError::Protocol { .. })
             | Self::Failed { outcome: Outcome::NotThere, .. }
             | Self::Output(OutputError::Missing(_) | OutputError::Reference { .. }) => Blame::Machine,
@@ -124,6 +127,10 @@ pub struct Task<'a> {
     pub is_leased: bool,
     /// What can be done here while the builder is at work, with the slot if there still is one.
     pub meanwhile: &'a dyn Fn(Option<&Held>),
+    /// Who looks in on the build while it runs.
+    pub review: Option<Review<'a>>,
+    /// Called as soon as the build is over.
+    pub ended: &'a dyn Fn(),
 }
 
 /// What happened, for the log.
@@ -260,6 +267,7 @@ impl Task<'_> {
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
         let done = self.steps(builder, job, prepared, (slot, lease), &mut relay);
         builder.finish(&mut |e| relay.pass(e));
+        relay.end();
         self.nix.wait_for_log(LOG_BOUND);
         done
     }
@@ -287,6 +295,7 @@ impl Task<'_> {
         report.build = clock.elapsed();
         *slot = None;
         *lease = None;
+        (self.ended)();
         let clock = Instant::now();
         self.fetch_outputs(builder, job, &prepared.inputs, registrar, relay, &mut report)?;
         report.outputs = clock.elapsed();
@@ -342,6 +351,7 @@ impl Task<'_> {
         let clocks = Clocks {
             max_silent_time: self.settings.number("max-silent-time", 0),
             timeout: self.settings.number("timeout", 0),
+            review: self.review,
         };
         let keep_failed = self.settings.flag("keep-failed");
         if keep_failed {
@@ -477,6 +487,11 @@ struct Relay<'a> {
 }
 
 impl Relay<'_> {
+    /// What the builder has not said the end of has none any more.
+    fn end(&mut self) {
+        self.activities.drain().for_each(|(_, ours)| self.nix.stop(ours));
+    }
+
     fn pass(&mut self, event: Event<'_>) {
         match event {
             Event::LogLine(line) => self.nix.log_line(line),

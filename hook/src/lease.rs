@@ -1,16 +1,19 @@
 //! Leases: slots of a machine that several clients share, held by a shell there as long as its connection lives.
 //!
 //! Nothing of ours is installed there, and nothing has to be cleared away. Where a machine has not the means for it, it
-//! is said once, and builds go there without. Must never hold a lease for more than one build.
+//! is said once, and builds go there without. A lease whose connection is lost while the build goes on is taken anew as
+//! soon as it can be had. Must never hold a lease for more than one build.
 
 mod script;
 
 use crate::plan::machine::Machine;
 use crate::reach::{Beside, Reach, ReachError};
+use nix_offload_proxy::exit;
 use nix_offload_proxy::master::{CloseWrite, SessionStatus, Stream};
 use script::Word;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 use thiserror::Error;
@@ -25,6 +28,8 @@ const BEAT: Duration = Duration::from_secs(15);
 const QUIET: Duration = Duration::from_secs(60);
 /// A wait is worth a word to the user after so long.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// After a lease was lost, or all our shells there were taken, it is tried again so often.
+const AGAIN: Duration = Duration::from_secs(1);
 /// A line is no longer than this, in bytes.
 const LONGEST_LINE: u64 = 4096;
 /// What is said of an account by which no shell answers.
@@ -59,8 +64,23 @@ pub struct Lease {
     machine: Machine,
     slots: u32,
     heard: Receiver<Heard>,
-    /// Dropped to end it.
-    _alive: Sender<()>,
+    end: Arc<End>,
+}
+
+/// Whether it has been given back.
+#[derive(Debug, Default)]
+struct End {
+    has_come: Mutex<bool>,
+    news: Condvar,
+}
+
+/// The thread that holds the lease.
+struct Keeper {
+    reach: Reach,
+    machine: Machine,
+    slots: u32,
+    say: Sender<Heard>,
+    end: Arc<End>,
 }
 
 impl Lease {
@@ -71,13 +91,12 @@ impl Lease {
             return None;
         }
         let (say, heard) = mpsc::channel();
-        let (alive, ended) = mpsc::channel();
-        let (reach_too, machine_too) = (reach.clone(), machine.clone());
-        thread::spawn(move || match reach_too.shell_beside(&machine_too, OPENING) {
-            Ok(shell) => run(shell, slots, &say, ended),
-            Err(error) => drop(say.send(Err(LeaseError::NoShell(error)))),
-        });
-        Some(Self { reach: reach.clone(), machine: machine.clone(), slots, heard, _alive: alive })
+        let end = Arc::<End>::default();
+        let (reach, machine) = (reach.clone(), machine.clone());
+        let keeper =
+            Keeper { reach: reach.clone(), machine: machine.clone(), slots, say, end: Arc::clone(&end) };
+        thread::spawn(move || keeper.keep());
+        Some(Self { reach, machine, slots, heard, end })
     }
 
     /// How many there are.
@@ -128,34 +147,111 @@ impl Lease {
     }
 }
 
-/// Runs the script and passes its words on. Another thread writes, for what ends the lease must not wait for a word.
-fn run(shell: Beside, slots: u32, say: &Sender<Heard>, ended: Receiver<()>) {
-    let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
-    thread::spawn(move || talk(writer, slots, &ended));
-    let mut reader = BufReader::new(reader);
-    let mut runs = false;
-    loop {
-        match next_word(&mut reader) {
-            Ok(Some(word)) => {
-                runs = true;
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.end.come();
+    }
+}
+
+impl End {
+    fn come(&self) {
+        *self.has_come.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.news.notify_all();
+    }
+
+    /// Waits for it. Whether it has come.
+    fn wait(&self, bound: Duration) -> bool {
+        let has_come = self.has_come.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.news.wait_timeout_while(has_come, bound, |has_come| !*has_come);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+impl Keeper {
+    /// Takes the lease, and takes it anew when it is lost. Until it is held for the first time somebody waits for it, who
+    /// is told what goes wrong.
+    fn keep(self) {
+        let builder = self.machine.name.as_str();
+        let mut was_held = false;
+        loop {
+            let mut is_held = false;
+            let ended = self.hold(&mut |word| {
+                is_held |= word == Word::Held;
+                if was_held && word == Word::Held {
+                    tracing::warn!(builder, "a shared slot again");
+                }
                 // Whoever gave the lease back does not listen any more, and the end is still to be seen.
-                let _ = say.send(Ok(word));
+                let _ = self.say.send(Ok(word));
+            });
+            if self.end.wait(Duration::ZERO) {
+                return;
             }
-            Ok(None) => {}
-            // Something ran there, and it was none.
-            Err(error) if !runs && has_ended(&error, status.as_mut()) => {
-                return drop(say.send(Ok(Word::None(NO_SHELL.into()))));
+            was_held |= is_held;
+            match ended {
+                Ok(Some(reason)) if was_held => {
+                    return tracing::warn!(
+                        builder,
+                        reason,
+                        "no shared slot again: the build goes on without"
+                    );
+                }
+                Ok(reason) => return drop(reason.map(|reason| self.say.send(Ok(Word::None(reason))))),
+                Err(LeaseError::NoShell(error)) if error.is_crowded() => {
+                    let _ = self.say.send(Ok(Word::Waiting));
+                }
+                Err(error) if was_held => {
+                    let reason = exit::reason(&error);
+                    if is_held {
+                        tracing::warn!(builder, reason, "the shared slot was lost, taking one anew");
+                    } else {
+                        tracing::debug!(builder, reason, "no shared slot again yet");
+                    }
+                }
+                Err(error) => return drop(self.say.send(Err(error))),
             }
-            Err(error) => return drop(say.send(Err(LeaseError::Lost(error)))),
+            if self.end.wait(AGAIN) {
+                return;
+            }
+        }
+    }
+
+    /// Runs the script once, to its end, and passes its words on. Gives the reason if the machine turns out not to have the
+    /// means for it.
+    fn hold(&self, pass: &mut dyn FnMut(Word)) -> Result<Option<String>, LeaseError> {
+        let shell = self.reach.shell_beside(&self.machine, OPENING).map_err(LeaseError::NoShell)?;
+        let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
+        let (slots, end) = (self.slots, Arc::clone(&self.end));
+        // Another thread writes, for what ends the lease must not wait for a word.
+        thread::spawn(move || talk(writer, slots, &end));
+        let mut reader = BufReader::new(reader);
+        let (mut runs, mut none) = (false, None);
+        loop {
+            match next_word(&mut reader) {
+                Ok(Some(word)) => {
+                    runs = true;
+                    if let Word::None(reason) = &word {
+                        none = Some(reason.clone());
+                    }
+                    pass(word);
+                }
+                Ok(None) => {}
+                // It ends by itself then.
+                Err(_) if none.is_some() => return Ok(none),
+                // Something ran there, and it was none.
+                Err(error) if !runs && has_ended(&error, status.as_mut()) => {
+                    return Ok(Some(NO_SHELL.into()));
+                }
+                Err(error) => return Err(LeaseError::Lost(error)),
+            }
         }
     }
 }
 
-/// Says the script, and lets the far side hear of us until the lease is dropped.
-fn talk(mut writer: Box<dyn CloseWrite + Send>, slots: u32, ended: &Receiver<()>) {
+/// Says the script, and lets the far side hear of us until the lease is given back.
+fn talk(mut writer: Box<dyn CloseWrite + Send>, slots: u32, end: &End) {
     let script = script::text(slots, QUIET, script::DIRECTORY);
     let mut said = writer.write_all(script.as_bytes()).and_then(|()| writer.flush());
-    while said.is_ok() && ended.recv_timeout(BEAT) == Err(RecvTimeoutError::Timeout) {
+    while said.is_ok() && !end.wait(BEAT) {
         said = writer.write_all(b"\n").and_then(|()| writer.flush());
     }
     let _ = writer.shutdown();

@@ -3,7 +3,8 @@
 //! For each machine there is one file in the runtime directory. A large path is locked by a byte of it, at a place that
 //! follows from the path's name, far behind what is written; whatever ends the holder frees it, and nothing has to be
 //! cleared away. In the file stands what was sent last, for those who asked the machine before that and lock the path
-//! after it. Must never speak to a machine, or wait while it holds a lock.
+//! after it. Another file says for each who sends how much is still on its way, for those who choose a machine. Must never
+//! speak to a machine, or wait while it holds a lock.
 
 use crate::path_info::PathInfo;
 use nix::errno::Errno;
@@ -11,11 +12,13 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix_derivation::{HashAlgorithm, StorePath, hash_bytes};
 
-use std::collections::{BTreeSet, HashSet};
-use std::fs::{self, File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,9 +37,19 @@ const RECORD: i64 = 0;
 const INTERVAL: Duration = Duration::from_millis(1);
 const LONGEST_INTERVAL: Duration = Duration::from_millis(20);
 
+/// In the runtime directory.
+const DIRECTORY: &str = "sending";
+/// In that one: what is on its way now.
+const LOADS: &str = "now";
+/// A file there is no longer, in bytes.
+const LONGEST_LOAD: u64 = 4096;
+/// One that nobody has locked for so long belongs to nobody.
+const ABANDONED: Duration = Duration::from_secs(10);
+
 /// The sending of paths to one machine.
 #[derive(Debug)]
 pub struct Sending {
+    machine: String,
     path: PathBuf,
     file: OnceLock<File>,
 }
@@ -54,7 +67,87 @@ pub struct Shares<'a> {
     /// machine is to be asked again for them.
     pub others: Vec<PathInfo>,
     locked: BTreeSet<i64>,
+    load: Option<Load>,
     sending: &'a Sending,
+}
+
+/// What one process has on its way to a machine, told to others as long as this is there.
+#[derive(Debug)]
+struct Load {
+    path: PathBuf,
+    /// Locked, so that what a process leaves that was killed is not believed.
+    file: File,
+    machine: String,
+    bytes: u64,
+}
+
+/// How many bytes are on their way to machines now, by their names. Costs one look, and another for each who sends.
+pub fn backlogs(runtime: &Path) -> HashMap<String, u64> {
+    let mut backlogs = HashMap::new();
+    let entries = fs::read_dir(runtime.join(DIRECTORY).join(LOADS)).into_iter().flatten().flatten();
+    for (machine, bytes) in entries.filter_map(|entry| Load::read(&entry.path())) {
+        let backlog: &mut u64 = backlogs.entry(machine).or_default();
+        *backlog = backlog.saturating_add(bytes);
+    }
+    backlogs
+}
+
+impl Load {
+    /// None if there is no place for it, which only makes estimates worse.
+    fn tell(sending: &Sending, bytes: u64) -> Option<Self> {
+        let directory = sending.path.parent()?.join(LOADS);
+        let path = directory.join(unique());
+        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let file = open().or_else(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                return Err(error);
+            }
+            DirBuilder::new().mode(0o700).recursive(true).create(&directory)?;
+            open()
+        });
+        let load = Self { file: file.ok()?, path, machine: sending.machine.clone(), bytes };
+        load.file.try_lock().ok()?;
+        load.write();
+        Some(load)
+    }
+
+    fn arrived(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+        self.write();
+    }
+
+    /// The number has always as many digits, so that it is never seen in part.
+    fn write(&self) {
+        let _ = self.file.write_all_at(format!("{:020} {}\n", self.bytes, self.machine).as_bytes(), 0);
+    }
+
+    /// The machine and the bytes of one that somebody tells now. What was left by one that was killed is removed.
+    fn read(path: &Path) -> Option<(String, u64)> {
+        let file = File::open(path).ok()?;
+        if !matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            // One that is only just made is not yet locked.
+            let age = file.metadata().and_then(|file| file.modified()).ok()?.elapsed();
+            if age.is_ok_and(|age| age > ABANDONED) {
+                let _ = fs::remove_file(path);
+            }
+            return None;
+        }
+        let mut text = String::new();
+        file.take(LONGEST_LOAD).read_to_string(&mut text).ok()?;
+        let (bytes, machine) = text.strip_suffix('\n')?.split_once(' ')?;
+        Some((machine.to_owned(), bytes.parse().ok()?))
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// A name that no other one has.
+fn unique() -> String {
+    format!("{}-{:x}", process::id(), RandomState::new().build_hasher().finish())
 }
 
 impl Sending {
@@ -62,7 +155,11 @@ impl Sending {
     pub fn to(directory: &Path, machine: &str) -> Self {
         let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
         let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
-        Self { path: directory.join("sending").join(name), file: OnceLock::new() }
+        Self {
+            machine: machine.to_owned(),
+            path: directory.join(DIRECTORY).join(name),
+            file: OnceLock::new(),
+        }
     }
 
     /// To be taken before the machine is asked what it has.
@@ -89,12 +186,16 @@ impl Sending {
                 shares.ours.push(info);
             }
         }
+        shares.tell();
         shares
     }
 
     /// All are ours, whoever else sends them.
     pub fn all(&self, infos: Vec<PathInfo>) -> Shares<'_> {
-        Shares { ours: infos, others: Vec::new(), locked: BTreeSet::new(), sending: self }
+        let mut shares =
+            Shares { ours: infos, others: Vec::new(), locked: BTreeSet::new(), load: None, sending: self };
+        shares.tell();
+        shares
     }
 
     /// Waits until nobody else sends one of these, or until the deadline. False if it had come before.
@@ -176,6 +277,9 @@ impl Sending {
 impl Shares<'_> {
     /// These are valid on the machine now.
     pub fn arrived(&mut self, infos: &[PathInfo]) {
+        if let Some(load) = &mut self.load {
+            load.arrived(weight(infos));
+        }
         let places: Vec<i64> =
             infos.iter().map(|info| place(&info.path)).filter(|place| self.locked.remove(place)).collect();
         if places.is_empty() {
@@ -190,6 +294,14 @@ impl Shares<'_> {
     /// Whether this one is large, and so waited for by others perhaps.
     pub fn is_locked(&self, info: &PathInfo) -> bool {
         self.locked.contains(&place(&info.path))
+    }
+
+    /// Tells others how much is on its way, if that takes longer than telling it.
+    fn tell(&mut self) {
+        let bytes = weight(&self.ours);
+        if bytes >= LEAST {
+            self.load = Load::tell(self.sending, bytes);
+        }
     }
 
     /// False if it is for another process to send, or there already.
@@ -233,6 +345,11 @@ impl Sending {
             let _ = change(file, place, libc::F_UNLCK, false);
         }
     }
+}
+
+/// Bytes of their NARs.
+fn weight(infos: &[PathInfo]) -> u64 {
+    infos.iter().fold(0, |sum, info| sum.saturating_add(info.nar_size))
 }
 
 /// The byte for a path: FNV-1a of its name, which begins with a digest already, in the upper half of what a file can
@@ -412,6 +529,40 @@ mod tests {
         std::mem::forget(held);
         drop(third);
         assert!(one.in_progress(&paths).is_none());
+    }
+
+    #[test]
+    fn what_is_on_its_way_is_told_until_it_has_arrived_or_its_sender_is_gone() {
+        let (directory, one, other) = two();
+        let elsewhere = Sending::to(directory.path(), "other machine");
+        let backlogs = || {
+            let mut all: Vec<_> = backlogs(directory.path()).into_iter().collect();
+            all.sort();
+            all
+        };
+        assert_eq!(backlogs(), []);
+        let small = one.share(vec![info(9, LEAST - 1, &[])], one.mark());
+        assert_eq!(backlogs(), []);
+        let mut first = one.share(vec![info(1, LEAST, &[]), info(2, 10, &[])], one.mark());
+        let second = other.all(vec![info(3, 7 * LEAST, &[])]);
+        let _third = elsewhere.share(vec![info(3, 2 * LEAST, &[])], elsewhere.mark());
+        let (m, that) = (|bytes| ("m".to_owned(), bytes), ("other machine".to_owned(), 2 * LEAST));
+        assert_eq!(backlogs(), [m(8 * LEAST + 10), that.clone()]);
+        first.arrived(&[info(1, LEAST, &[])]);
+        assert_eq!(backlogs(), [m(7 * LEAST + 10), that.clone()]);
+        drop((small, first));
+        assert_eq!(backlogs(), [m(7 * LEAST), that.clone()]);
+        // What is left of a process that was killed.
+        let loads = directory.path().join(DIRECTORY).join(LOADS);
+        let left = loads.join("left");
+        fs::copy(&second.load.as_ref().unwrap().path, &left).unwrap();
+        assert_eq!(backlogs(), [m(7 * LEAST), that.clone()]);
+        assert!(left.exists(), "it may be about to be locked");
+        let long_ago = std::time::SystemTime::now() - ABANDONED * 2;
+        File::options().write(true).open(&left).unwrap().set_modified(long_ago).unwrap();
+        drop(second);
+        assert_eq!(backlogs(), [that]);
+        assert_eq!(fs::read_dir(&loads).unwrap().count(), 1);
     }
 
     #[test]

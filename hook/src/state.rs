@@ -20,14 +20,20 @@ use nix_derivation::{HashAlgorithm, hash_bytes};
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, OpenOptions};
-use std::io::{self, Write};
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Names another directory.
 const VARIABLE: &str = "NIX_OFFLOAD_STATE_DIR";
 /// Root's.
 const SYSTEM: &str = "/var/lib/nix-offload";
+/// What a file's name ends with while it is written.
+const NEW: &str = "new";
+/// One of so many writes looks for what was left of others.
+const TIDYING: u64 = 64;
 
 /// The directory of what is to survive a restart of this machine: `$NIX_OFFLOAD_STATE_DIR`, else
 /// `/var/lib/nix-offload` for root, else `nix-offload` in `$XDG_STATE_HOME` or `~/.local/state`. None if the
@@ -99,25 +105,34 @@ fn value_in(text: &str, key: &str) -> Option<String> {
 /// A file's text; none unless it is ours.
 fn read(path: &Path) -> Option<String> {
     const MOST_BYTES: u64 = 4 << 20;
-    let metadata = fs::symlink_metadata(path).ok()?;
+    let file = options().read(true).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
     let is_ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
-    (metadata.is_file() && is_ours && metadata.len() <= MOST_BYTES).then(|| fs::read_to_string(path).ok())?
+    if !metadata.is_file() || !is_ours || metadata.len() > MOST_BYTES {
+        return None;
+    }
+    let mut text = String::with_capacity(metadata.len() as usize + 1);
+    file.take(MOST_BYTES).read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// For files of ours: no link is followed, nobody is waited for, and what is made is for us alone.
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.mode(0o600).custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK);
+    options
 }
 
 /// Writes a file whole, and makes its directory if need be.
 fn write(path: &Path, text: &str) -> io::Result<()> {
-    let new = path.with_extension(format!("{}.new", std::process::id()));
-    let open = || OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+    // No other process has this name, and nobody else can have made it before.
+    let chance = RandomState::new().build_hasher().finish();
+    let new = path.with_extension(format!("{chance:x}.{NEW}"));
+    let open = || options().write(true).create_new(true).open(&new);
     let mut file = match open() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let parent = path.parent().ok_or(error)?;
-            if let Some(above) = parent.parent() {
-                fs::create_dir_all(above)?;
-            }
-            match DirBuilder::new().mode(0o700).create(parent) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => open()?,
-            }
+            make(path.parent().ok_or(error)?)?;
+            open()?
         }
         other => other?,
     };
@@ -125,7 +140,28 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     if written.is_err() {
         let _ = fs::remove_file(&new);
     }
+    if chance.is_multiple_of(TIDYING) {
+        path.parent().into_iter().for_each(tidy);
+    }
     written
+}
+
+/// Makes a directory that is ours alone, and those above it that are missing.
+fn make(directory: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).recursive(true).create(directory)
+}
+
+/// Removes what processes left in a directory that were killed while they wrote.
+fn tidy(directory: &Path) {
+    const ABANDONED: Duration = Duration::from_secs(60);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_new = path.extension().is_some_and(|extension| extension == NEW);
+        let age = || entry.metadata().and_then(|file| file.modified()).ok()?.elapsed().ok();
+        if is_new && age().is_some_and(|age| age > ABANDONED) {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -163,6 +199,27 @@ mod tests {
     }
 
     #[test]
+    fn what_is_made_is_ours_alone_and_what_the_killed_left_is_removed() {
+        let above = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+        let (outer, inner) = (above.path().join("state"), above.path().join("state/nix-offload"));
+        // The umask of tests lets others read.
+        write(&inner.join("f"), "x").unwrap();
+        assert_eq!([mode(&outer), mode(&inner), mode(&inner.join("f"))], [0o700, 0o700, 0o600]);
+        let [old, young] = ["f.1234.new", "f.5678.new"].map(|name| inner.join(name));
+        for left in [&old, &young] {
+            fs::write(left, "half").unwrap();
+        }
+        let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        fs::File::options().write(true).open(&old).unwrap().set_modified(long_ago).unwrap();
+        let is_gone = (0..10_000).any(|_| {
+            write(&inner.join("f"), "y").unwrap();
+            !old.exists()
+        });
+        assert!(is_gone && young.exists() && fs::read_dir(&inner).unwrap().count() == 2);
+    }
+
+    #[test]
     fn what_others_could_have_written_is_not_read() {
         use std::os::unix::fs::{PermissionsExt, symlink};
         let directory = tempfile::tempdir().unwrap();
@@ -174,6 +231,10 @@ mod tests {
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         symlink(&file, directory.path().join("link")).unwrap();
         assert_eq!(read(&directory.path().join("link")), None);
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(read(&fifo), None);
+        fs::remove_file(fifo).unwrap();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 }

@@ -8,12 +8,14 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::queue::{Queue, Waiting, Wish};
-use crate::reach::{Ailing, Reach};
+use crate::reach::{Ailing, Reach, Vitals};
 use crate::sampler::Samples;
+use crate::sending;
 use crate::slots::{Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,6 +30,8 @@ pub struct Survey<'a> {
     withheld: Withholdings,
     used: Used,
     samples: Samples,
+    vitals: Vitals,
+    backlogs: HashMap<String, u64>,
     waiting: Waiting,
     /// Those that come on beside this one and wait for fewer machines: they have no claim on what is free, but they will
     /// have slots that are given back.
@@ -51,13 +55,15 @@ pub struct Look {
 pub struct Needs<'a> {
     /// Its direct inputs with the sizes of their NARs in bytes, if that is known.
     pub inputs: Option<&'a [(StorePath, u64)]>,
-    /// Seconds that it takes on an idle machine of speed factor 1, if that is known.
-    pub duration: Option<f64>,
+    /// Seconds that an average build takes on an idle machine of speed factor 1, if that is known.
+    pub usual: Option<f64>,
 }
 
 impl<'a> Survey<'a> {
-    /// Reads what is the same for all machines. `state` is the state directory.
+    /// Reads what is noted of all machines, so that little is left to be done for each, and nothing that waits. To be called
+    /// without the lock `main-lock`. `state` is the state directory.
     pub fn begin(
+        machines: &[Machine],
         slots: &'a Slots,
         reach: &'a Reach,
         location: &'a Location,
@@ -67,8 +73,9 @@ impl<'a> Survey<'a> {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
         let samples = Samples::read(&Samples::path(reach.directory()));
         let waiting = Queue::of(reach.directory()).waiting();
-        let narrower = Waiting::default();
-        Self { slots, reach, location, withheld, used: slots.used(), samples, waiting, narrower, now }
+        let (vitals, backlogs) = (reach.vitals(machines), sending::backlogs(reach.directory()));
+        let (used, narrower) = (slots.used(), Waiting::default());
+        Self { slots, reach, location, withheld, used, samples, vitals, backlogs, waiting, narrower, now }
     }
 
     /// The same for a build that comes before all that wait, with what it waits for itself.
@@ -102,13 +109,16 @@ impl<'a> Survey<'a> {
         let before = waiting + self.narrower.all_of(&machine.name);
         let slot_wait =
             if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, before) } else { None };
-        let missing = needs.inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        // Of a machine that never had a build of ours nothing is noted here.
+        let inputs = needs.inputs.filter(|_| is_used);
+        let missing = inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
         let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
+        let backlog = self.backlogs.get(&machine.name).copied();
         let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
         let round_trip = said.and_then(|said| said.round_trip);
         let known = Known {
             sample: said.map(|said| said.sample.clone()),
-            link: Link { missing, bandwidth, round_trip, ..Link::default() },
+            link: Link { missing, backlog, bandwidth, round_trip },
             slot_wait,
             waiting,
             health: self.health(machine),
@@ -119,25 +129,29 @@ impl<'a> Survey<'a> {
     }
 
     fn health(&self, machine: &Machine) -> Health {
-        if self.reach.is_asleep(machine) {
+        if self.vitals.is_asleep(self.reach, machine, self.now) {
             return Health::Waking;
         }
-        if self.reach.is_cut_off(machine) {
+        if self.vitals.is_cut_off(self.reach, machine) {
             return Health::CutOff;
         }
-        let ailing = self.reach.ailing(machine, self.now);
+        let ailing = self.vitals.ailing(self.reach, machine, self.now);
         ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
     }
 
-    /// When one of its slots is free, if of all builds that have one it is known how long they take, and of this one too.
+    /// When one of its slots is free, if of all builds that have one it is known since when. One that has run for longer than
+    /// expected is taken to go on for half as long again.
     fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>, waiting: u64) -> Option<f64> {
-        let each = needs.duration?;
+        let usual = needs.usual? / f64::from(machine.speed_factor);
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
-        let end =
-            |holder: Option<Holder>| holder.and_then(|holder| Some(holder.since + holder.expected? - now));
+        let end = |holder: Option<Holder>| {
+            let Holder { since, expected, .. } = holder?;
+            let age = (now - since).max(0.0);
+            Some((expected.unwrap_or(usual) - age).max(age / 2.0))
+        };
         let ends: Vec<f64> = holders.into_iter().map(end).collect::<Option<_>>()?;
-        estimate::slot_wait(&ends, waiting, each)
+        estimate::slot_wait(&ends, waiting, usual)
     }
 }
 
@@ -146,6 +160,7 @@ pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
     let record = history.and_then(|history| history.of(name));
     Work {
         duration: record.map(|record| record.seconds),
+        usual: history.and_then(History::usual).map(|usual| usual.seconds),
         output: record.map(|record| record.output as u64),
         waiting_since: Some(since),
         obstructed_since: None,

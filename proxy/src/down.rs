@@ -1,15 +1,20 @@
-//! What is known to be down: failures are kept in the runtime directory, one file for each way to a host, so
-//! that other processes fail at once instead of waiting for the same nothing.
+//! What is known to be down: failures are kept in a directory of the runtime directory, one file for each way to a host,
+//! so that other processes fail at once instead of waiting for the same nothing. Who wants to know of a thousand ways reads
+//! that directory once ([`Downs`]).
 //!
 //! The pause grows with each failure and is forgotten with the first success. When it is over, one process tries, and the
 //! others go on leaving the way alone until that has ended: a way that is dead costs one attempt for each pause, however
 //! many want it.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    collections::HashMap,
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     hash::{BuildHasher, Hasher, RandomState},
     io::{self, Write},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -24,6 +29,10 @@ const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 /// How much of a pause chance may add or take away, so that not all come back at the same moment.
 const JITTER: f64 = 0.2;
+/// In the runtime directory.
+const DIRECTORY: &str = "down";
+/// Of the files in it.
+const EXTENSION: &str = "down";
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
 /// An attempt that has taken so long is no longer waited for: its process is stopped, perhaps.
@@ -31,6 +40,13 @@ const PROBE_BOUND: Duration = Duration::from_secs(60);
 /// Held while a note is changed, for microseconds; who has waited so long goes on without.
 const TURN: &str = "down.lock";
 const TURN_BOUND: Duration = Duration::from_millis(200);
+
+/// All ways that failed and were not seen to be well since, at one moment.
+#[derive(Debug, Clone, Default)]
+pub struct Downs {
+    directory: PathBuf,
+    ways: HashMap<String, Down>,
+}
 
 /// The memory of one way to one host.
 #[derive(Debug, Clone)]
@@ -73,12 +89,39 @@ impl Down {
     }
 }
 
+impl Downs {
+    /// Reads them from the runtime directory. Where nothing is down that costs one look.
+    pub fn read(directory: &Path) -> Self {
+        let entries = fs::read_dir(directory.join(DIRECTORY)).into_iter().flatten().flatten();
+        let notes = entries.map(|entry| entry.path());
+        let notes = notes.filter(|path| path.extension().is_some_and(|extension| extension == EXTENSION));
+        Self { directory: directory.to_owned(), ways: notes.filter_map(|note| read(&note)).collect() }
+    }
+
+    /// Whether nothing is down.
+    pub fn is_empty(&self) -> bool {
+        self.ways.is_empty()
+    }
+
+    /// The last failure of a way since its last success, however long ago.
+    pub fn of(&self, way: &str) -> Option<&Down> {
+        self.ways.get(way)
+    }
+
+    /// The same, if the way is to be left alone; see [`Memory::pause`].
+    pub fn pause(&self, way: &str, now: SystemTime) -> Option<&Down> {
+        let down = self.of(way)?;
+        (down.lasts(now) || Memory::of(&self.directory, way.to_owned()).is_probed()).then_some(down)
+    }
+}
+
 impl Memory {
     /// The memory of a way, by any text that tells it from others, in the runtime directory.
     pub fn of(directory: &Path, way: String) -> Self {
         let hash = Sha256::digest(way.as_bytes());
         let name: String = hash.iter().take(NAME_BYTES).map(|byte| format!("{byte:02x}")).collect();
-        Memory { path: directory.join(format!("{name}.down")), way, first_pause: FIRST_PAUSE }
+        let path = directory.join(DIRECTORY).join(format!("{name}.{EXTENSION}"));
+        Memory { path, way, first_pause: FIRST_PAUSE }
     }
 
     /// The same with another pause after the first failure.
@@ -89,14 +132,7 @@ impl Memory {
 
     /// The last failure since the last success, however long ago.
     pub fn look(&self) -> Option<Down> {
-        let down: Value = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;
-        let next = Duration::try_from_secs_f64(down["next"].as_f64()?).ok()?;
-        Some(Down {
-            reason: down["reason"].as_str()?.to_owned(),
-            failures: down["failures"].as_u64()?.try_into().ok()?,
-            next: UNIX_EPOCH.checked_add(next)?,
-            told: down["told"].as_bool().unwrap_or(false),
-        })
+        read(&self.path).map(|(_, down)| down)
     }
 
     /// The last failure, if the way is to be left alone: it is not yet time to try again, or somebody is doing so.
@@ -169,10 +205,14 @@ impl Memory {
         self.write(&Down { told: true, ..down.clone() }).then_some(down)
     }
 
-    /// Forgets all failures.
+    /// Forgets all failures, and ends the right of whoever tries.
     pub fn clear(&self) {
-        if fs::remove_file(&self.path).is_ok() {
-            let _ = fs::remove_file(self.probe());
+        let files = [self.path.clone(), self.probe()];
+        // Mostly there is nothing to forget, and no need of the turn for that.
+        if files.iter().any(|file| fs::symlink_metadata(file).is_ok()) {
+            // Who changes the note just now would write it again.
+            let _turn = self.turn();
+            files.iter().for_each(|file| drop(fs::remove_file(file)));
         }
     }
 
@@ -187,11 +227,23 @@ impl Memory {
         });
         let temporary =
             self.path.with_extension(format!("{:x}.new", RandomState::new().build_hasher().finish()));
-        let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        written
+        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
+        self.making(open)
             .and_then(|mut file| file.write_all(text.to_string().as_bytes()))
             .and_then(|()| fs::rename(&temporary, &self.path))
             .is_ok()
+    }
+
+    /// Opens a file in the directory, which is made if need be.
+    fn making(&self, open: impl Fn() -> io::Result<File>) -> io::Result<File> {
+        match (open(), self.path.parent()) {
+            (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+                // Another process may make it at the same time.
+                let _ = DirBuilder::new().mode(0o700).create(directory);
+                open()
+            }
+            (other, _) => other,
+        }
     }
 
     /// What whoever tries holds a lock on.
@@ -203,7 +255,7 @@ impl Memory {
     fn lock_probe(&self) -> io::Result<Option<File>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(self.probe())?;
+        let file = self.making(|| options.open(self.probe()))?;
         match file.try_lock() {
             Ok(()) => {
                 // Since when.
@@ -230,7 +282,7 @@ impl Memory {
     fn turn(&self) -> Option<File> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(self.path.with_file_name(TURN)).ok()?;
+        let file = self.making(|| options.open(self.path.with_file_name(TURN))).ok()?;
         let end = Instant::now() + TURN_BOUND;
         loop {
             match file.try_lock() {
@@ -242,6 +294,19 @@ impl Memory {
             }
         }
     }
+}
+
+/// A note: which way, and how it failed.
+fn read(note: &Path) -> Option<(String, Down)> {
+    let down: Value = serde_json::from_slice(&fs::read(note).ok()?).ok()?;
+    let next = Duration::try_from_secs_f64(down["next"].as_f64()?).ok()?;
+    let known = Down {
+        reason: down["reason"].as_str()?.to_owned(),
+        failures: down["failures"].as_u64()?.try_into().ok()?,
+        next: UNIX_EPOCH.checked_add(next)?,
+        told: down["told"].as_bool().unwrap_or(false),
+    };
+    Some((down["way"].as_str()?.to_owned(), known))
 }
 
 /// The pause after so many failures in a row. `dice` is between 0 and 1.
@@ -298,7 +363,8 @@ mod tests {
         assert_eq!(memory.pause(down.next), None);
         fs::write(&memory.path, "{").unwrap();
         assert_eq!(memory.pause(now), None);
-        let names = fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
+        let names =
+            fs::read_dir(directory.path().join(DIRECTORY)).unwrap().map(|entry| entry.unwrap().path());
         assert_eq!(names.filter(|path| path.file_name() != Some(TURN.as_ref())).count(), 1);
     }
 
@@ -388,6 +454,50 @@ mod tests {
         assert!(pause >= Duration::from_secs(8) && pause <= Duration::from_secs(12), "{pause:?}");
         memory.failed("still", down.next);
         assert_eq!(memory.take_news().map(|down| (down.reason, down.failures)), Some(("still".into(), 2)));
+    }
+
+    #[test]
+    fn success_leaves_nothing_of_the_way_even_if_its_failure_is_being_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let memory = Memory::of(directory.path(), "h 22".into());
+        for _ in 0..200 {
+            let gate = std::sync::Barrier::new(2);
+            memory.failed("dead", SystemTime::now());
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    gate.wait();
+                    memory.take_news()
+                });
+                gate.wait();
+                memory.clear();
+            });
+            assert_eq!(memory.look(), None);
+        }
+        // The right to try may be left of one who was stopped before it noted what it found.
+        let probe = memory.claim(SystemTime::now());
+        assert!(probe.is_some() && memory.probe().exists());
+        memory.clear();
+        assert!(!memory.probe().exists());
+    }
+
+    #[test]
+    fn all_that_is_down_is_read_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(Downs::read(directory.path()).is_empty());
+        let [one, two, well] = ["h 1", "h 2", "h 3"].map(|way| Memory::of(directory.path(), way.into()));
+        let now = SystemTime::now();
+        let over = now - Duration::from_secs(1000);
+        assert!(one.failed("dead", now) && two.failed("late", over));
+        well.failed("was", now);
+        well.clear();
+        fs::write(directory.path().join(DIRECTORY).join("x.down"), "{").unwrap();
+        let downs = Downs::read(directory.path());
+        assert_eq!(downs.of("h 1").cloned(), one.look());
+        assert_eq!(downs.of("h 2").map(|down| &*down.reason), Some("late"));
+        assert_eq!((downs.of("h 3"), downs.ways.len()), (None, 2));
+        assert!(downs.pause("h 1", now).is_some() && downs.pause("h 2", now).is_none());
+        let _probe = two.claim(now);
+        assert!(downs.pause("h 2", now).is_some(), "somebody tries it");
     }
 
     #[test]

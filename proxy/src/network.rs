@@ -15,6 +15,9 @@ use std::{
 const TABLES: [&str; 2] = ["/proc/net/route", "/proc/net/ipv6_route"];
 const INTERFACES: &str = "/sys/class/net";
 
+/// Whether hosts, by the names of their masters, need a network.
+pub type Needs = HashMap<String, bool>;
+
 /// What is known of the present time without a network, for all processes.
 #[derive(Debug, Clone)]
 pub struct Outage {
@@ -45,11 +48,11 @@ impl Outage {
         self.note_host(name, true);
     }
 
-    /// Whether a host (`name`) is known to need a network (or not to need one).
-    pub fn needs_network(&self, name: &str) -> Option<bool> {
-        let text = fs::read_to_string(&self.note).ok()?;
-        let known: HashMap<&str, &str> = text.lines().filter_map(|line| line.split_once(' ')).collect();
-        known.get(name).map(|needs| *needs == "1")
+    /// Which hosts are known to need a network or not to need one.
+    pub fn needs(&self) -> Needs {
+        let text = fs::read_to_string(&self.note).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| line.split_once(' '));
+        lines.map(|(name, needs)| (name.to_owned(), needs == "1")).collect()
     }
 
     /// Notes whether a host needs a network, for as long as there is none.
@@ -141,10 +144,10 @@ ff000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000
         let directory = tempfile::tempdir().unwrap();
         let outage = Outage::of(directory.path());
         assert!(!outage.lasts(), "nothing has failed");
-        assert_eq!(outage.needs_network("a"), None);
+        assert!(outage.needs().is_empty());
         outage.began("a");
         outage.note_host("b", false);
-        assert_eq!(["a", "b", "c"].map(|name| outage.needs_network(name)), [Some(true), Some(false), None]);
+        assert_eq!(outage.needs(), Needs::from([("a".into(), true), ("b".into(), false)]));
         assert!(outage.take_news() && !outage.take_news());
         let absent = is_absent();
         assert_eq!(outage.lasts(), absent);

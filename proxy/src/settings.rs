@@ -181,7 +181,7 @@ impl SettingsError {
                 Some(format!("did you mean `{known}`?"))
             }
             SettingsError::Content { .. } => {
-                Some("`man nix-offload-proxy` has the keys that there are".into())
+                Some("`man nix-offload` and `man nix-offload-proxy` have the keys that there are".into())
             }
         }
     }

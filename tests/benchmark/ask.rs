@@ -36,9 +36,10 @@ pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
 /// The same of our hook with so many machines in the list that would all do.
 pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Section {
     let drv = derivation(scene);
-    let others: String = (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 1")).collect();
+    // The one that answers is the best by far, whatever load it has: this is about the choice, not about failed connections.
+    let others: String =
+        (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 0.01")).collect();
     let mut both = figures_of(Contender::Ours.label());
-    // The one that answers is the first of equals.
     questions_among(scene, Contender::Ours, &others, &drv, times, &mut both);
     section(format!("The same with {machines} suitable machines in the list"), "reply in a fleet", vec![both])
 }

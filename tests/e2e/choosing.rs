@@ -2,7 +2,7 @@
 
 use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv};
 
-use crate::support::{begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, begun, gated, open, wait_for_begin};
 
 /// A client with these machines, eight slots each, and a text for offload.toml.
 fn client(world: &World, builders: &[&Builder], toml: &str) -> Client {
@@ -100,7 +100,7 @@ fn what_nix_does_itself_is_not_sent_away_unless_nobody_else_can() {
 fn a_build_goes_where_its_large_input_is() {
     let world = World::new();
     let [mac, tin] = ["mac", "tin"].map(|name| world.builder(name).start());
-    let client = client(&world, &[&mac, &tin], "");
+    let client = client(&world, &[&mac, &tin], NO_SAMPLES);
     // Nothing is known: the earlier one in the list.
     let mac_only = client.spawn_nix_build(&gated("apart"), &["-j0"]);
     wait_for_begin(&client, "apart", &["mac"]);
@@ -138,9 +138,15 @@ fn a_long_build_waits_for_the_fast_machine_if_that_will_be_free_soon() {
         .machines("ssh-ng://mac x86_64-linux - 1 8\nssh-ng://tin x86_64-linux - 1 1\n")
         .start();
     // Both have the load of the machine that this test runs on.
-    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     let waiting = "cd /run/nix-offload/queue 2>/dev/null || exit 0; \
                    for place in *; do flock -n $place true || echo $place; done";
+    // While nothing is known a build takes what is free.
+    let first = client.spawn_nix_build(&gated("busy-0"), &["-j0"]);
+    wait_for_begin(&client, "busy-0", &["mac"]);
+    assert_built_on(&client, &client.nix_build(&drv::where_built("unheard-of"), &["-j0"]), "tin");
+    open(&client, "busy-0");
+    assert_built_on(&client, &first.wait(), "mac");
     // On a machine of speed 8 two seconds are sixteen of the usual ones.
     for name in ["busy-1", "work-1"] {
         let known = drv::script(name, "sleep 2; cat /etc/machine-name > $out");
@@ -148,8 +154,6 @@ fn a_long_build_waits_for_the_fast_machine_if_that_will_be_free_soon() {
     }
     let busy = client.spawn_nix_build(&gated("busy-2"), &["-j0"]);
     wait_for_begin(&client, "busy-2", &["mac"]);
-    // Of this one nothing is known, so that it takes what is free.
-    assert_built_on(&client, &client.nix_build(&drv::where_built("unheard-of"), &["-j0"]), "tin");
     let work = client.spawn_nix_build(&gated("work-2"), &["-j0"]);
     harness::wait_until("the build waits", crate::support::SOON, || !client.run(waiting).is_empty());
     assert_eq!(begun(&client, "work-2"), Vec::<String>::new());

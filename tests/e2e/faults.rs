@@ -10,7 +10,7 @@ use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Release, World, d
 use nix::sys::socket;
 use serde_json::Value;
 
-use crate::support::{SOON, assert_only_masters_left, begun, gated, wait_for_begin};
+use crate::support::{SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
 
 const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 const LIMIT: Duration = Duration::from_secs(10);
@@ -186,9 +186,10 @@ fn one_dead_machine_holds_up_one_build_for_the_connect_timeout_and_none_after_th
 }
 
 fn wait_for_end_of_cool_down(client: &Client) {
-    let names = client.entries("/run/nix-offload").into_iter().filter(|name| name.ends_with(".down"));
+    let names = client.entries("/run/nix-offload/down").into_iter().filter(|name| name.ends_with(".down"));
     for name in names {
-        let down: Value = serde_json::from_str(&client.read(&format!("/run/nix-offload/{name}"))).unwrap();
+        let down: Value =
+            serde_json::from_str(&client.read(&format!("/run/nix-offload/down/{name}"))).unwrap();
         wait_until("the pause is over", SOON, || {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
             down["next"].as_f64().unwrap() < now.as_secs_f64()
@@ -358,6 +359,52 @@ fn a_machine_that_comes_back_is_used_again() {
     client.nix_build(&drv::where_built("off"), &["-j0"]).assert_failure();
     mac.start_sshd();
     assert_used(&client, &mac);
+}
+
+#[test]
+fn a_machine_that_loses_one_build_after_another_is_left_alone_for_a_while() {
+    let world = World::new();
+    let (mac, pc) = (world.builder("mac").start(), world.builder("pc").start());
+    let client = plan(&world).uses(&mac, "ssh-ng", 4).uses(&pc, "ssh-ng", 4).start();
+    let told = "cannot build on 'ssh-ng://mac'";
+    let build = client.spawn_nix_build(&gated("lost"), &["-j0"]);
+    for times in 1..=3 {
+        wait_for_begin(&client, "lost", &["mac"; 3][..times]);
+        for pid in mac.pids_matching("sshd: root") {
+            mac.kill(pid, "KILL");
+        }
+    }
+    wait_for_begin(&client, "lost", &["mac", "mac", "mac", "pc"]);
+    let (_, down) = note(&client, "mac").expect("it is noted");
+    assert!(down["reason"].as_str().unwrap().contains("connection was lost"), "{down}");
+    // The pause is made longer, so that a slow machine does not outlast it.
+    prolong(&client, "mac");
+    let other = client.nix_build(&drv::where_built("other"), &["-j0"]);
+    assert_eq!(client.read(&other.assert_success().out_path()), "pc\n");
+    other.assert_stderr_lacks(told);
+    open(&client, "lost");
+    let built = build.wait();
+    assert_eq!(built.assert_success().stderr().matches(told).count(), 1, "{built}");
+    client.verify_store();
+}
+
+/// What is noted of the machine `name`: file and content.
+fn note(client: &Client, name: &str) -> Option<(String, Value)> {
+    client.entries("/run/nix-offload/down").into_iter().filter(|file| file.ends_with(".down")).find_map(
+        |file| {
+            let path = format!("/run/nix-offload/down/{file}");
+            let value: Value = serde_json::from_str(&client.read(&path)).ok()?;
+            value["way"].as_str().unwrap().contains(name).then_some((path, value))
+        },
+    )
+}
+
+/// Has the machine left alone for a minute from now on.
+fn prolong(client: &Client, name: &str) {
+    let (path, mut down) = note(client, name).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    down["next"] = (now.as_secs_f64() + 60.0).into();
+    client.write(&path, &down.to_string());
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use harness::{Builder, Client, Hook, Relay, Release, World, drv};
 
+use crate::support::NO_SAMPLES;
+
 const ROUND_TRIP: Duration = Duration::from_millis(60);
 const NOTHING_IN_ADVANCE: &str = "[ssh]\nready-streams = 0\n";
-/// Only what builds say is counted.
-const NO_SAMPLES: &str = "[choice]\nsample-every = 0\n";
 
 struct Far {
     client: Client,

@@ -88,11 +88,14 @@ fn carry(one: &TcpStream, other: &TcpStream) {
 
 /// What is noted of the machine `name`: file and content.
 fn note(client: &Client, name: &str) -> Option<(String, Value)> {
-    client.entries("/run/nix-offload").into_iter().filter(|file| file.ends_with(".down")).find_map(|file| {
-        let path = format!("/run/nix-offload/{file}");
-        let value: Value = serde_json::from_str(&std::fs::read_to_string(client.path(&path)).ok()?).ok()?;
-        value["way"].as_str().unwrap().contains(name).then_some((path, value))
-    })
+    client.entries("/run/nix-offload/down").into_iter().filter(|file| file.ends_with(".down")).find_map(
+        |file| {
+            let path = format!("/run/nix-offload/down/{file}");
+            let value: Value =
+                serde_json::from_str(&std::fs::read_to_string(client.path(&path)).ok()?).ok()?;
+            value["way"].as_str().unwrap().contains(name).then_some((path, value))
+        },
+    )
 }
 
 fn failures(client: &Client, name: &str) -> usize {
@@ -130,6 +133,15 @@ fn assert_built_on(client: &Client, output: &Output, machine: &str) {
     let all = client.run(&format!("cat {}", paths.join(" ")));
     assert!(all.lines().all(|line| line == machine), "{output}");
 }
+
+/// An ssh that notes whether anybody has the right to choose when it is asked for its configuration.
+const ASKED: &str = "#!/bin/bash
+case \" $* \" in
+*\" -G \"*) flock -n /nix/var/nix/current-load/main-lock true && lock=free || lock=taken
+        echo \"${!#}: $lock\" >> /tmp/asked ;;
+esac
+exec /usr/bin/ssh \"$@\"
+";
 
 #[test]
 fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back_by_one() {
@@ -281,9 +293,10 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
     waiting.signal(Signal::SIGINT);
     waiting.wait().assert_failure();
     // Nothing is held against machines for that.
-    assert!(client.entries("/run/nix-offload").iter().all(|name| !name.ends_with(".down")));
+    assert!(client.entries("/run/nix-offload/down").iter().all(|name| !name.ends_with(".down")));
 
-    // What is reached without one is tried all the same.
+    // What is reached without one is tried all the same. ssh says which these are, and nobody waits for a lock meanwhile.
+    client.write_mode("/usr/local/bin/ssh", ASKED, 0o755);
     let fleet = client.read("/etc/nix/machines");
     client.set_machines(&format!("ssh-ng://near x86_64-linux - 4 9\n{fleet}"));
     let waiting = client.spawn_nix_build(&drv::where_built("near"), &["-j0"]);
@@ -292,6 +305,9 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
     waiting.signal(Signal::SIGINT);
     waiting.wait().assert_failure();
     client.set_machines(&fleet);
+    let asked = client.read("/tmp/asked");
+    assert!(asked.contains("near: free") && !asked.contains("taken"), "{asked}");
+    client.run("rm /usr/local/bin/ssh");
 
     uplink.plug_in(&client);
     let begin = Instant::now();

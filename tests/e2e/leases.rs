@@ -176,6 +176,66 @@ fn a_connection_that_is_cut_gives_its_slots_back_and_its_builds_wait_again() {
     });
 }
 
+#[test]
+fn more_builds_than_one_connection_has_shells_for_all_have_their_slots() {
+    const COUNT: u32 = 20;
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().named("one").hook(Hook::Ours).uses(&mac, "ssh-ng", COUNT).start();
+    client.write("/etc/nix/offload.toml", &format!("[[machine]]\nname = 'mac'\nshared-slots = {COUNT}\n"));
+    let names: Vec<String> = (0..COUNT).map(|number| format!("many-{number}")).collect();
+    let builds: Vec<Running> = names.iter().map(|name| start(&client, name)).collect();
+    for name in &names {
+        wait_until("all are begun", LIMIT, || begun(&client, name) == ["mac"]);
+    }
+    assert_eq!(held(&mac), COUNT as usize);
+    for (name, build) in names.iter().zip(builds) {
+        open(&client, name);
+        build.wait().assert_success().assert_stderr_lacks(WITHOUT);
+    }
+    assert_all_given_back(&mac);
+}
+
+/// How many slots are taken there.
+fn held(mac: &Builder) -> usize {
+    let lines =
+        mac.run("for f in /tmp/nix-offload-slots/slot-*; do flock -n \"$f\" true || echo \"$f\"; done");
+    lines.lines().count()
+}
+
+#[test]
+fn a_slot_that_is_lost_in_mid_build_is_taken_anew() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().named("one").hook(Hook::Ours).uses(&mac, "ssh-ng", 4).journald().start();
+    client.write("/etc/nix/offload.toml", "[[machine]]\nname = 'mac'\nshared-slots = 1\n");
+    let said = |message: &str| {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().filter(|entry| entry["MESSAGE"] == message).count()
+    };
+    let build = start(&client, "mid");
+    wait_for_begin(&client, "mid", &["mac"]);
+    assert_eq!(held(&mac), 1);
+    // What holds the slot is gone, and the build is well.
+    for pid in mac.pids_matching("head -c 1") {
+        mac.kill(pid, "KILL");
+    }
+    wait_until("it is noticed", SOON, || said("the shared slot was lost, taking one anew") == 1);
+    wait_until("it is taken anew", SOON, || said("a shared slot again") == 1);
+    assert_eq!((held(&mac), begun(&client, "mid")), (1, vec!["mac".to_owned()]));
+    // Of one that is lost for good the build takes no notice.
+    hide(&mac, "flock");
+    for pid in mac.pids_matching("head -c 1") {
+        mac.kill(pid, "KILL");
+    }
+    let lasting = "no shared slot again: the build goes on without";
+    wait_until("it is given up", SOON, || said(lasting) == 1);
+    open(&client, "mid");
+    let built = build.wait();
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n");
+    built.assert_stderr_lacks("lost");
+}
+
 /// Builds go there without leases, and why is said once.
 fn assert_goes_on_without(
     protocol: &str,

@@ -17,6 +17,7 @@ mod leases;
 mod logs;
 mod many;
 mod masters;
+mod moving;
 mod outputs;
 mod packaging;
 mod penalties;

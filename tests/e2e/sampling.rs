@@ -9,7 +9,7 @@ use std::time::Duration;
 use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
 
 /// Longer than the sampler stays after the last build.
 const IDLE: Duration = Duration::from_secs(60);
@@ -106,11 +106,13 @@ fn builds_of_this_client_are_no_foreign_load() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let client = client(&world, &[&mac]);
-    let running: Vec<_> =
-        ["x", "y"].iter().map(|name| client.spawn_nix_build(&gated(name), &["-j0"])).collect();
-    for name in ["x", "y"] {
+    // One after the other: two first users of a store may hinder each other as they make its database.
+    let begin = |name| {
+        let build = client.spawn_nix_build(&gated(name), &["-j0"]);
         wait_for_begin(&client, name, &["mac"]);
-    }
+        build
+    };
+    let running = ["x", "y"].map(begin);
     // Two slots, averaged over a minute as the load average is: after ten seconds some 0.3.
     wait_for_sample(&client, "own load is counted", |sample| sample["own_load"].as_f64() > Some(0.2));
     for name in ["x", "y"] {
@@ -323,7 +325,7 @@ fn nothing_is_sampled_if_that_is_set() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let client = client(&world, &[&mac]);
-    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     for name in ["a", "b"] {
         assert_built_on(&client, &build(&client, name), "mac");
     }

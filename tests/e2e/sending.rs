@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::{Builder, Client, Hook, Relay, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
-use crate::support::SOON;
+use crate::support::{NO_SAMPLES, SOON};
 
 const MEBIBYTE: u64 = 1 << 20;
 /// Long enough that a large input takes seconds: a channel's window goes once in each round trip.
@@ -51,7 +51,7 @@ impl Far {
 
     /// How many files are left of it, and that nobody holds a lock of them.
     fn assert_nothing_left(&self) {
-        self.client.run("test \"$(ls /run/nix-offload/sending | wc -l)\" -le 1");
+        self.client.run("test \"$(find /run/nix-offload/sending -maxdepth 1 -type f | wc -l)\" -le 1");
         let locks = self.client.run(
             "for f in /run/nix-offload/sending/*; do grep \":$(stat -c %i \"$f\") \" /proc/locks || true; done",
         );
@@ -131,6 +131,29 @@ fn builds_with_different_inputs_send_at_the_same_time() {
         build.wait().assert_success().assert_stderr_lacks(WAITING);
     }
     far.assert_nothing_left();
+}
+
+#[test]
+fn what_is_on_its_way_counts_for_those_who_choose() {
+    let far = far();
+    far.client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    // Inputs matter only where there is a choice.
+    far.client.set_machines("ssh-ng://far x86_64-linux - 8 1\nssh-ng://none x86_64-linux - 1 0.01\n");
+    let (input, other) = (far.input("one", 48), far.input("other", 1));
+    let expression = drv::expression(&user_of("user-of-other", &[&other]));
+    let drv = far.client.nix("nix-instantiate").args(["-E", &expression]).run().assert_success().out_path();
+    let behind = || {
+        let explained = far.client.command("/opt/nix-offload/bin/nix-offload").args(["explain", &drv]).run();
+        explained.assert_success().stdout().contains(", behind 48")
+    };
+    assert!(!behind());
+    let before = far.relay.sent();
+    let first = start(&far, "first", &[&input]);
+    wait_until("the input is being sent", SOON, || far.relay.sent() > before + 4 * MEBIBYTE);
+    assert!(behind());
+    first.wait().assert_success();
+    assert!(!behind());
+    assert!(far.client.entries("/run/nix-offload/sending/now").is_empty());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::{Builder, BuilderPlan, Client, ClientPlan, Hook, Mode, Release, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
-use crate::support::{SOON, assert_masters_and_holder_left, gated, hide, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, assert_masters_and_holder_left, gated, hide, open, wait_for_begin};
 
 const WAY: &str = "Way: nix-store --serve\n";
 
@@ -83,7 +83,7 @@ fn the_way_is_remembered_and_the_better_ones_are_taken_when_it_fails() {
     let mut mac = without_daemon(world.builder("mac"));
     let client = plan(&world).uses(&mac, "ssh", 1).start();
     // Only the sessions of builds are counted.
-    client.write("/etc/nix/offload.toml", "[choice]\nsample-every = 0\n");
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     assert_built_there(&client, &mac, "first");
     let before = mac.sessions();
     assert_built_there(&client, &mac, "second");

@@ -35,9 +35,10 @@ fn come_up_when_woken(client: &Client, mac: &mut Builder) {
     let mut notes = HashSet::new();
     // Each attempt in vain is noted anew.
     wait_until("it was tried again", SOON, || {
-        let names = client.entries("/run/nix-offload").into_iter().filter(|name| name.ends_with(".down"));
-        notes
-            .extend(names.filter_map(|name| fs::read(client.path(&format!("/run/nix-offload/{name}"))).ok()));
+        let names =
+            client.entries("/run/nix-offload/down").into_iter().filter(|name| name.ends_with(".down"));
+        let read = |name| fs::read(client.path(&format!("/run/nix-offload/down/{name}"))).ok();
+        notes.extend(names.filter_map(read));
         notes.len() > 1
     });
     mac.start_sshd();

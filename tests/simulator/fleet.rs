@@ -99,15 +99,21 @@ fn spec(name: &str, cores: u64, speed: f32) -> Spec {
     }
 }
 
-/// Somebody else's builds: 16 to 40 tasks on 8 processors for some minutes, then nothing for as long.
+/// Seconds for which somebody uses a machine or leaves it alone: from two minutes to four hours. Each doubling is as likely
+/// as any other, since what people do with computers is mostly short, while most of the time goes to what is long.
+fn episode(random: &mut Random) -> f64 {
+    120.0 * (14_400.0_f64 / 120.0).powf(random.between(0.0, 1.0))
+}
+
+/// Somebody else's builds: 16 to 40 tasks on 8 processors for minutes or hours, then nothing.
 fn comes_and_goes(random: &mut Random) -> Vec<(f64, f64)> {
     let mut foreign = Vec::new();
     let mut at = random.between(0.0, 60.0);
     while at < HORIZON {
         foreign.push((at, random.between(16.0, 40.0)));
-        at += random.exponential(600.0) + 60.0;
+        at += episode(random);
         foreign.push((at, 0.0));
-        at += random.exponential(600.0) + 60.0;
+        at += episode(random);
     }
     foreign
 }

@@ -1,5 +1,6 @@
 //! What came out, as a table and as sentences about the goals.
 
+use crate::fleet::Fleet;
 use crate::scene::Result;
 use std::fmt::Write as _;
 
@@ -61,6 +62,14 @@ pub(crate) fn goals(results: &[Result]) -> String {
         });
         let title = "at least 20 % faster where speeds, load or links differ (medians)";
         goal(&mut text, who, title, little.collect());
+        let fleets = Fleet::ALL.into_iter().filter(|fleet| fleet.differs());
+        let fleets: Vec<(Fleet, f64)> =
+            fleets.filter_map(|fleet| Some((fleet, gain_of_fleet(results, fleet, gain)?))).collect();
+        let each = fleets.iter().map(|(fleet, gain)| format!("{} {}", fleet.label(), percent(-gain)));
+        let title =
+            format!("the same over the graphs of each fleet ({})", each.collect::<Vec<_>>().join(", "));
+        let little = fleets.iter().filter(|(_, gain)| *gain < BETTER);
+        goal(&mut text, who, &title, little.map(|(fleet, _)| fleet.label().to_owned()).collect());
     }
     let far = results.iter().filter_map(|result| Some((result, result.above_list()?.0)));
     let far = far.filter(|(_, above)| *above > NEAR);
@@ -72,6 +81,16 @@ pub(crate) fn goals(results: &[Result]) -> String {
         far.collect(),
     );
     text
+}
+
+/// How much less time a fleet takes, as the geometric mean over its graphs. None if there are none.
+fn gain_of_fleet(results: &[Result], fleet: Fleet, gain: fn(&Result) -> (f64, f64)) -> Option<f64> {
+    let logs: Vec<f64> = results
+        .iter()
+        .filter(|result| result.scene.fleet == fleet)
+        .map(|result| (1.0 - gain(result).0).ln())
+        .collect();
+    (!logs.is_empty()).then(|| 1.0 - (logs.iter().sum::<f64>() / logs.len() as f64).exp())
 }
 
 fn goal(text: &mut String, who: &str, title: &str, missed: Vec<String>) {

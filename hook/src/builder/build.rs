@@ -1,12 +1,14 @@
 //! Building: one derivation by itself, or outputs of one that is in the builder's store; and the clocks over it.
 
+use super::input::Input;
+use super::review::{Due, Reviews};
 use super::{Builder, BuilderError, Clocks, OnEvent, both, handle};
 use crate::wire::WireError;
 use crate::wire::hook::result;
 use crate::wire::worker::{self, BuildResult, Message};
 use nix_derivation::{Derivation, StorePath};
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
 const DOING: &str = "building";
@@ -15,14 +17,14 @@ impl Builder {
     /// Builds a derivation and passes on what the builder tells meanwhile.
     ///
     /// # Errors
-    /// If the connection fails, the daemon refuses, or a clock runs out. A build that failed is no error: its
-    /// result says so.
+    /// If the connection fails, the daemon refuses, a clock runs out, or it is called off. A build that failed is no
+    /// error: its result says so.
     pub fn build(
         &mut self,
         drv_path: &StorePath,
         drv: &Derivation,
         inputs: &[StorePath],
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
     ) -> Result<BuildResult, BuilderError> {
         let mut request = Vec::new();
@@ -39,7 +41,7 @@ impl Builder {
         &mut self,
         drv_path: &StorePath,
         outputs: &BTreeSet<String>,
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
     ) -> Result<BuildResult, BuilderError> {
         let version = self.peer.version;
@@ -67,7 +69,7 @@ impl Builder {
     fn ask_for_build(
         &mut self,
         request: &[u8],
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
         read: impl FnOnce(&mut dyn Read) -> Result<BuildResult, WireError>,
     ) -> Result<BuildResult, BuilderError> {
@@ -79,11 +81,21 @@ impl Builder {
         both(input, output, request, DOING, |input| {
             let started = Instant::now();
             let seconds = |n: u64| (n > 0).then(|| Duration::from_secs(n));
-            let end = seconds(clocks.timeout).and_then(|d| started.checked_add(d));
+            let mut end = seconds(clocks.timeout).and_then(|d| started.checked_add(d));
             let mut heard = started;
+            let mut reviews = Reviews::begin(clocks.review);
             loop {
                 let silent = seconds(clocks.max_silent_time).and_then(|d| heard.checked_add(d));
-                input.deadline = [end, silent].into_iter().flatten().min();
+                let limit = [end, silent].into_iter().flatten().min();
+                if reviews.is_any() {
+                    let looked = look_in(input, &mut reviews, limit)?;
+                    if let Some(looked) = looked {
+                        heard += looked;
+                        end = end.and_then(|end| end.checked_add(looked));
+                        continue;
+                    }
+                }
+                input.deadline = limit;
                 let message = match worker::read_message(input, version) {
                     Err(e) if e.is_timeout() => {
                         return Err(match (silent, end) {
@@ -109,5 +121,34 @@ impl Builder {
             Ok(())
         })?;
         answer.ok_or(BuilderError::Lost { doing: DOING, source: WireError::Truncated { what: "a result" } })
+    }
+}
+
+/// Waits until something comes or the time of `limit` is over, and looks in on the build meanwhile. Gives how long that took
+/// if it did look, for then the clocks must be read anew.
+///
+/// Only the wait for the beginning of a message is cut short: one that was read in part could not be gone on with.
+fn look_in(
+    input: &mut Input,
+    reviews: &mut Reviews<'_>,
+    limit: Option<Instant>,
+) -> Result<Option<Duration>, BuilderError> {
+    let next = match reviews.due() {
+        Due::Over => return Err(BuilderError::CalledOff),
+        Due::Looked(looked) => return Ok(Some(looked)),
+        Due::Wait(next) => next,
+    };
+    let until = [limit, next].into_iter().flatten().min();
+    input.deadline = until;
+    match input.wait() {
+        Ok(()) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(Some(Duration::ZERO)),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => match () {
+            // One of Nix's own clocks, which the reader will find to be over.
+            () if until == limit => Ok(None),
+            () if reviews.is_over() => Err(BuilderError::CalledOff),
+            () => Ok(Some(Duration::ZERO)),
+        },
+        Err(error) => Err(BuilderError::wire(DOING, WireError::io("a message", error))),
     }
 }

@@ -65,6 +65,9 @@ pub enum BuilderError {
     /// The build took too long (`timeout`).
     #[error("timed out after {0} seconds")]
     TimedOut(u64),
+    /// Whoever looked in on the build called it off before it had ended. It ends there when the connection does.
+    #[error("the build was called off")]
+    CalledOff,
     /// A path of the local store could not be read for sending.
     #[error("cannot send {path}")]
     Dump {

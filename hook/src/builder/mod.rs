@@ -6,6 +6,7 @@ mod ahead;
 mod build;
 mod error;
 mod input;
+mod review;
 mod send;
 mod serve;
 mod store;
@@ -17,6 +18,7 @@ use crate::wire::hook::{Field, activity, result};
 use crate::wire::worker::{self, Message, Options, Peer, Version};
 pub use ahead::Ahead;
 pub use error::BuilderError;
+pub use review::Review;
 pub use serve::{Aside, ServeStore};
 pub use store::Store;
 
@@ -86,13 +88,15 @@ pub type OnUpload<'a> = &'a (dyn Fn(Option<&PathInfo>) + Sync);
 /// Told of the paths that are valid over there now, in the order of an upload.
 pub type OnArrival<'a> = &'a mut dyn FnMut(&[PathInfo]);
 
-/// How long a build may be silent and how long it may take, in seconds; 0 is for ever.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Clocks {
+/// How long a build may be silent and how long it may take, in seconds; 0 is for ever. And who looks in on it meanwhile.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Clocks<'a> {
     /// Nix's setting `max-silent-time`.
     pub max_silent_time: u64,
     /// Nix's setting `timeout`.
     pub timeout: u64,
+    /// None if nobody does.
+    pub review: Option<Review<'a>>,
 }
 
 /// A connection to a builder's store. After an error it is not to be used again.

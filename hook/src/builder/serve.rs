@@ -4,6 +4,7 @@
 //! cause when the far side ends. Must never know how the stream was made or what the answers are for.
 
 use super::input::{Counted, Input};
+use super::review::{Due, Reviews};
 use super::send::{send_export, send_nar};
 use super::{BuilderError, Clocks, Dump, Event, OnArrival, OnEvent, OnUpload, Output, beside, both, send};
 use crate::path_info::PathInfo;
@@ -209,14 +210,14 @@ impl ServeStore {
     /// Builds a derivation and passes on its log meanwhile.
     ///
     /// # Errors
-    /// If the connection fails, the builder refuses, or a clock runs out. A build that failed is no error: its
+    /// If the connection fails, the builder refuses, a clock runs out, or it is called off. A build that failed is no error: its
     /// result says so. The far side keeps the clocks too, and then its result says so.
     pub fn build(
         &mut self,
         drv_path: &StorePath,
         drv: &Derivation,
         inputs: &[StorePath],
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
     ) -> Result<BuildResult, BuilderError> {
         const DOING: &str = "building";
@@ -244,7 +245,7 @@ impl ServeStore {
         let result = waited.and_then(|()| {
             serve::read_build_result(&mut self.input, version).map_err(|e| BuilderError::wire(DOING, e))
         });
-        if let Err(BuilderError::TimedOut(_) | BuilderError::Silent(_)) = &result {
+        if let Err(BuilderError::TimedOut(_) | BuilderError::Silent(_) | BuilderError::CalledOff) = &result {
             // It may go on for as long as the connection lives, so its end is not waited for.
             self.pass_aside(on)?;
             self.building = false;
@@ -257,19 +258,29 @@ impl ServeStore {
         Ok(result)
     }
 
-    fn wait_for_build(&mut self, clocks: Clocks, on: OnEvent<'_>) -> Result<(), BuilderError> {
+    fn wait_for_build(&mut self, clocks: Clocks<'_>, on: OnEvent<'_>) -> Result<(), BuilderError> {
         let started = Instant::now();
         let after = |from: Instant, seconds: u64| {
             let limit = (seconds > 0).then(|| Duration::from_secs(seconds))?;
             from.checked_add(limit)?.checked_add(GRACE)
         };
-        let end = after(started, clocks.timeout);
+        let mut end = after(started, clocks.timeout);
         let mut heard = started;
+        let mut reviews = Reviews::begin(clocks.review);
         while self.input.inner.buffer().is_empty() {
             let silent = after(heard, clocks.max_silent_time);
-            let deadline = [end, silent].into_iter().flatten().min();
-            let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if timeout.is_some_and(|timeout| timeout.is_zero()) {
+            let limit = [end, silent].into_iter().flatten().min();
+            let next = match reviews.due() {
+                Due::Over => return Err(BuilderError::CalledOff),
+                Due::Looked(looked) => {
+                    heard += looked;
+                    end = end.and_then(|end| end.checked_add(looked));
+                    continue;
+                }
+                Due::Wait(next) => next,
+            };
+            let left = |until: Instant| until.saturating_duration_since(Instant::now());
+            if limit.is_some_and(|limit| left(limit).is_zero()) {
                 let too_long = end.is_some_and(|end| silent.is_none_or(|silent| end < silent));
                 return Err(if too_long {
                     BuilderError::TimedOut(clocks.timeout)
@@ -278,12 +289,16 @@ impl ServeStore {
                 });
             }
             let line = &mut self.line;
+            let timeout = [limit, next].into_iter().flatten().min().map(left);
             let answers = self.aside.listen(timeout, &mut |bytes| {
                 heard = Instant::now();
                 split(line, bytes, &mut |line| on(Event::LogLine(line)));
             });
             if answers.map_err(|e| BuilderError::wire("building", WireError::io("stderr", e)))? {
                 break;
+            }
+            if reviews.is_over() && next.is_some_and(|next| left(next).is_zero()) {
+                return Err(BuilderError::CalledOff);
             }
         }
         Ok(())

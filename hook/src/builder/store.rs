@@ -105,7 +105,7 @@ impl Store {
         drv_path: &StorePath,
         drv: &Derivation,
         inputs: &[StorePath],
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
     ) -> Result<BuildResult, BuilderError> {
         match self {
@@ -122,7 +122,7 @@ impl Store {
         &mut self,
         drv_path: &StorePath,
         outputs: &BTreeSet<String>,
-        clocks: Clocks,
+        clocks: Clocks<'_>,
         on: OnEvent<'_>,
     ) -> Result<BuildResult, BuilderError> {
         match self {

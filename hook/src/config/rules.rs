@@ -5,7 +5,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use crate::plan::machine::Machine;
-use crate::plan::rules::Floors;
+use crate::plan::rules::{Floors, stale_after};
 use crate::plan::{Policy, Rules};
 use nix_offload_proxy::settings::{Elsewhere, matches, names, time};
 use serde::de::Error as _;
@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// How often machines are looked at, unless it is set.
 const SAMPLE_EVERY: Duration = Duration::from_secs(5);
+/// What is known of a machine must not be older when builds are sent there, as to what is left on its disk for instance.
+const RAREST_SAMPLE: Duration = Duration::from_secs(300);
 /// More processes than that must not wait on one client.
 const MOST_WAITING: u64 = 4096;
 
@@ -48,7 +50,8 @@ struct Choice {
     min_free_memory: Option<u64>,
     #[serde(deserialize_with = "some_time")]
     hold_back: Option<Duration>,
-    #[serde(deserialize_with = "some_time")]
+    begin_anew: Option<bool>,
+    #[serde(deserialize_with = "some_interval")]
     sample_every: Option<Duration>,
 }
 
@@ -98,6 +101,8 @@ impl Offload {
                 memory: set.min_free_memory.unwrap_or(default.floors.memory),
             },
             hold_back: set.hold_back.unwrap_or(default.hold_back),
+            begin_anew: set.begin_anew.unwrap_or(default.begin_anew),
+            stale_after: self.sample_every().map_or(default.stale_after, stale_after),
             ..default
         }
     }
@@ -142,6 +147,16 @@ fn some_waiting<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64
 
 fn some_time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     time(deserializer).map(Some)
+}
+
+fn some_interval<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    match time(deserializer)? {
+        every if every <= RAREST_SAMPLE => Ok(Some(every)),
+        _ => Err(D::Error::custom(
+            "it must be at most 5m, for what is known of machines would be too old; 0 is for never, and then it is not \
+             known either what they are short of",
+        )),
+    }
 }
 
 /// Bytes: a number, or one with a unit as in Nix's own settings (`K`, `M`, `G` and `T`, in powers of 1024).
@@ -192,7 +207,7 @@ mod tests {
         let offload = read(
             "[ssh]\nidle = 5\n[choice]\npolicy = 'cost'\nlocal-speed-factor = 2\nbig-parallel-slots = 4\n\
              max-waiting = 7\nmin-free-disk = '2G'\nmin-free-inodes = 5\nmin-free-memory = 1024\n\
-             hold-back = '1m'\nsample-every = 0\n",
+             hold-back = '1m'\nbegin-anew = false\nsample-every = 0\n",
         )
         .unwrap();
         let rules = offload.rules();
@@ -200,6 +215,15 @@ mod tests {
         assert_eq!((rules.policy, rules.floors, rules.max_waiting), (Policy::Cost, floors, 7));
         assert_eq!((rules.local_speed_factor, rules.big_parallel_slots), (2.0, 4));
         assert_eq!((rules.hold_back, offload.sample_every()), (Duration::from_secs(60), None));
+        assert!(Rules::default().begin_anew && !rules.begin_anew);
+    }
+
+    #[test]
+    fn samples_are_believed_until_two_should_have_followed_them() {
+        for (every, expected) in [("0", 60), ("'1s'", 60), ("'5s'", 60), ("'10s'", 120), ("'5m'", 3600)] {
+            let rules = read(&format!("[choice]\nsample-every = {every}\n")).unwrap().rules();
+            assert_eq!(rules.stale_after, Duration::from_secs(expected), "{every}");
+        }
     }
 
     #[test]
@@ -228,6 +252,8 @@ mod tests {
             ("[choice]\nmin-free-disk = '99999999999T'", "/f:2:17: it must be a number of bytes"),
             ("[choice]\nmax-waiting = 100000", "/f:2:15: it must be at most 4096"),
             ("[choice]\nbig-parallel-slots = 0", "/f:2:22: "),
+            ("[choice]\nbegin-anew = 'no'", "/f:2:14: invalid type"),
+            ("[choice]\nsample-every = '6m'", "/f:2:16: it must be at most 5m"),
             ("[choice]\nhold-back = '31d'", "/f:2:13: it must be "),
             ("[[machine]]\nshared-slots = 2", "/f:1:1: missing field `name`"),
             ("[chioce]\n", "/f:1:2: unknown field `chioce`"),

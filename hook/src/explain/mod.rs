@@ -224,8 +224,9 @@ impl Desk<'_> {
         let inputs = survey::asks_for_inputs(self.machines, request)
             .then(|| derivation::weighed_inputs(self.location, &subject.drv))
             .flatten();
-        let needs = Needs { inputs: inputs.as_deref(), duration: work.duration };
-        let survey = Survey::begin(&self.slots, &self.reach, self.location, self.state.as_deref(), now);
+        let needs = Needs { inputs: inputs.as_deref(), usual: work.usual };
+        let state = self.state.as_deref();
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, self.location, state, now);
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,

@@ -9,6 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::unistd::geteuid;
+
 /// Clock ticks in a second, in what Linux tells of processes (`USER_HZ`, the same on all of Nix's platforms).
 const TICKS: u64 = 100;
 
@@ -36,12 +38,16 @@ pub struct Process {
     pub words: Vec<String>,
 }
 
-/// Finds the daemon.
+/// Finds the daemon. Anybody can give a process its name, so only one of the user whose socket that is, or of root, is
+/// believed in. Root believes in nobody but root, because what is found beside the daemon's program is run.
 pub fn find(socket: &Path) -> Option<Daemon> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let owner = fs::metadata(socket).map_or(0, |socket| socket.uid());
+    let is_believed = |uid: u32| uid == 0 || (uid == owner && !geteuid().is_root());
     // Its children, one for each connection, came later.
-    let process = pids.filter_map(look_at).min_by_key(|(ticks, ..)| *ticks);
+    let process =
+        pids.filter_map(look_at).filter(|(_, uid, _)| is_believed(*uid)).min_by_key(|(ticks, ..)| *ticks);
     match process {
         Some((ticks, uid, process)) => {
             Some(Daemon { uid, process: Some(Process { started: since_boot(ticks), ..process }) })
@@ -97,7 +103,32 @@ fn since_boot(ticks: u64) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::CommandExt;
     use std::process::{Command, Stdio};
+
+    #[test]
+    fn a_strangers_process_is_no_daemon_whatever_it_is_called() {
+        if !geteuid().is_root() {
+            // Only root can be somebody else.
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        fs::write(&socket, "").unwrap();
+        let child = |uid| {
+            let mut command = Command::new("sleep");
+            command.arg0("nix-daemon").arg("60").uid(uid).stdin(Stdio::null()).spawn().unwrap()
+        };
+        let found = |pid: u32| {
+            let entries = find(&socket).and_then(|daemon| daemon.process);
+            entries.is_some_and(|process| process.pid == pid)
+        };
+        let mut stranger = child(54321);
+        std::os::unix::fs::chown(&socket, Some(54321), None).unwrap();
+        assert!(look_at(stranger.id()).is_some() && !found(stranger.id()), "not for root");
+        stranger.kill().unwrap();
+        stranger.wait().unwrap();
+    }
 
     #[test]
     fn the_time_of_a_start_is_that_of_the_clock() {

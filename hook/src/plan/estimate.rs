@@ -19,7 +19,7 @@
 //! be as many for half of the time.
 //!
 //! What is not known is assumed, and says so in its [`Figure`]: as many cores as slots, no foreign tasks, as many
-//! missing bytes as the other machine that lacks most, and the durations and bandwidths of [`Rules`].
+//! missing bytes as the other machine that lacks most, the duration of an average build, and what [`Rules`] say.
 //!
 //! More load, more pressure, more bytes, fewer cores, less speed or bandwidth never make an estimate better.
 
@@ -129,7 +129,7 @@ pub fn estimate(machine: &Machine, known: &Known, weight: u64, basis: &Basis<'_>
     let foreign = Figure::of(fresh.and_then(|sample| foreign(sample, cores.value, own)), 0.0);
     let speed = f64::from(machine.speed_factor);
     let share = share(cores.value, foreign.value + (own + weight) as f64);
-    let duration = Figure::of(work.duration, rules.typical_duration);
+    let duration = Figure::of(work.duration, work.usual.unwrap_or(rules.typical_duration));
     let build = duration.value / (speed * share);
 
     let link = &known.link;
@@ -183,7 +183,7 @@ pub fn estimate_here(sample: Option<&Sample>, slots: u64, basis: &Basis<'_>) -> 
     let foreign = Figure::of(fresh.and_then(|sample| tasks(sample, cores.value)), 0.0);
     let share = share(cores.value, foreign.value + 1.0);
     let speed = rules.local_speed_factor;
-    let duration = Figure::of(work.duration, rules.typical_duration);
+    let duration = Figure::of(work.duration, work.usual.unwrap_or(rules.typical_duration));
     let build = duration.value / (speed * share);
     let nothing = Figure { value: 0.0, is_known: true };
     Estimate {

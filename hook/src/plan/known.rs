@@ -122,7 +122,9 @@ pub enum Withholding {
 pub struct Work {
     /// Seconds that it takes on an idle machine of speed factor 1: an average over builds of the same name.
     pub duration: Option<f64>,
-    /// Bytes of its outputs, from the same source.
+    /// The same of an average build of this client.
+    pub usual: Option<f64>,
+    /// Bytes of its outputs: an average over builds of the same name.
     pub output: Option<u64>,
     /// When Nix first asked for it, if that was before. What is held back is held to a bound by it, so it has to outlive
     /// the hook process where the answer was `postpone`.
@@ -169,9 +171,14 @@ impl Sample {
         }
     }
 
-    /// Whether it is too old. A sample from the future, as after the clock was set back, is not.
+    /// Whether it is too old, or from a time that is still to come: then the clock was set back, and its age is not known.
     pub fn is_stale(&self, now: SystemTime, after: Duration) -> bool {
-        now.duration_since(self.at).is_ok_and(|age| age > after)
+        // A decision may have begun before it was written.
+        const AHEAD: Duration = Duration::from_secs(5);
+        match now.duration_since(self.at) {
+            Ok(age) => age > after,
+            Err(future) => future.duration() > AHEAD,
+        }
     }
 }
 
@@ -179,5 +186,23 @@ impl Withheld {
     /// Whether it is in force.
     pub fn holds(&self, now: SystemTime) -> bool {
         self.until.is_none_or(|until| now < until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::UNIX_EPOCH;
+
+    #[test]
+    fn a_sample_is_believed_neither_when_it_is_old_nor_when_it_is_still_to_come() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let is_stale = |at: i64| {
+            let at = UNIX_EPOCH + Duration::from_secs((1_000_000 + at) as u64);
+            Sample::empty(at).is_stale(now, Duration::from_secs(60))
+        };
+        for (at, expected) in [(-61, true), (-60, false), (0, false), (4, false), (6, true), (3600, true)] {
+            assert_eq!(is_stale(at), expected, "{at}");
+        }
     }
 }

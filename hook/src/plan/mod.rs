@@ -30,7 +30,7 @@ use verdict::{Resource, Standing};
 
 /// A machine that is full must be this many times sooner than one with a free slot to be waited for, because how long
 /// running builds will take is a guess.
-const HOLD_BACK_MARGIN: f64 = 2.0;
+const HOLD_BACK_MARGIN: f64 = 1.5;
 
 /// One `try` of Nix: may this derivation be built elsewhere?
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,6 +10,7 @@
 
 use super::machine::Machine;
 use super::verdict::{Decision, Verdict};
+use super::{Request, suits};
 
 /// The other machine's speed factor must be so many times as high.
 const MUCH_FASTER: f32 = 1.5;
@@ -18,7 +19,7 @@ const MUCH_FASTER: f32 = 1.5;
 const MARGIN: f64 = 1.5;
 
 /// A build that has run for so much shorter, in seconds, is left alone.
-const SETTLED: f64 = 20.0;
+pub const SETTLED: f64 = 20.0;
 
 /// A build takes at least so many times as long as it has taken already.
 const LONGER: f64 = 1.7;
@@ -45,6 +46,23 @@ pub struct Move {
     pub go: f64,
 }
 
+/// The machines on which a build might be begun anew that runs on the machine of this index, whatever is known of them and of
+/// the build. Costs next to nothing where all are equally fast.
+pub fn rivals<'a>(
+    machines: &'a [Machine],
+    request: &'a Request,
+    on: usize,
+) -> impl Iterator<Item = usize> + 'a {
+    let here = machines.get(on);
+    let is_rival = move |there: &Machine| {
+        here.is_some_and(|here| is_much_faster(there, here))
+            && there.max_jobs > 0
+            && there.uri.is_ours()
+            && suits(there, request).is_ok()
+    };
+    machines.iter().enumerate().filter(move |(_, there)| is_rival(there)).map(|(index, _)| index)
+}
+
 /// Whether the build is to be stopped where it is and begun anew elsewhere.
 ///
 /// `decision` is what [`decide`](super::decide) says of the same build now. To be asked only while nobody waits for a slot,
@@ -52,10 +70,9 @@ pub struct Move {
 pub fn worth_moving(machines: &[Machine], decision: &Decision, running: &Running) -> Option<Move> {
     let Verdict::Accept(to) = decision.verdict else { return None };
     let (here, there) = (machines.get(running.on)?, machines.get(to)?);
-    let is_much_faster = there.speed_factor >= MUCH_FASTER * here.speed_factor;
     // Also `false` for what is no number.
     let is_settled = running.elapsed >= SETTLED;
-    if to == running.on || running.was_moved || !is_much_faster || !is_settled {
+    if to == running.on || running.was_moved || !is_much_faster(there, here) || !is_settled {
         return None;
     }
     let estimate = |index: usize| decision.standings.get(index)?.estimate.as_ref();
@@ -64,9 +81,12 @@ pub fn worth_moving(machines: &[Machine], decision: &Decision, running: &Running
     let tasks = own.foreign.value + own.own as f64;
     let pace = own.speed * (own.cores.value / tasks.max(1.0)).min(1.0);
     let done = running.elapsed * pace;
-    let known = if own.duration.is_known { own.duration.value } else { 0.0 };
-    let total = known.max(LONGER * done);
+    let total = own.duration.value.max(LONGER * done);
     let stay = (total - done) / pace;
     let go = other.transfer + total / (other.terms.speed * other.terms.share);
     (go * MARGIN < stay).then_some(Move { to, stay, go })
+}
+
+fn is_much_faster(there: &Machine, here: &Machine) -> bool {
+    there.speed_factor >= MUCH_FASTER * here.speed_factor
 }

@@ -25,11 +25,13 @@ pub struct Rules {
     pub typical_duration: f64,
     /// Bytes per second to a machine whose bandwidth was never measured, once anything is measured at all.
     pub typical_bandwidth: f64,
-    /// How old a sample may be to be believed.
+    /// How old a sample may be to be believed; see [`stale_after`].
     pub stale_after: Duration,
     /// How long a build may be held back for a machine that is full but would be done sooner, or for as many free slots
     /// as it weighs. Then it takes what is free.
     pub hold_back: Duration,
+    /// Whether a build that runs may be begun anew on a machine that is much faster (see [`moving`](super::moving)).
+    pub begin_anew: bool,
     /// How long a build that cannot be built locally waits for machines that are short of something, inhibited or
     /// out of service for a time. Then Nix is told that nobody will do it.
     pub obstacle_patience: Duration,
@@ -58,6 +60,16 @@ pub struct Floors {
     pub memory: u64,
 }
 
+/// Where a sample needs a session that builds may need, samples are so many times as far apart.
+pub const SPARING: u32 = 6;
+
+/// How old a sample may be to be believed if machines are asked so often: at least a minute, and long enough for one to be
+/// missed.
+pub fn stale_after(every: Duration) -> Duration {
+    const LEAST: Duration = Duration::from_secs(60);
+    (every * SPARING * 2).max(LEAST)
+}
+
 impl Default for Rules {
     fn default() -> Self {
         Self {
@@ -70,6 +82,7 @@ impl Default for Rules {
             typical_bandwidth: 50e6,
             stale_after: Duration::from_secs(60),
             hold_back: Duration::from_secs(300),
+            begin_anew: true,
             obstacle_patience: Duration::from_secs(600),
         }
     }

@@ -67,7 +67,14 @@ pub fn needs(request: &Request) -> String {
     }
 }
 
-/// Refused machines with their reasons behind a mark.
+/// Machines that were refused for the same reason.
+struct Row<'a> {
+    names: Vec<&'a str>,
+    why: String,
+    cure: Option<&'a str>,
+}
+
+/// Refused machines with their reasons behind a mark, and what helps below.
 fn rows<'a>(
     refusals: impl Iterator<Item = (usize, &'a Refusal)>,
     decision: &Decision,
@@ -76,24 +83,27 @@ fn rows<'a>(
     here: Option<&str>,
 ) -> String {
     const HERE: &str = "this machine";
-    let mut rows: Vec<(String, Vec<&str>)> = Vec::new();
+    let mut rows: Vec<Row<'_>> = Vec::new();
     for (index, refusal) in refusals {
         let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
-        let why = refusal.describe(decision.at);
-        match rows.iter_mut().find(|(known, _)| *known == why) {
-            Some((_, names)) => names.push(name),
-            None => rows.push((why, vec![name])),
+        let (why, cure) = (refusal.describe(decision.at), refusal.cure());
+        match rows.iter_mut().find(|row| row.why == why && row.cure == cure) {
+            Some(row) => row.names.push(name),
+            None => rows.push(Row { names: vec![name], why, cure }),
         }
     }
-    let shown: Vec<(String, &str)> =
-        rows.iter().take(MOST_ROWS).map(|(why, names)| (short_list(names), why.as_str())).collect();
+    let shown: Vec<(String, &Row<'_>)> =
+        rows.iter().take(MOST_ROWS).map(|row| (short_list(&row.names), row)).collect();
     let own = here.map(|_| HERE.len());
     let width = shown.iter().map(|(names, _)| names.chars().count()).chain(own).max().unwrap_or_default();
     let mut text = String::new();
-    for (names, why) in shown {
-        let _ = writeln!(text, "{mark}{names:width$}  {why}");
+    for (names, row) in shown {
+        let _ = writeln!(text, "{mark}{names:width$}  {}", row.why);
+        if let Some(cure) = row.cure {
+            let _ = writeln!(text, "{:1$}  {cure}", "", mark.chars().count() + width);
+        }
     }
-    let left: usize = rows.iter().skip(MOST_ROWS).map(|(_, names)| names.len()).sum();
+    let left: usize = rows.iter().skip(MOST_ROWS).map(|row| row.names.len()).sum();
     if left > 0 {
         let _ = writeln!(text, "{mark}and {left} more");
     }

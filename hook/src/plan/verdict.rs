@@ -209,6 +209,14 @@ impl Refusal {
         }
     }
 
+    /// What helps, if it is known. One line.
+    pub fn cure(&self) -> Option<&str> {
+        match self {
+            Self::Failed(why) | Self::CoolDown { why, .. } => why.lines().nth(1).map(str::trim),
+            _ => None,
+        }
+    }
+
     /// The reason as a part of a sentence. `now` is for times, which are told from then.
     pub fn describe(&self, now: SystemTime) -> String {
         let join = |set: &BTreeSet<String>| set.iter().map(String::as_str).collect::<Vec<_>>().join(", ");

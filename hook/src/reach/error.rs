@@ -75,6 +75,11 @@ impl ReachError {
         matches!(self, Self::Open(OpenError::Refused { .. }))
     }
 
+    /// Whether the machine is well and we have all the shells there that we may have.
+    pub fn is_crowded(&self) -> bool {
+        matches!(self, Self::Open(OpenError::Taken))
+    }
+
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {

@@ -7,7 +7,9 @@ use crate::builder::Ahead;
 use crate::config;
 use crate::plan::machine::Machine;
 use nix_derivation::StoreDir;
-use nix_offload_proxy::down::Memory;
+use nix_offload_proxy::down::{Down, Downs, Memory};
+use nix_offload_proxy::master::Endpoint;
+use nix_offload_proxy::network::Needs;
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -20,6 +22,19 @@ use std::time::{Duration, SystemTime};
 /// started again is not to stand idle for long.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 
+/// How long ssh may be asked, all in all, which machines need a network while there is none. What is not known by then is
+/// found out for the next decision.
+const LEARNING: Duration = Duration::from_millis(200);
+
+/// How all machines are, as noted at one moment. Where nothing is amiss that costs two looks, however many there are, and
+/// nothing for each.
+#[derive(Debug)]
+pub struct Vitals {
+    downs: Downs,
+    /// Of hosts, while there is no network.
+    outage: Option<Needs>,
+}
+
 /// A machine that failed and has not been seen to be well since.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ailing {
@@ -30,20 +45,24 @@ pub struct Ailing {
 }
 
 impl Reach {
+    /// How all machines are. If there is no network, ssh is asked which of these can do without, for a short while; so this
+    /// is not to be done while others wait for a lock.
+    pub fn vitals(&self, machines: &[Machine]) -> Vitals {
+        let outage = self.pool.outage();
+        let outage = outage.lasts().then(|| {
+            let endpoints: Vec<Endpoint> =
+                machines.iter().filter_map(|machine| endpoint(machine, &self.ssh_options).ok()).collect();
+            self.pool.learn_needs(endpoints.iter(), LEARNING);
+            outage.needs()
+        });
+        Vitals { downs: Downs::read(self.pool.directory()), outage }
+    }
+
     /// Whether and how the machine failed since it was last reached: as seen by a hook, or by anything else that uses the
     /// same masters.
     pub fn ailing(&self, machine: &Machine, now: SystemTime) -> Option<Ailing> {
-        let own = self.health(machine).look();
         let host = self.health_of_host(machine).and_then(|memory| memory.look());
-        let until =
-            [&own, &host].into_iter().flatten().filter(|down| down.lasts(now)).map(|down| down.next).max();
-        own.or(host).map(|down| Ailing { until, why: down.reason })
-    }
-
-    /// Whether the machine cannot be reached because this one has no network.
-    pub fn is_cut_off(&self, machine: &Machine) -> bool {
-        self.pool.outage().lasts()
-            && endpoint(machine, &self.ssh_options).is_ok_and(|endpoint| self.pool.is_cut_off(&endpoint))
+        Ailing::of(self.health(machine).look(), host, now)
     }
 
     /// Notes that the machine failed, and how, unless that says nothing of it.
@@ -63,9 +82,18 @@ impl Reach {
         }
     }
 
-    /// Notes that the machine is well.
+    /// Notes that the machine loses the builds that it takes, and how it lost the last one.
+    pub fn note_lost(&self, machine: &Machine, how: &str) {
+        self.forget(machine);
+        self.health(machine).failed(how, SystemTime::now());
+    }
+
+    /// Notes that the machine is well, and so the way to its host.
     pub(super) fn note_success(&self, machine: &Machine) {
         self.health(machine).clear();
+        if let Some(memory) = self.health_of_host(machine) {
+            memory.clear();
+        }
     }
 
     /// How the machine failed, if people are to be told: one process tells them, once for each pause.
@@ -139,11 +167,100 @@ impl Reach {
     }
 
     pub(super) fn health(&self, machine: &Machine) -> Memory {
-        let name = format!("machine {}", self.identity(machine));
-        Memory::of(self.pool.directory(), name).pausing_first(FIRST_PAUSE)
+        Memory::of(self.pool.directory(), self.way(machine)).pausing_first(FIRST_PAUSE)
+    }
+
+    /// By what notes know it.
+    fn way(&self, machine: &Machine) -> String {
+        format!("machine {}", self.identity(machine))
     }
 
     fn health_of_host(&self, machine: &Machine) -> Option<Memory> {
         endpoint(machine, &self.ssh_options).ok().map(|endpoint| self.pool.memory(&endpoint))
+    }
+}
+
+impl Vitals {
+    /// Whether and how the machine failed since it was last reached; see [`Reach::ailing`].
+    pub fn ailing(&self, reach: &Reach, machine: &Machine, now: SystemTime) -> Option<Ailing> {
+        if self.downs.is_empty() {
+            return None;
+        }
+        let own = self.downs.of(&reach.way(machine)).cloned();
+        let host = endpoint(machine, &reach.ssh_options).ok();
+        let host = host.and_then(|endpoint| self.downs.of(&reach.pool.way(&endpoint)).cloned());
+        Ailing::of(own, host, now)
+    }
+
+    /// Whether the machine is being woken and did not answer just now.
+    pub fn is_asleep(&self, reach: &Reach, machine: &Machine, now: SystemTime) -> bool {
+        let is_down = || {
+            let endpoint = endpoint(machine, &reach.ssh_options).ok();
+            endpoint.is_some_and(|endpoint| self.downs.pause(&reach.pool.way(&endpoint), now).is_some())
+        };
+        !self.downs.is_empty() && is_down() && reach.waking(machine).is_some()
+    }
+
+    /// Whether the machine cannot be reached because this one has no network.
+    pub fn is_cut_off(&self, reach: &Reach, machine: &Machine) -> bool {
+        self.outage.as_ref().is_some_and(|needs| {
+            endpoint(machine, &reach.ssh_options)
+                .is_ok_and(|endpoint| reach.pool.is_cut_off(&endpoint, needs))
+        })
+    }
+}
+
+impl Ailing {
+    /// From what is noted of the machine itself, and of the way to its host.
+    fn of(own: Option<Down>, host: Option<Down>, now: SystemTime) -> Option<Self> {
+        let until =
+            [&own, &host].into_iter().flatten().filter(|down| down.lasts(now)).map(|down| down.next).max();
+        own.or(host).map(|down| Ailing { until, why: down.reason })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(uri: &str) -> Machine {
+        Machine::for_uri(uri, BTreeSet::new()).unwrap()
+    }
+
+    /// With a runtime directory of its own.
+    fn reach(directory: &std::path::Path) -> Reach {
+        let env = |name: &str| (name == "NIX_OFFLOAD_RUNTIME_DIR").then(|| directory.as_os_str().to_owned());
+        Reach::new(env).unwrap()
+    }
+
+    #[test]
+    fn one_look_tells_how_all_machines_are() {
+        let directory = tempfile::tempdir().unwrap();
+        let reach = reach(&directory.path().join("run"));
+        let (mac, pc, well) = (machine("ssh-ng://mac"), machine("ssh-ng://pc"), machine("ssh-ng://well"));
+        let now = SystemTime::now();
+        reach.note_lost(&mac, "it was lost");
+        reach.health_of_host(&pc).unwrap().failed("no route", now);
+        let vitals = reach.vitals(&[]);
+        for machine in [&mac, &pc, &well] {
+            assert_eq!(vitals.ailing(&reach, machine, now), reach.ailing(machine, now), "{}", machine.name);
+        }
+        let why = |machine| {
+            vitals.ailing(&reach, machine, now).map(|ailing| (ailing.why, ailing.until > Some(now)))
+        };
+        assert_eq!(why(&mac), Some(("it was lost".into(), true)));
+        assert_eq!((why(&pc), why(&well)), (Some(("no route".into(), true)), None));
+        assert!(!vitals.is_asleep(&reach, &pc, now), "nobody wakes it");
+    }
+
+    #[test]
+    fn success_ends_what_is_held_against_the_machine_and_against_its_host() {
+        let directory = tempfile::tempdir().unwrap();
+        let reach = reach(&directory.path().join("run"));
+        let mac = machine("ssh-ng://mac");
+        reach.health(&mac).failed("refused", SystemTime::now());
+        reach.health_of_host(&mac).unwrap().failed("no route", SystemTime::now());
+        reach.note_success(&mac);
+        assert_eq!(reach.ailing(&mac, SystemTime::now()), None);
     }
 }

@@ -13,7 +13,7 @@ mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
-pub use health::Ailing;
+pub use health::{Ailing, Vitals};
 pub use seen::Seen;
 pub use shell::{Beside, Open};
 pub use speed::Speed;
@@ -162,13 +162,6 @@ impl Reach {
     pub fn waking(&self, machine: &Machine) -> Option<Duration> {
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;
         self.pool.waking(&endpoint).ok()?.map(|waking| waking.left)
-    }
-
-    /// Whether the machine is being woken and did not answer just now.
-    pub fn is_asleep(&self, machine: &Machine) -> bool {
-        let down =
-            endpoint(machine, &self.ssh_options).is_ok_and(|endpoint| self.pool.down(&endpoint).is_some());
-        down && self.waking(machine).is_some()
     }
 
     /// Since when there is a master to the machine, if one takes connections; none within if that is not known. Looks at

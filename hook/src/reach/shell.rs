@@ -8,6 +8,7 @@ use crate::slots::Held;
 use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
@@ -40,10 +41,30 @@ pub struct Open {
 }
 
 impl Reach {
-    /// The name by which files of the runtime directory know a machine: some hexadecimal digits.
+    /// What tells a machine from others, as a text.
     pub fn key(&self, machine: &Machine) -> String {
+        self.identity(machine)
+    }
+
+    /// How long a connection is kept that nobody uses.
+    pub fn idle(&self) -> Duration {
+        self.pool.settings().ssh.idle
+    }
+
+    /// Notes that a build would have gone to the machine but for what was seen there, so that somebody goes on looking.
+    pub fn note_wanted(&self, machine: &Machine) {
+        note(&self.stamp(machine).with_extension("wanted"), "");
+    }
+
+    /// Whether the machine answered, or a build would have gone there, within such a time. Costs microseconds.
+    pub fn was_wanted(&self, machine: &Machine, within: Duration) -> bool {
         let stamp = self.stamp(machine);
-        stamp.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+        let is_recent = |path: &Path| {
+            let noted = fs::metadata(path).and_then(|file| file.modified());
+            // After the clock was set back it is not known when it was.
+            noted.is_ok_and(|noted| noted.elapsed().map_or(true, |age| age < within))
+        };
+        is_recent(&stamp) || (stamp.exists() && is_recent(&stamp.with_extension("wanted")))
     }
 
     /// Whether the machine has ever been reached, as far as is remembered. Costs microseconds.
@@ -71,7 +92,7 @@ impl Reach {
     /// one are used up.
     ///
     /// # Errors
-    /// If there is no session to be had; see [`ReachError::is_no_session`].
+    /// If there is no session to be had; see [`ReachError::is_no_session`] and [`ReachError::is_crowded`].
     pub fn shell_beside(&self, machine: &Machine, bound: Duration) -> Result<Beside, ReachError> {
         if machine.uri.here().is_some() {
             return Ok(Beside { stream: Open::here().shell(bound)?, status: None, seat: None });
@@ -91,7 +112,7 @@ impl Reach {
                 let name = master.control_path().file_stem().unwrap_or_default().to_string_lossy();
                 let Some(seat) = self.opening.take_any(&format!("beside-{name}"), BESIDE).ok().flatten()
                 else {
-                    return Err(OpenError::Refused { reason: "enough shells run there".into() }.into());
+                    return Err(OpenError::Taken.into());
                 };
                 let stream = master.open_guarded_session(COMMAND, bound)?.into();
                 Ok(Beside { stream, status: None, seat: Some(seat) })

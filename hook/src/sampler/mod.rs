@@ -8,6 +8,7 @@
 //! is kept; elsewhere there is one for each sample, more seldom.
 
 mod conversation;
+mod hangs;
 mod interest;
 mod own_load;
 mod samples;
@@ -16,9 +17,11 @@ pub use interest::Interest;
 pub use samples::{Entry, Samples};
 
 use crate::plan::machine::Machine;
+use crate::plan::rules::SPARING;
 use crate::reach::{Open, Reach, ReachSetupError};
 use crate::slots::{FileLocks, SlotError, Slots};
 use conversation::{Conversation, Silence};
+use hangs::Hangs;
 use interest::{List, Post};
 use own_load::OwnLoad;
 use std::collections::{BTreeSet, HashMap};
@@ -26,9 +29,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
@@ -39,14 +42,12 @@ const IDLE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_secs(1);
 /// No machine is asked more often.
 const SHORTEST: Duration = Duration::from_secs(1);
-/// Where each sample needs a session that builds may need, they are so many times as far apart.
-const SPARING: u32 = 6;
 /// After a machine could not be asked it is left alone for so long.
 const PAUSE: Duration = Duration::from_secs(15);
 /// An account that has no shell for us is left alone for so long.
 const MUTE: Duration = Duration::from_secs(600);
-/// What is older is forgotten.
-const KEPT: Duration = Duration::from_secs(1800);
+/// What is older is forgotten. Nobody believes it any more, however seldom machines are asked.
+const KEPT: Duration = Duration::from_secs(3600);
 /// Machines beyond so many are not looked at: each costs a thread.
 const MOST_WATCHED: usize = 512;
 /// How long shells may take to be ended at the end.
@@ -81,15 +82,7 @@ pub fn run() -> Result<(), SamplerError> {
     let path = Samples::path(reach.directory());
     let (tell, hear) = mpsc::channel();
     let samples = Samples::read(&path);
-    let mut sampler = Sampler {
-        post,
-        path,
-        samples,
-        lists: HashMap::new(),
-        watched: HashMap::new(),
-        tell,
-        is_ending: Arc::default(),
-    };
+    let mut sampler = Sampler { post, path, samples, lists: HashMap::new(), watched: HashMap::new(), tell };
     tracing::debug!("looking at the load of machines");
     while sampler.tick() {
         sampler.listen(&hear);
@@ -104,6 +97,8 @@ struct Fleet {
     reach: Arc<Reach>,
     slots: Option<Slots>,
     every: Duration,
+    /// How long a connection is kept that nobody uses.
+    idle: Duration,
     machines: Vec<Arc<Target>>,
 }
 
@@ -112,8 +107,8 @@ struct Target {
     key: String,
     machine: Machine,
     store_dir: Option<String>,
-    /// The file system of its store was asked and did not answer.
-    hangs: AtomicBool,
+    /// Whether the file system of its store answers.
+    hangs: Mutex<Hangs>,
 }
 
 /// What is kept of a machine that can be looked at.
@@ -121,6 +116,12 @@ struct Watched {
     own_load: OwnLoad,
     /// Whoever looks at it now.
     watcher: Option<JoinHandle<()>>,
+    /// They are to stop.
+    is_over: Arc<AtomicBool>,
+    /// Somebody still wants to know of it.
+    is_wanted: bool,
+    /// When a build was last seen there.
+    used: Option<Instant>,
     /// It is not to be looked at before.
     not_before: Instant,
 }
@@ -140,17 +141,24 @@ struct Sampler {
     lists: HashMap<PathBuf, Option<Fleet>>,
     watched: HashMap<String, Watched>,
     tell: Sender<News>,
-    /// Whoever looks at a machine is to stop.
-    is_ending: Arc<AtomicBool>,
+}
+
+impl Watched {
+    /// Has its shell ended, if there is one. Nothing is waited for.
+    fn leave(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if let Some(watcher) = &self.watcher {
+            watcher.thread().unpark();
+        }
+    }
 }
 
 impl Sampler {
     /// Has all shells ended, as far as they are not waited for.
     fn end(&self) {
-        self.is_ending.store(true, Ordering::Relaxed);
+        self.watched.values().for_each(Watched::leave);
         let watchers: Vec<&JoinHandle<()>> =
             self.watched.values().filter_map(|watched| watched.watcher.as_ref()).collect();
-        watchers.iter().for_each(|watcher| watcher.thread().unpark());
         let deadline = Instant::now() + PARTING;
         while watchers.iter().any(|watcher| !watcher.is_finished()) && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));
@@ -164,6 +172,7 @@ impl Sampler {
         }
         let locks = FileLocks::read();
         let mut is_wanted = false;
+        self.watched.values_mut().for_each(|watched| watched.is_wanted = false);
         for (path, wanted) in self.post.lists() {
             let post = &self.post;
             let fleet =
@@ -176,13 +185,15 @@ impl Sampler {
             if is_recent || builds > 0 {
                 is_wanted = true;
                 if let Some(fleet) = fleet {
-                    fleet.watch(&mut self.watched, &self.samples, &self.tell, &self.is_ending);
+                    fleet.watch(&mut self.watched, &self.samples, &self.tell);
                 }
             } else {
                 self.lists.remove(&path);
                 self.post.remove(&path);
             }
         }
+        // A shell keeps its connection alive, which must not be the only reason for there being one.
+        self.watched.values().filter(|watched| !watched.is_wanted).for_each(Watched::leave);
         is_wanted
     }
 
@@ -240,12 +251,13 @@ impl Fleet {
             machine.host_key = subject.host_key;
             machine.max_jobs = subject.max_jobs;
             let (key, store_dir) = (reach.key(&machine), subject.store_dir);
-            Some(Arc::new(Target { key, machine, store_dir, hangs: AtomicBool::new(false) }))
+            Some(Arc::new(Target { key, machine, store_dir, hangs: Mutex::default() }))
         };
         let machines = list.machines.into_iter().filter_map(target).collect();
         let slots = Slots::open(list.slots).map_err(|error: SlotError| tracing::debug!(%error, "no slots"));
         let every = Duration::from_millis(list.every_ms).max(SHORTEST);
-        Some(Self { reach: Arc::new(reach), slots: slots.ok(), every, machines })
+        let idle = reach.idle();
+        Some(Self { reach: Arc::new(reach), slots: slots.ok(), every, idle, machines })
     }
 
     /// Counts the slots of machines that builds have reached; gives how many are taken in all.
@@ -265,23 +277,25 @@ impl Fleet {
             all += taken.unwrap_or(0);
             if let Some(watched) = watched.get_mut(&target.key) {
                 watched.own_load.count(taken, now);
+                if taken.is_some_and(|taken| taken > 0) {
+                    watched.used = Some(now);
+                }
             }
         }
         all
     }
 
     /// Has machines looked at that are not, and can be.
-    fn watch(
-        &self,
-        watched: &mut HashMap<String, Watched>,
-        samples: &Samples,
-        tell: &Sender<News>,
-        is_ending: &Arc<AtomicBool>,
-    ) {
+    fn watch(&self, watched: &mut HashMap<String, Watched>, samples: &Samples, tell: &Sender<News>) {
         let now = Instant::now();
         for target in &self.machines {
-            let is_known = watched.contains_key(&target.key);
-            if !is_known && (watched.len() >= MOST_WATCHED || !self.reach.was_reached(&target.machine)) {
+            let known = watched.get(&target.key);
+            if known.is_none() && watched.len() >= MOST_WATCHED {
+                continue;
+            }
+            let used = known.and_then(|watched| watched.used);
+            let is_used = used.is_some_and(|used| now.saturating_duration_since(used) < self.idle);
+            if !is_used && !self.reach.was_wanted(&target.machine, self.idle) {
                 continue;
             }
             let mute = samples.mute_since(&target.key);
@@ -290,19 +304,22 @@ impl Fleet {
             }
             let state = watched.entry(target.key.clone()).or_insert_with(|| {
                 let before = samples.of(&target.key).map(|entry| &entry.sample);
-                Watched { own_load: OwnLoad::after(before, now), watcher: None, not_before: now }
+                let own_load = OwnLoad::after(before, now);
+                let is_over = Arc::default();
+                Watched { own_load, watcher: None, is_over, is_wanted: true, used: None, not_before: now }
             });
+            state.is_wanted = true;
             if now < state.not_before || state.watcher.as_ref().is_some_and(|watcher| !watcher.is_finished())
             {
                 continue;
             }
             let Some(open) = self.reach.open(&target.machine) else { continue };
             let (reach, target, every) = (Arc::clone(&self.reach), Arc::clone(target), self.every);
-            let (tell, is_ending) = (tell.clone(), Arc::clone(is_ending));
+            state.is_over = Arc::default();
+            let (tell, is_over) = (tell.clone(), Arc::clone(&state.is_over));
             state.not_before = now + PAUSE;
             let watcher = thread::Builder::new().stack_size(STACK);
-            state.watcher =
-                watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_ending)).ok();
+            state.watcher = watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_over)).ok();
         }
     }
 }
@@ -314,11 +331,11 @@ fn look(
     open: &Open,
     every: Duration,
     tell: &Sender<News>,
-    is_ending: &AtomicBool,
+    is_over: &AtomicBool,
 ) {
     let say = |what, pause| tell.send(News { key: target.key.clone(), what, pause }).is_ok();
     let stays = || {
-        !is_ending.load(Ordering::Relaxed)
+        !is_over.load(Ordering::Relaxed)
             && open.is_current()
             && open.is_by_socket()
             && reach.is_by_socket(&target.machine)
@@ -332,8 +349,9 @@ fn look(
     };
     loop {
         let begin = Instant::now();
-        let hangs = target.hangs.load(Ordering::Relaxed);
-        let store_dir = target.store_dir.as_deref().filter(|_| !hangs);
+        let hangs = || target.hangs.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_asked = hangs().may_be_asked(begin);
+        let store_dir = target.store_dir.as_deref().filter(|_| is_asked);
         let answer = match conversation.sample(store_dir) {
             Ok(answer) => answer,
             Err(silence) => {
@@ -343,9 +361,12 @@ fn look(
         };
         if answer.hangs {
             tracing::debug!(builder = target.machine.name, "its file system does not answer");
-            target.hangs.store(true, Ordering::Relaxed);
+            hangs().hung(Instant::now());
             say(Ok(answer.entry), every);
             return;
+        }
+        if is_asked {
+            hangs().answered();
         }
         if !stays() {
             say(Ok(answer.entry), every * SPARING);

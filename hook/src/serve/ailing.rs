@@ -18,6 +18,12 @@ impl Hook<'_> {
         self.tell_news(index, &text);
     }
 
+    /// A machine lost a build again and again, though it can be connected to.
+    pub(super) fn note_lost(&self, index: usize, how: &str) {
+        self.reach.note_lost(&self.machines[index], how);
+        self.tell_news(index, how);
+    }
+
     /// Tells how a machine failed, unless another process has done so since it failed. `text` is for the case that its
     /// failure could not be noted.
     fn tell_news(&self, index: usize, text: &str) {
@@ -44,9 +50,12 @@ impl Hook<'_> {
     }
 
     /// When the last decision has been answered: tells what is new of the machines that it left alone, and has those
-    /// tried again for which it is time.
+    /// tried again for which it is time. Those that are short of something are to be looked at further.
     pub(super) fn attend(&self, failed: &Failed) {
         self.tell_of_network();
+        for index in self.memory.short() {
+            self.reach.note_wanted(&self.machines[index]);
+        }
         let mut ailing = self.memory.left_alone();
         ailing.extend(failed.keys());
         ailing.sort_unstable();

@@ -2,6 +2,7 @@
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
+use super::moving::Outlook;
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::lease::Lease;
@@ -36,6 +37,8 @@ enum Attempt {
     Asleep,
     /// The machine cannot be reached before this one has a network.
     CutOff,
+    /// Another machine would be done much sooner, so the build was ended where it was.
+    Moved(Box<Chosen>),
 }
 
 impl Hook<'_> {
@@ -49,6 +52,7 @@ impl Hook<'_> {
     ) -> u8 {
         let derivation = candidate.request.drv_path.as_str();
         let mut tried = Vec::new();
+        let mut was_moved = false;
         let mut next = match accepted {
             Accepted::Now(chosen) => Some(*chosen),
             Accepted::Waiting(place) => self.wait_in(candidate, &mut failed, place),
@@ -57,7 +61,10 @@ impl Hook<'_> {
         while let Some(current) = next.take() {
             let index = current.index;
             let name = self.machines[index].name.as_str();
-            let done = catch_unwind(AssertUnwindSafe(|| self.build_on(candidate, current, job)));
+            let done = catch_unwind(AssertUnwindSafe(|| {
+                let outlook = (!was_moved).then(|| self.outlook(candidate, index, &failed)).flatten();
+                self.build_on(candidate, current, job, outlook.as_ref())
+            }));
             let attempt = done.unwrap_or_else(|_| {
                 Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
@@ -69,6 +76,10 @@ impl Hook<'_> {
                     tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
+                }
+                Attempt::Moved(chosen) => {
+                    was_moved = true;
+                    next = Some(*chosen);
                 }
                 Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
                 Attempt::CutOff => {
@@ -116,7 +127,13 @@ impl Hook<'_> {
         slots.filter(|_| !self.reach.is_without_leases(machine))
     }
 
-    fn build_on(&self, candidate: &Candidate, chosen: Chosen, job: &Job) -> Attempt {
+    fn build_on(
+        &self,
+        candidate: &Candidate,
+        chosen: Chosen,
+        job: &Job,
+        outlook: Option<&Outlook<'_, '_>>,
+    ) -> Attempt {
         let Chosen { index, slot, pace, mut reached } = chosen;
         let machine = &self.machines[index];
         let derivation = candidate.request.drv_path.as_str();
@@ -127,6 +144,7 @@ impl Hook<'_> {
             self.memory.keep_latest(derivation, self.machines);
             self.interest.show();
         };
+        let calls_off = |ran: Duration| outlook.is_some_and(|outlook| outlook.finds(ran));
         let leases = self.shared_slots(machine);
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
@@ -140,6 +158,8 @@ impl Hook<'_> {
             sending: &sending,
             is_leased: leases.is_some(),
             meanwhile: &meanwhile,
+            review: outlook.map(|outlook| outlook.review(&calls_off)),
+            ended: &|| outlook.into_iter().for_each(Outlook::leave),
         };
         let seen = self.reach.seen(machine);
         let direct = self.direct_inputs(&candidate.drv);
@@ -232,6 +252,15 @@ impl Hook<'_> {
                     let text = distrust.map_or(text, |distrust| distrust.describe());
                     return self.elsewhere(index, text);
                 }
+                Blame::Nobody => {
+                    if let Some(better) = outlook.and_then(Outlook::take) {
+                        // With the connection the build ends there, and then the slot is free.
+                        drop(connection);
+                        drop(slot);
+                        return Attempt::Moved(self.move_to(better, candidate, machine));
+                    }
+                    lost = one_report(&error);
+                }
                 Blame::Guess => {
                     tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
                     seen.forget();
@@ -256,10 +285,12 @@ impl Hook<'_> {
                         reason = lost,
                         "connection lost"
                     );
-                    if attempt < TRIES {
-                        let text = format!("'{}': {lost}; connecting again", machine.name);
-                        self.nix.message(Verbosity::Warn, &text);
+                    if attempt >= TRIES {
+                        self.note_lost(index, &lost);
+                        return Attempt::Elsewhere(lost);
                     }
+                    let text = format!("'{}': {lost}; connecting again", machine.name);
+                    self.nix.message(Verbosity::Warn, &text);
                 }
             }
         }

@@ -52,6 +52,11 @@ impl Memory {
         self.history.as_ref().map(|history| history.seconds_of(names)).unwrap_or_default()
     }
 
+    /// Whether Nix was asked a moment ago to ask again for something.
+    pub(super) fn is_anything_postponed(&self) -> bool {
+        self.asked.is_anything_postponed(SystemTime::now())
+    }
+
     /// The last decision of this process, unless it is kept already.
     pub(super) fn latest(&self) -> Ref<'_, Option<Decision>> {
         self.latest.borrow()
@@ -78,6 +83,15 @@ impl Memory {
         ailing.map(|(index, _)| index).collect()
     }
 
+    /// Machines that the last decision passed over for what they said of themselves.
+    pub(super) fn short(&self) -> Vec<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(Decision::refusals);
+        let short =
+            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_)));
+        short.map(|(index, _)| index).collect()
+    }
+
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
     pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
         if let Some(history) = &self.history {
@@ -100,18 +114,33 @@ impl Hook<'_> {
         failed: &Failed,
         cut_off: &HashSet<usize>,
     ) -> Result<(Decision, Option<Held>), SlotError> {
+        let work = Work { obstructed_since: candidate.obstructed.get(), ..candidate.work };
+        let unfit = candidate.unfit.borrow();
+        let decided = self.decide_if((candidate, &work), stage, (failed, &unfit), cut_off, |_| true)?;
+        candidate.obstructed.set(decided.0.obstructed_since(work.obstructed_since));
+        Ok(decided)
+    }
+
+    /// The same with other words of what is known of the build, and takes the slot only if it is `wanted` after that
+    /// decision.
+    pub(super) fn decide_if(
+        &self,
+        (candidate, work): (&Candidate, &Work),
+        stage: Stage<'_>,
+        (failed, unfit): (&Failed, &Failed),
+        cut_off: &HashSet<usize>,
+        wanted: impl FnOnce(&Decision) -> bool,
+    ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
-        let needs = Needs { inputs: self.inputs(candidate), duration: candidate.work.duration };
-        let survey = Survey::begin(&self.slots, &self.reach, &self.location, state, now);
+        let needs = Needs { inputs: self.inputs(candidate), usual: candidate.work.usual };
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, &self.location, state, now);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
             Stage::New => (survey, &self.local),
             Stage::Again => (survey.at_its_turn(None), &NOWHERE),
             Stage::Waited(wish) => (survey.at_its_turn(wish), &NOWHERE),
         };
-        let unfit = candidate.unfit.borrow();
-        let work = Work { obstructed_since: candidate.obstructed.get(), ..candidate.work };
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
@@ -119,7 +148,7 @@ impl Hook<'_> {
             local,
             here: here.as_ref(),
             request: &candidate.request,
-            work: &work,
+            work,
             now,
         };
         let mut free: HashMap<usize, u64> = HashMap::new();
@@ -145,8 +174,8 @@ impl Hook<'_> {
                 }
             }
         });
-        candidate.obstructed.set(decision.obstructed_since(work.obstructed_since));
         match (&decision.verdict, fault) {
+            (Verdict::Accept(_), _) if !wanted(&decision) => Ok((decision, None)),
             (Verdict::Accept(index), _) => {
                 let machine = &self.machines[*index];
                 let slot = match free.get(index) {

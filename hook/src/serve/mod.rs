@@ -6,6 +6,7 @@ mod ailing;
 mod attempts;
 mod deciding;
 mod handover;
+mod moving;
 mod notice;
 mod race;
 mod trust;
@@ -437,14 +438,18 @@ impl<'a> Hook<'a> {
                 return Ok((decision.verdict, Some(chosen)));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
-            let (warm, cold): (Vec<_>, Vec<_>) = decision
-                .outranked()
-                .into_iter()
-                .partition(|index| self.may_be_promised(&self.machines[*index], candidate));
+            // One that never had a build of ours has not answered us either, which there may be a thousand of.
+            let (outranked, used) = (decision.outranked(), self.slots.used());
+            let warm = outranked.iter().copied().find(|index| {
+                let machine = &self.machines[*index];
+                used.has(&machine.name) && self.may_be_promised(machine, candidate)
+            });
             let mut runners = vec![self.runner(index)];
-            runners.extend(cold.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
+            if warm.is_none() {
+                runners.extend(outranked.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
+            }
             let good = |index: usize, reached| self.check(&self.machines[index], reached, candidate);
-            let raced = race(&self.reach, &self.location.store_dir, &runners, !warm.is_empty(), good);
+            let raced = race(&self.reach, &self.location.store_dir, &runners, warm.is_some(), good);
             for (index, error) in raced.failed {
                 let machine = &self.machines[index];
                 let text = error.describe();
@@ -487,8 +492,8 @@ impl<'a> Hook<'a> {
             }
             let (winner, reached) = match raced.winner {
                 Some((winner, reached)) => (winner, reached.map(|reached| *reached)),
-                None => match warm.first() {
-                    Some(warm) => (*warm, None),
+                None => match warm {
+                    Some(warm) => (warm, None),
                     None => continue,
                 },
             };

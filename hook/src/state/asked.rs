@@ -2,11 +2,14 @@
 
 use super::Ledger;
 use std::fmt::Write as _;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Nix asks again every few seconds. If it has not for so long, it was another time.
 const SAME: Duration = Duration::from_secs(120);
+/// It asks again within so long, if it still wants to.
+const AGAIN: Duration = Duration::from_secs(7);
 
 /// The memory of requests that were postponed.
 #[derive(Debug, Clone)]
@@ -39,6 +42,13 @@ impl Asked {
         let (first, last) = (time()?, time()?);
         let obstructed = time();
         now.duration_since(last).is_ok_and(|age| age <= SAME).then_some(Times { first, obstructed })
+    }
+
+    /// Whether anything was postponed so short a while ago that it is still to be asked for again.
+    pub fn is_anything_postponed(&self, now: SystemTime) -> bool {
+        let entries = fs::read_dir(&self.0.directory).into_iter().flatten().flatten();
+        let mut times = entries.filter_map(|entry| entry.metadata().and_then(|data| data.modified()).ok());
+        times.any(|time| now.duration_since(time).is_ok_and(|age| age <= AGAIN))
     }
 
     /// It was postponed now.
@@ -74,5 +84,8 @@ mod tests {
         // The obstacle is gone.
         asked.postponed("/d", first, at(110));
         assert_eq!(asked.times("/d", at(200)), Some(first));
+        let is_postponed = |now| asked.is_anything_postponed(now);
+        assert!(is_postponed(SystemTime::now()) && !is_postponed(SystemTime::now() + AGAIN * 2));
+        assert!(!Asked::at(&directory.path().join("none")).is_anything_postponed(SystemTime::now()));
     }
 }

@@ -6,8 +6,14 @@ use std::path::Path;
 /// How much a new build counts in the average.
 const NEWEST: f64 = 0.4;
 
+/// And in that of all builds.
+const NEWEST_OF_ALL: f64 = 1.0 / 64.0;
+
 /// After so many builds one that was like them is not written down.
 const SETTLED: u64 = 3;
+
+/// Where the average of all builds is. No derivation can have this name.
+const ALL: &str = "*";
 
 /// The memory of earlier builds: some 16,000 names.
 #[derive(Debug, Clone)]
@@ -32,7 +38,12 @@ impl History {
 
     /// What is known of builds of a derivation's name.
     pub fn of(&self, name: &str) -> Option<Record> {
-        Record::parse(&self.0.get(&package(name))?)
+        self.read(&package(name))
+    }
+
+    /// The average of all builds lately.
+    pub fn usual(&self) -> Option<Record> {
+        self.read(ALL)
     }
 
     /// Seconds that builds of many names take, where it is known. No file is read twice.
@@ -47,19 +58,28 @@ impl History {
         if !seconds.is_finite() || seconds < 0.0 {
             return;
         }
-        let name = package(name);
         let new = Record { seconds, output: output as f64, builds: 1 };
-        let before = self.0.get(&name).and_then(|text| Record::parse(&text));
-        if before.is_some_and(|old| old.builds >= SETTLED && old.is_like(&new)) {
+        self.fold(&package(name), &new, NEWEST);
+        self.fold(ALL, &new, NEWEST_OF_ALL);
+    }
+
+    fn fold(&self, key: &str, new: &Record, newest: f64) {
+        let before = self.read(key);
+        if before.is_some_and(|old| old.builds >= SETTLED && old.is_like(new)) {
             return;
         }
-        let mean = |old: f64, new: f64| old + (new - old) * NEWEST;
-        let record = before.map_or(new, |old| Record {
-            seconds: mean(old.seconds, new.seconds),
-            output: mean(old.output, new.output),
-            builds: old.builds.saturating_add(1),
+        let record = before.map_or(*new, |old| {
+            let builds = old.builds.saturating_add(1);
+            // The first ones count the same.
+            let newest = newest.max(1.0 / builds as f64);
+            let mean = |old: f64, new: f64| old + (new - old) * newest;
+            Record { seconds: mean(old.seconds, new.seconds), output: mean(old.output, new.output), builds }
         });
-        let _ = self.0.put(&name, &format!("{:.3} {:.0} {}", record.seconds, record.output, record.builds));
+        let _ = self.0.put(key, &format!("{:.3} {:.0} {}", record.seconds, record.output, record.builds));
+    }
+
+    fn read(&self, key: &str) -> Option<Record> {
+        Record::parse(&self.0.get(key)?)
     }
 }
 
@@ -121,6 +141,20 @@ mod tests {
     }
 
     #[test]
+    fn the_usual_build_is_the_average_of_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let history = History::at(directory.path());
+        assert_eq!(history.usual(), None);
+        for (name, seconds) in [("a", 10.0), ("b", 40.0), ("c-2", 100.0)] {
+            history.note(name, seconds, 1000);
+        }
+        assert_eq!(history.usual(), Some(Record { seconds: 50.0, output: 1000.0, builds: 3 }));
+        (0..1000).for_each(|number| history.note(&format!("d{number}"), 1.0, 1000));
+        let usual = history.usual().unwrap().seconds;
+        assert!((1.0..2.0).contains(&usual), "{usual}");
+    }
+
+    #[test]
     fn builds_are_averaged_and_nonsense_is_not_believed() {
         let directory = tempfile::tempdir().unwrap();
         let history = History::at(directory.path());
@@ -128,7 +162,7 @@ mod tests {
         history.note("a-1", 10.0, 1000);
         assert_eq!(history.of("a-2"), Some(Record { seconds: 10.0, output: 1000.0, builds: 1 }));
         history.note("a-2", 20.0, 2000);
-        assert_eq!(history.of("a"), Some(Record { seconds: 14.0, output: 1400.0, builds: 2 }));
+        assert_eq!(history.of("a"), Some(Record { seconds: 15.0, output: 1500.0, builds: 2 }));
         history.note("a-2", f64::NAN, 1);
         history.note("a-2", -1.0, 1);
         assert_eq!(history.of("a").unwrap().builds, 2);

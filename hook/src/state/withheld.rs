@@ -1,14 +1,12 @@
 //! Machines that somebody took out of service.
 
-use super::{read, write};
+use super::{make, options, read, write};
 use crate::plan::known::{Withheld, Withholding};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const FILE: &str = "withheld.json";
@@ -55,7 +53,6 @@ impl Withholdings {
     pub fn change(directory: &Path, machines: &[String], to: Option<&Withheld>) -> io::Result<Vec<String>> {
         let now = SystemTime::now();
         let path = directory.join(FILE);
-        // Makes the directory, too.
         let _turn = turn(directory)?;
         let mut all = Self::read(directory);
         all.0.retain(|_, entry| entry.to_withheld().holds(now));
@@ -94,11 +91,8 @@ impl Entry {
 }
 
 fn turn(directory: &Path) -> io::Result<Flock<std::fs::File>> {
-    let path: PathBuf = directory.join("withheld.lock");
-    if !directory.exists() {
-        write(&directory.join(FILE), "{}")?;
-    }
-    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    make(directory)?;
+    let file = options().write(true).create(true).truncate(false).open(directory.join("withheld.lock"))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
@@ -137,14 +131,20 @@ mod tests {
     fn changes_at_the_same_time_are_all_kept() {
         let directory = tempfile::tempdir().unwrap();
         let withheld = Withheld { how: Withholding::Disabled, until: None, why: String::new() };
-        std::thread::scope(|scope| {
-            for number in 0..16 {
-                let (directory, withheld) = (directory.path(), &withheld);
-                scope.spawn(move || {
-                    Withholdings::change(directory, &[format!("m{number}")], Some(withheld)).unwrap()
-                });
-            }
-        });
-        assert_eq!(Withholdings::read(directory.path()).0.len(), 16);
+        // The first ones make the directory.
+        for round in 0..20 {
+            let state = directory.path().join(format!("{round}"));
+            let gate = std::sync::Barrier::new(16);
+            std::thread::scope(|scope| {
+                for number in 0..16 {
+                    let (state, withheld, gate) = (&state, &withheld, &gate);
+                    scope.spawn(move || {
+                        gate.wait();
+                        Withholdings::change(state, &[format!("m{number}")], Some(withheld)).unwrap()
+                    });
+                }
+            });
+            assert_eq!(Withholdings::read(&state).0.len(), 16);
+        }
     }
 }

@@ -153,8 +153,9 @@ struct Desk {
 impl Desk {
     fn rows(&self, now: SystemTime) -> Vec<Row> {
         let location = &self.vantage.location;
-        let survey = Survey::begin(&self.slots, &self.reach, location, self.state.as_deref(), now);
         let machines = self.vantage.fleet().machines;
+        let state = self.state.as_deref();
+        let survey = Survey::begin(&machines, &self.slots, &self.reach, location, state, now);
         machines.iter().map(|machine| self.row(&survey, machine, now)).collect()
     }
 
@@ -162,7 +163,7 @@ impl Desk {
         let look = {
             // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
             let _choosing = self.slots.lock("main-lock");
-            survey.look(machine, &Needs { inputs: None, duration: None })
+            survey.look(machine, &Needs { inputs: None, usual: None })
         };
         let mut row = Row {
             name: machine.name.clone(),

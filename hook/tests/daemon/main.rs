@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on is to panic")]
 
 mod real;
+mod reviewing;
 mod scripted;
 mod serving;
 mod untrusted;

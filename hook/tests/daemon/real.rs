@@ -118,6 +118,11 @@ impl Store {
     }
 
     pub(crate) fn daemon_with(&mut self, minor: u8, args: &[&str]) -> Builder {
+        self.daemon_and_socket(minor, args).0
+    }
+
+    /// The same with what its answers come by.
+    pub(crate) fn daemon_and_socket(&mut self, minor: u8, args: &[&str]) -> (Builder, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let theirs = OwnedFd::from(theirs);
         let child = self
@@ -131,8 +136,8 @@ impl Store {
             .unwrap();
         self.daemons.push(child);
         let offer = Version::new(minor).unwrap();
-        Builder::connect(stream(ours), self.location.store_dir.clone(), offer, BOUND, Ahead::default())
-            .unwrap()
+        let (socket, store_dir) = (ours.try_clone().unwrap(), self.location.store_dir.clone());
+        (Builder::connect(stream(ours), store_dir, offer, BOUND, Ahead::default()).unwrap(), socket)
     }
 
     pub(crate) fn instantiate(&self, expression: &str) -> (StorePath, Derivation) {
@@ -268,7 +273,7 @@ fn a_failing_build_is_a_result_and_the_connection_goes_on() {
 fn both_clocks_end_a_build() {
     let directory = tempfile::tempdir().unwrap();
     let mut store = Store::new(directory.path().join("nix"), &directory.path().join("store"));
-    let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout };
+    let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, review: None };
     let cases = [
         ("silent", "sleep 30", clock(1, 20)),
         ("long", "while :; do echo on; sleep 0.1; done", clock(20, 1)),

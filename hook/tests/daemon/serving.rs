@@ -80,7 +80,12 @@ impl Aside for Beside {
 }
 
 /// Starts `nix-store --serve` of a release and greets it.
-fn serve(store: &Store, minor: u8) -> ServeStore {
+fn serving(store: &Store, minor: u8) -> ServeStore {
+    serve(store, minor).0
+}
+
+/// The same with what its answers come by.
+pub(crate) fn serve(store: &Store, minor: u8) -> (ServeStore, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let (stderr, stderr_theirs) = UnixStream::pair().unwrap();
     stderr.set_nonblocking(true).unwrap();
@@ -93,10 +98,11 @@ fn serve(store: &Store, minor: u8) -> ServeStore {
         .stderr(OwnedFd::from(stderr_theirs))
         .spawn()
         .unwrap();
-    let stdout = ours.try_clone().unwrap();
+    let (stdout, socket) = (ours.try_clone().unwrap(), ours.try_clone().unwrap());
     let aside = Beside { stdout, stderr: Some(stderr), child: Some(child), kept: Vec::new() };
     let (dir, offer) = (store.location.store_dir.clone(), Version::new(minor).unwrap());
-    ServeStore::connect(stream(ours), aside, dir, offer, BOUND).map_err(|(error, _)| error).unwrap()
+    let store = ServeStore::connect(stream(ours), aside, dir, offer, BOUND);
+    (store.map_err(|(error, _)| error).unwrap(), socket)
 }
 
 /// The programs of each release that is here: those of this system, and those of the small roots.
@@ -135,7 +141,7 @@ fn every_version_of_every_release_uploads_builds_and_fetches() {
             let script = format!("x=$(cat {}); echo log $x; echo $x > $out", store.location.render(&input));
             let (drv_path, drv) = store.instantiate(&expression(&name, &script));
 
-            let mut serving = serve(&store, minor);
+            let mut serving = serving(&store, minor);
             assert_eq!(serving.version().minor(), minor, "{context}");
             let ask = std::slice::from_ref(&input);
             assert!(serving.hold_and_query(ask, false, &mut |_| {}).unwrap().is_empty(), "{context}");
@@ -190,7 +196,7 @@ fn a_large_input_and_thousands_of_questions_pass_in_both_ways_of_sending() {
         for minor in [4, NEWEST_MINOR] {
             let (info, nar) = forgotten(&store, "large", &vec![7; 20 << 20]);
             let path = info.path.clone();
-            let mut serving = serve(&store, minor);
+            let mut serving = serving(&store, minor);
             let strangers: Vec<StorePath> = (0u32..20_000)
                 .map(|n| {
                     let mut digest = [0; 20];
@@ -214,7 +220,7 @@ fn a_failing_build_is_a_result_with_its_whole_log() {
         let (drv_path, drv) =
             store.instantiate(&expression("fails", "for i in 1 2 3 4 5 6 7 8 9; do echo $i; done; exit 5"));
         let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
-        let mut serving = serve(&store, NEWEST_MINOR);
+        let mut serving = serving(&store, NEWEST_MINOR);
         let mut log = Vec::new();
         let result =
             serving.build(&drv_path, &drv, &inputs, Clocks::default(), &mut events(&mut log)).unwrap();
@@ -232,7 +238,7 @@ fn a_hundred_thousand_lines_are_complete() {
         let store = store_in(directory.path(), root);
         let (drv_path, drv) = store.instantiate(&expression("chatty", "seq 100000; echo x > $out"));
         let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
-        let mut serving = serve(&store, NEWEST_MINOR);
+        let mut serving = serving(&store, NEWEST_MINOR);
         let mut log = Vec::new();
         serving.build(&drv_path, &drv, &inputs, Clocks::default(), &mut events(&mut log)).unwrap();
         serving.finish(&mut events(&mut log));
@@ -246,7 +252,7 @@ fn both_clocks_end_a_build_there() {
     for (release, root) in releases() {
         let directory = tempfile::tempdir().unwrap();
         let store = store_in(directory.path(), root);
-        let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout };
+        let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, review: None };
         let cases = [
             ("silent", "sleep 30", clock(1, 20)),
             ("long", "while :; do echo on; sleep 0.1; done", clock(20, 1)),
@@ -254,7 +260,7 @@ fn both_clocks_end_a_build_there() {
         for (name, script, clocks) in cases {
             let (drv_path, drv) = store.instantiate(&expression(name, script));
             let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
-            let mut serving = serve(&store, NEWEST_MINOR);
+            let mut serving = serving(&store, NEWEST_MINOR);
             let begin = Instant::now();
             let ended = serving.build(&drv_path, &drv, &inputs, clocks, &mut |_| {});
             assert!(begin.elapsed() < Duration::from_secs(10), "{release} {name}");
@@ -277,7 +283,7 @@ fn a_failed_builds_directory_is_kept_when_asked_for() {
         let (drv_path, drv) =
             store.instantiate(&expression("kept", "echo evidence > $NIX_BUILD_TOP/evidence; exit 1"));
         let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
-        let mut serving = serve(&store, NEWEST_MINOR);
+        let mut serving = serving(&store, NEWEST_MINOR);
         serving.set_options(Options { keep_failed: true, max_silent_time: 0, timeout: 60 });
         let mut log = Vec::new();
         serving.build(&drv_path, &drv, &inputs, Clocks::default(), &mut events(&mut log)).unwrap();
@@ -296,7 +302,7 @@ fn what_the_far_side_refuses_is_told_in_its_words_and_is_not_the_transport() {
         let store = store_in(directory.path(), root);
         let (mut info, nar) = forgotten(&store, "wrong", b"wrong");
         info.nar_hash = [9; 32];
-        let mut serving = serve(&store, NEWEST_MINOR);
+        let mut serving = serving(&store, NEWEST_MINOR);
         let dump = |_: &StorePath, to: &mut dyn Write| to.write_all(&nar);
         let error = serving.upload(&[info], &dump, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap_err();
         assert!(matches!(&error, BuilderError::Refused { .. }), "{release}: {error:?}");
@@ -310,7 +316,7 @@ fn an_input_that_cannot_be_read_is_the_error_and_nothing_hangs() {
     let store = store_in(directory.path(), None);
     for minor in [4, NEWEST_MINOR] {
         let (info, _) = forgotten(&store, "unreadable", b"x");
-        let mut serving = serve(&store, minor);
+        let mut serving = serving(&store, minor);
         let dump = |_: &StorePath, to: &mut dyn Write| {
             to.write_all(b"\x0d\0\0\0\0\0\0\0nix-archive-1")?;
             Err(io::Error::other("the disk is gone"))
@@ -323,7 +329,7 @@ fn an_input_that_cannot_be_read_is_the_error_and_nothing_hangs() {
     let (info, _) = forgotten(&store, "grown", b"x");
     let short = |_: &StorePath, to: &mut dyn Write| to.write_all(&[0; 24]);
     let error =
-        serve(&store, NEWEST_MINOR).upload(&[info], &short, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap_err();
+        serving(&store, NEWEST_MINOR).upload(&[info], &short, &|_| {}, &mut |_| {}, &mut |_| {}).unwrap_err();
     assert!(matches!(error, BuilderError::Dump { .. }), "{error}");
 }
 
@@ -382,7 +388,7 @@ fn answers_out_of_the_protocol_or_cut_short_end_the_talk() {
 fn what_is_said_before_the_greeting_is_no_log() {
     let directory = tempfile::tempdir().unwrap();
     let store = store_in(directory.path(), None);
-    let mut serving = serve(&store, NEWEST_MINOR);
+    let mut serving = serving(&store, NEWEST_MINOR);
     let mut said = Vec::new();
     let mut on = |event: Event<'_>| {
         if let Event::LogLine(line) | Event::Text(line) = event {

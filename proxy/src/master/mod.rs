@@ -12,6 +12,7 @@
 
 mod channel;
 mod clients;
+mod cut_off;
 mod diagnosis;
 mod dialogue;
 mod directory;
@@ -142,6 +143,10 @@ pub enum OpenError {
         /// Its words.
         reason: String,
     },
+    /// This master carries as many streams of the kind as it is to carry, which is nobody's fault. Another one may be
+    /// asked. For callers who have such a bound.
+    #[error("the SSH master carries enough streams of this kind")]
+    Taken,
     /// What came is not the mux protocol.
     #[error("the SSH master does not speak the mux protocol as expected")]
     Protocol(#[from] ProtocolError),

@@ -4,6 +4,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use std::{
+    fmt::Write,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
@@ -160,7 +161,14 @@ impl Endpoint {
         for word in &self.ssh_options {
             field(Some(word.as_bytes()));
         }
-        hash.finalize().iter().take(NAME_BYTES).map(|byte| format!("{byte:02x}")).collect()
+        hash.finalize().iter().take(NAME_BYTES).fold(
+            String::with_capacity(2 * NAME_BYTES),
+            |mut name, byte| {
+                // A string takes everything.
+                let _ = write!(name, "{byte:02x}");
+                name
+            },
+        )
     }
 }
 

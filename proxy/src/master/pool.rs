@@ -32,8 +32,7 @@ use super::{
 };
 use crate::{
     down::{Down, Memory, dice},
-    exit,
-    network::{self, Outage},
+    exit, network,
     settings::{Settings, SettingsError},
     wake::{WakeError, Waker, Waking},
 };
@@ -190,10 +189,7 @@ impl Pool {
                 let destination = endpoint.destination.clone();
                 let waking = waker.wake(SystemTime::now());
                 if waking.is_ok() {
-                    // It is tried often now, so the pauses must not grow. What is seen at the end is known from then on.
-                    let memory = self.memory(endpoint);
-                    memory.clear();
-                    memory.failed(&exit::reason(&error), SystemTime::now());
+                    self.note_waking(endpoint, &error);
                 }
                 Err(match waking {
                     Ok(waking) if waking.left.is_zero() => error,
@@ -202,6 +198,17 @@ impl Pool {
                 })
             }
             (started, _) => started,
+        }
+    }
+
+    /// A host that is being woken is tried often, so the pauses must not grow. What is seen at the end is known from then on.
+    fn note_waking(&self, endpoint: &Endpoint, error: &StartError) {
+        // Whoever starts its master now notes what comes of it, and one that lives was started since.
+        let starting = lock(&self.files(endpoint).lock, Instant::now());
+        if matches!(starting, Ok(Some(_))) && self.live(endpoint).is_none() {
+            let memory = self.memory(endpoint);
+            memory.clear();
+            memory.failed(&exit::reason(error), SystemTime::now());
         }
     }
 
@@ -446,6 +453,7 @@ impl Pool {
                         master.avoid(Avoid::Full);
                         refusals += u32::from(is_ours);
                     }
+                    Some(OpenError::Taken) => {}
                     // Its other streams may be well: it is left alone. Should its link be dead, ssh notices.
                     Some(OpenError::TimedOut { master_answers: true, .. }) => master.avoid(Avoid::Silent),
                     // One that is only slow has others to serve.
@@ -501,26 +509,12 @@ impl Pool {
 
     /// What is remembered of failed starts of a master.
     pub fn memory(&self, endpoint: &Endpoint) -> Memory {
-        Memory::of(&self.directory, format!("master {}", endpoint.name()))
+        Memory::of(&self.directory, self.way(endpoint))
     }
 
-    /// What is known of the present time without a network.
-    pub fn outage(&self) -> Outage {
-        Outage::of(&self.directory)
-    }
-
-    /// Whether a master cannot be started because this machine has no network. Hosts that ssh does not connect to itself,
-    /// or that are this machine, are none the worse for that.
-    pub fn is_cut_off(&self, endpoint: &Endpoint) -> bool {
-        let outage = self.outage();
-        outage.lasts() && self.live(endpoint).is_none() && {
-            let name = endpoint.name();
-            outage.needs_network(&name).unwrap_or_else(|| {
-                let needs = effective::ask(endpoint, &self.files(endpoint), ASK_BOUND).needs_network;
-                outage.note_host(&name, needs);
-                needs
-            })
-        }
+    /// By what [`Downs`](crate::down::Downs) knows the way to a master.
+    pub fn way(&self, endpoint: &Endpoint) -> String {
+        format!("master {}", endpoint.name())
     }
 
     /// Whether its host is being woken.

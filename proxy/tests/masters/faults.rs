@@ -197,7 +197,7 @@ fn what_one_process_learnt_of_a_host_that_is_down_spares_the_others_the_wait() {
     assert_eq!(started.status.code(), Some(69), "{started:?}");
     let attempts = || std::iter::from_fn(|| silent.accept().ok()).count();
     assert_eq!(attempts(), 1);
-    assert!(extensions(world.pool.directory()).contains(&"down".into()), "it is noted");
+    assert!(extensions(&world.pool.directory().join("down")).contains(&"down".into()), "it is noted");
     // The first pause is short. A slow machine must not outlast it, so it is made longer.
     world.pool.memory(&endpoint).failed("no connection within 1 s", SystemTime::now() + PATIENCE);
     assert_eq!(world.pool.down(&endpoint).unwrap().failures, 2);

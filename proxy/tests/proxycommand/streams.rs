@@ -186,8 +186,9 @@ fn a_host_that_comes_up_is_waited_for() {
         .unwrap();
     // The first attempt has failed when there is a note of it.
     let noted = || {
-        fs::read_dir(world.pool.directory())
-            .unwrap()
+        fs::read_dir(world.pool.directory().join("down"))
+            .into_iter()
+            .flatten()
             .flatten()
             .any(|e| e.path().extension().is_some_and(|e| e == "down"))
     };

@@ -93,7 +93,8 @@ impl<'a> Sleeper<'a> {
     fn is_waited_for(&self) {
         let mut notes = HashSet::new();
         wait_until("attempts in vain are noted", || {
-            let files = fs::read_dir(self.world.pool.directory()).unwrap().flatten();
+            let files =
+                fs::read_dir(self.world.pool.directory().join("down")).into_iter().flatten().flatten();
             let down = files.filter(|file| file.path().extension().is_some_and(|e| e == "down"));
             notes.extend(down.filter_map(|file| fs::read(file.path()).ok()));
             notes.len() > 2

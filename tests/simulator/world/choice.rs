@@ -55,7 +55,8 @@ impl World<'_> {
         let (built, _, bytes) = self.built;
         let is_learning = self.contender.is_learning();
         let work = Work {
-            duration: if is_learning { self.history[job].or_else(|| self.usual()) } else { None },
+            duration: if is_learning { self.history[job] } else { None },
+            usual: if is_learning { self.usual() } else { None },
             output: (built > 0 && is_learning).then(|| bytes / built),
             waiting_since: self.jobs[job].asked.map(clock),
             obstructed_since: None,

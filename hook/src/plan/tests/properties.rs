@@ -132,11 +132,12 @@ prop_compose! {
 
 prop_compose! {
     fn any_work()(
-        duration in of(0.1_f64..1e4), output in of(0_u64..1 << 32), since in of(0..LATER), obstructed in of(0..LATER),
+        duration in of(0.1_f64..1e4), usual in of(0.1_f64..1e4), output in of(0_u64..1 << 32),
+        since in of(0..LATER), obstructed in of(0..LATER),
     ) -> Work {
         let [waiting_since, obstructed_since] =
             [since, obstructed].map(|since| since.map(|at| NOW + Duration::from_secs(at)));
-        Work { duration, output, waiting_since, obstructed_since }
+        Work { duration, usual, output, waiting_since, obstructed_since }
     }
 }
 

@@ -30,7 +30,10 @@ fn known() -> Vec<Known> {
             ..busy(0)
         },
         with_sample(idle(), |sample| sample.disk_free = Some(300 << 20)),
-        busy(0).with_health(Health::CoolDown { until: until(42), why: "no route to host".into() }),
+        busy(0).with_health(Health::CoolDown {
+            until: until(42),
+            why: "no route to host\n  hint: switch it on".into(),
+        }),
         busy(0),
         busy(0),
     ]
@@ -48,6 +51,7 @@ fn the_table_says_of_every_machine_what_is_missing() {
          \x20 ssh://tired             drained for 2.0 h: new disk\n\
          \x20 ssh://tiny              short of disk: 300.0 MiB left, 1.0 GiB are the least\n\
          \x20 ssh://down              failed: no route to host; left alone for 42 s\n\
+         \x20                         hint: switch it on\n\
          \x20 ssh://strict            builds only derivations that require the features [benchmark]\n"
     );
 }

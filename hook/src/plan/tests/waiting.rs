@@ -3,7 +3,7 @@
 use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::chain::{Step, tails};
-use crate::plan::moving::{Running, worth_moving};
+use crate::plan::moving::{Running, rivals, worth_moving};
 use crate::plan::turn::{LONGEST_HEAD_START, ticket};
 use proptest::collection::vec;
 use proptest::option::of;
@@ -74,6 +74,23 @@ proptest! {
             prop_assert!(step.dependents.iter().all(|behind| *tail >= tails[*behind]));
         }
     }
+}
+
+#[test]
+fn only_machines_that_are_much_faster_and_could_do_it_are_rivals() {
+    let other = Machine { systems: set(&["aarch64-linux"]), ..machine("other", 1, 9.0) };
+    let machines = [
+        machine("slow", 1, 1.0),
+        machine("like", 1, 1.4),
+        machine("fast", 1, 1.5),
+        machine("none", 0, 9.0),
+        other,
+        machine("https://x", 1, 9.0),
+        machine("ssh://y", 1, 9.0),
+    ];
+    let request = request();
+    let of = |on| rivals(&machines, &request, on).collect::<Vec<_>>();
+    assert_eq!((of(0), of(2), of(6), of(7)), (vec![2, 6], vec![6], vec![], vec![]));
 }
 
 #[test]

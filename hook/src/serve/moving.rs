@@ -1,0 +1,164 @@
+//! Builds that run and are begun anew on a machine that is much faster and has become free (`plan::moving`).
+//!
+//! Must never end a build before it has a place elsewhere.
+
+use super::{Candidate, Chosen, Failed, Hook, Stage};
+use crate::builder::{Ahead, Review};
+use crate::plan::machine::Machine;
+use crate::plan::moving::{self, Move, Running};
+use crate::plan::{Decision, Verdict, Work, telling};
+use crate::queue::Waiting;
+use crate::reach::{ReachError, Reached};
+use crate::wire::hook::Verbosity;
+use nix_offload_proxy::exit;
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::time::Duration;
+
+/// A build that runs is looked at so often.
+const EVERY: Duration = Duration::from_secs(10);
+
+/// The look-out for a better machine while a build runs.
+pub(super) struct Outlook<'h, 'a> {
+    hook: &'h Hook<'a>,
+    candidate: &'h Candidate,
+    /// The place of its machine in the list.
+    on: usize,
+    /// Machines that failed in this process.
+    failed: &'h Failed,
+    /// Machines that turned out not to trust us with this build.
+    distrusted: RefCell<Failed>,
+    found: Cell<Option<Better>>,
+}
+
+/// A place for it on a better machine.
+pub(super) struct Better {
+    chosen: Chosen,
+    decision: Decision,
+    worth: Move,
+}
+
+impl<'a> Hook<'a> {
+    /// None if no machine could ever be so much better than the one of this index.
+    pub(super) fn outlook<'h>(
+        &'h self,
+        candidate: &'h Candidate,
+        on: usize,
+        failed: &'h Failed,
+    ) -> Option<Outlook<'h, 'a>> {
+        if !self.rules.begin_anew {
+            return None;
+        }
+        let mut rivals = moving::rivals(self.machines, &candidate.request, on);
+        let (distrusted, found) = Default::default();
+        rivals.any(|index| !self.is_shared(index)).then_some(Outlook {
+            hook: self,
+            candidate,
+            on,
+            failed,
+            distrusted,
+            found,
+        })
+    }
+
+    /// Whether a build might have to wait for a lease there.
+    fn is_shared(&self, index: usize) -> bool {
+        self.offload.of_machine(&self.machines[index]).shared_slots.is_some()
+    }
+
+    /// Goes over to the better machine, when the build has ended where it was.
+    pub(super) fn move_to(&self, better: Better, candidate: &Candidate, from: &Machine) -> Box<Chosen> {
+        let Better { chosen, decision, worth } = better;
+        let derivation = candidate.request.drv_path.as_str();
+        let (here, there) = (&from.name, &self.machines[chosen.index].name);
+        let (stay, go) = (telling::seconds(worth.stay), telling::seconds(worth.go));
+        self.log_decision(candidate, &decision);
+        let reason = format!("it would take about {stay} more on '{here}', {go} there");
+        tracing::info!(derivation, builder = there, reason, "begun anew");
+        let text = format!("beginning '{derivation}' anew on '{there}': {reason}");
+        self.nix.message(Verbosity::Info, &text);
+        Box::new(chosen)
+    }
+}
+
+impl Outlook<'_, '_> {
+    /// When to look; `calls_off` is to do it by [`Outlook::finds`].
+    pub(super) fn review<'o>(&self, calls_off: &'o dyn Fn(Duration) -> bool) -> Review<'o> {
+        Review { first: Duration::from_secs_f64(moving::SETTLED), every: EVERY, calls_off }
+    }
+
+    /// Whether there is a better machine for a build that has run for so long. Its slot is kept until it is
+    /// [taken](Outlook::take) or [left](Outlook::leave).
+    pub(super) fn finds(&self, ran: Duration) -> bool {
+        let derivation = self.candidate.request.drv_path.as_str();
+        match self.better(ran) {
+            Ok(better) => {
+                self.found.set(Some(better));
+                true
+            }
+            Err(reason) => {
+                tracing::debug!(derivation, reason, "not begun anew");
+                false
+            }
+        }
+    }
+
+    pub(super) fn take(&self) -> Option<Better> {
+        self.found.take()
+    }
+
+    pub(super) fn leave(&self) {
+        self.found.set(None);
+    }
+
+    /// The better place, or why there is none.
+    fn better(&self, ran: Duration) -> Result<Better, String> {
+        let Self { hook, candidate, on, failed, .. } = *self;
+        if hook.queue.waiting() != Waiting::default() {
+            return Err("builds wait for a slot".into());
+        }
+        if hook.memory.is_anything_postponed() {
+            return Err("Nix is about to ask again for builds".into());
+        }
+        let running = Running { on, elapsed: ran.as_secs_f64(), was_moved: false };
+        // It does not wait, so it is not to be content with what there is.
+        let work =
+            Work { duration: candidate.work.duration, output: candidate.work.output, ..Work::default() };
+        let mut unfit = self.distrusted.borrow().clone();
+        unfit.extend(candidate.unfit.borrow().clone());
+        for index in (0..hook.machines.len()).filter(|index| *index != on && hook.is_shared(*index)) {
+            unfit.insert(index, "it shares its slots, so no build that runs is begun anew on it".to_owned());
+        }
+        let mut worth = None;
+        let (stage, nobody) = (Stage::Waited(None), HashSet::new());
+        let decided = hook.decide_if((candidate, &work), stage, (failed, &unfit), &nobody, |decision| {
+            worth = moving::worth_moving(hook.machines, decision, &running);
+            worth.is_some()
+        });
+        let (decision, slot) = decided.map_err(|error| exit::report(&error, None))?;
+        let (Verdict::Accept(index), Some(slot), Some(worth)) = (&decision.verdict, slot, worth) else {
+            return Err("no machine is that much better".into());
+        };
+        let (index, machine) = (*index, &hook.machines[*index]);
+        // Nobody waits for the answer, and a machine that gives none is to be known before the build has ended here.
+        let reached = self.reach(machine).map_err(|error| self.failure_of(index, error))?;
+        let chosen = Chosen { index, pace: decision.pace(index), slot, reached };
+        Ok(Better { chosen, decision, worth })
+    }
+
+    fn reach(&self, machine: &Machine) -> Result<Option<Reached>, ReachError> {
+        let hook = self.hook;
+        let reached = hook.connect(machine, hook.reach.connect_timeout(), &Ahead::default())?;
+        hook.check(machine, reached, self.candidate)
+    }
+
+    fn failure_of(&self, index: usize, error: ReachError) -> String {
+        let text = error.describe();
+        if matches!(error, ReachError::Distrust(_)) {
+            self.distrusted.borrow_mut().insert(index, text.clone());
+        } else if !error.is_waking() && !error.is_no_network() {
+            self.hook.note_failure(index, &error);
+        }
+        format!("'{}': {text}", self.hook.machines[index].name)
+    }
+}
