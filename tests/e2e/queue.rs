@@ -254,10 +254,10 @@ fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
         .knows(&slow)
         .machines("ssh-ng://fast x86_64-linux - 1 8\nssh-ng://slow x86_64-linux - 1 1")
         .start();
-    // Earlier builds took so long. In which file that stands depends on the names.
+    // Earlier builds took so long, and all together a second (*). In which file that stands depends on the names.
     client.run(
         "mkdir -p -m 700 /var/lib/nix-offload/history; cd /var/lib/nix-offload/history; \
-         for i in $(seq 0 255); do printf 'fastgate\\t80.000 10 5\\nlong\\t8000.000 10 5\\n' > $(printf %04x $i); done",
+         for i in $(seq 0 255); do printf 'fastgate\\t80.000 10 5\\nlong\\t8000.000 10 5\\n*\\t1.000 10 500\\n' > $(printf %04x $i); done",
     );
     let gates = ["fastgate", "slowgate"].map(|name| {
         let gate = client.spawn_nix_build(&gated(name), &["-j0"]);
