@@ -3,16 +3,26 @@
 //! Must never choose a machine, nor know of one.
 
 use crate::plan::Request;
+use crate::plan::chain::{self, Step};
 use crate::plan::outputs::{self, OutputError, Wanted};
-use crate::store::{Location, Query};
+use crate::store::{DatabaseError, DrvId, Location, Query};
 use nix_derivation::{Derivation, StorePath};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// Inputs beyond so many are not looked up.
 const MOST_INPUTS: usize = 100;
+
+/// So many derivations that wait for another one are looked at, and so many of each one's direct dependents. Chains are
+/// found first, then what is beside them.
+const MOST_DEPENDENTS: usize = 4096;
+const MOST_OF_ONE: usize = 256;
+
+/// And for so long.
+const LONGEST_LOOK: Duration = Duration::from_millis(50);
 
 /// Why a derivation is not for us.
 #[derive(Debug, Error)]
@@ -143,6 +153,65 @@ pub fn weighed_inputs(location: &Location, drv: &Derivation) -> Option<Vec<(Stor
         (path, size)
     };
     Some(direct.into_iter().map(weigh).collect())
+}
+
+/// Seconds of the longest chain of builds that wait for this one, its own included, on idle machines of speed factor 1.
+///
+/// `history` says for many names of derivations how long they take, where it is known; `typical` is for the others. The chains
+/// are those in the local store, as far as they are still to be built, whoever wants them. Where there are very many
+/// only a part of them is looked at.
+///
+/// # Errors
+/// If the store's database cannot be read.
+pub fn chain(
+    location: &Location,
+    drv_path: &StorePath,
+    history: impl FnOnce(&[&str]) -> Vec<Option<f64>>,
+    typical: f64,
+) -> Result<f64, DatabaseError> {
+    let (names, dependents) = dependents(location, drv_path)?;
+    let names: Vec<&str> = names.iter().map(|path| name_in(path)).collect();
+    let seconds = history(&names).into_iter().chain(std::iter::repeat(None));
+    let steps: Vec<Step> =
+        seconds.zip(dependents).map(|(seconds, dependents)| Step { seconds, dependents }).collect();
+    Ok(chain::tails(&steps, typical).first().copied().unwrap_or(typical))
+}
+
+/// The paths of a derivation, the first, and of those that wait for it, and for each the places of its dependents.
+fn dependents(
+    location: &Location,
+    drv_path: &StorePath,
+) -> Result<(Vec<String>, Vec<Vec<usize>>), DatabaseError> {
+    let begin = Instant::now();
+    let query = Query::open(location)?;
+    let mut paths = vec![drv_path.name().to_string()];
+    let mut dependents = vec![Vec::new()];
+    let Some(root) = query.drv_id(drv_path)? else { return Ok((paths, dependents)) };
+    let mut places: HashMap<DrvId, usize> = HashMap::from([(root, 0)]);
+    let mut to_do = vec![root];
+    while let Some(id) = to_do.pop() {
+        if paths.len() >= MOST_DEPENDENTS || begin.elapsed() >= LONGEST_LOOK {
+            break;
+        }
+        let place = places[&id];
+        for (dependent, path) in query.unbuilt_dependents(id, MOST_OF_ONE)? {
+            let known = *places.entry(dependent).or_insert_with(|| {
+                to_do.push(dependent);
+                paths.push(path);
+                dependents.push(Vec::new());
+                paths.len() - 1
+            });
+            dependents[place].push(known);
+        }
+    }
+    Ok((paths, dependents))
+}
+
+/// The name of a derivation without the directory, the hash and the suffix.
+fn name_in(path: &str) -> &str {
+    let base =
+        path.rsplit_once('/').map_or(path, |(_, base)| base.split_once('-').map_or(base, |(_, name)| name));
+    base.strip_suffix(".drv").unwrap_or(base)
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! The queue of builds that wait here for a slot: who may wait, and whose turn it is.
 //!
-//! Builds that can use the same machines, and need as many slots, stand in one line for each user, in the order in which
-//! they were accepted. The first of each user's line goes on to the line of all, so that users take turns. Only the first in that one looks at
-//! the slots; when it has one, the next takes its place.
+//! Builds that can use the same machines, and need as many slots, stand in one line for each user, ordered by the time at
+//! which they count as having come (`plan::turn`). The first of each user's line goes on to the line of all, so that users
+//! take turns. Only the first in that one looks at the slots; when it has one, the next takes its place. Whoever is the
+//! first stays it, whoever comes: his time is set to 0.
 //!
 //! A place is a file that its process holds a lock on. Each process waits for the lock of the one before it, so whoever
 //! is killed holds nobody up, and a slot that is given back wakes one process, not all. The lock alone would not do:
@@ -16,11 +17,13 @@ use nix_derivation::{HashAlgorithm, hash_bytes};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
-/// Held while a place is taken, for microseconds.
+/// Held while a place is taken or changed, for microseconds. It has the last number in it, so that none is given twice: a
+/// file is removed by its name, which must not be another one's by then.
 const DOOR: &str = "door";
 /// What is not yet a place.
 const DRAFT: &str = "draft";
@@ -28,6 +31,8 @@ const DRAFT: &str = "draft";
 const MOST_NAMES: u64 = 1 << 20;
 /// Digits of the hash that makes a line's name.
 const NAME_DIGITS: usize = 20;
+/// The time of those that nobody overtakes any more.
+const FIRST: u64 = 0;
 
 /// Why there is no place in the queue.
 #[derive(Debug, Error)]
@@ -47,8 +52,7 @@ pub struct Queue {
 #[derive(Debug)]
 struct Ticket {
     path: PathBuf,
-    line: String,
-    number: u64,
+    name: Name,
     _held: File,
 }
 
@@ -66,6 +70,9 @@ pub struct Wish {
 pub struct Place {
     queue: Queue,
     wish: Wish,
+    user: u32,
+    /// When it counts as having come, in milliseconds since 1970.
+    came: u64,
     ticket: Ticket,
 }
 
@@ -101,30 +108,45 @@ impl Queue {
         }
     }
 
-    /// A place behind the builds of this user that wait for the same. None if so many (`most`) wait for it already, whoever's
-    /// they are.
+    /// A place among the builds of this user that wait for the same, as if it had come at that time. None if so many
+    /// (`most`) of this user wait for it already.
     ///
     /// # Errors
     /// If files cannot be written.
-    pub fn place(&self, wish: Wish, user: u32, most: u64) -> Result<Option<Place>, QueueError> {
-        let of_set = format!("{}-u", wish.name());
-        let is_full =
-            || self.names().iter().filter(|name| name.line.starts_with(&of_set)).count() as u64 >= most;
+    pub fn place(
+        &self,
+        wish: Wish,
+        user: u32,
+        came: SystemTime,
+        most: u64,
+    ) -> Result<Option<Place>, QueueError> {
+        let line = format!("{}-u{user}", wish.name());
+        let door = self.door()?;
+        let theirs = || self.names().into_iter().filter(|name| name.line == line);
         // Some of them may have been killed.
-        if is_full() {
-            for name in self.names().into_iter().filter(|name| name.line.starts_with(&of_set)) {
-                self.is_alive(&name);
-            }
-            if is_full() {
-                return Ok(None);
-            }
+        if theirs().count() as u64 >= most
+            && theirs().filter(|name| self.is_alive(name)).count() as u64 >= most
+        {
+            return Ok(None);
         }
-        let ticket = self.ticket(format!("{of_set}{user}"), &wish)?;
-        Ok(Some(Place { queue: self.clone(), wish, ticket }))
+        let came = milliseconds(came);
+        let ticket = self.ticket(&door, line, came, &wish)?;
+        Ok(Some(Place { queue: self.clone(), wish, user, came, ticket }))
     }
 
     /// How many builds wait, and for what.
     pub fn waiting(&self) -> Waiting {
+        const TRIES: usize = 3;
+        for _ in 1..TRIES {
+            if let Some(waiting) = self.try_waiting() {
+                return waiting;
+            }
+        }
+        self.try_waiting().unwrap_or_default()
+    }
+
+    /// The same; none if a place that matters was given another name or left meanwhile.
+    fn try_waiting(&self) -> Option<Waiting> {
         let mut sets: BTreeMap<String, Vec<Name>> = BTreeMap::new();
         for name in self.names() {
             if let Some((set, _)) = name.line.split_once("-u") {
@@ -133,51 +155,86 @@ impl Queue {
         }
         let mut waiting = Vec::new();
         for mut names in sets.into_values() {
+            // Whoever was given another name meanwhile may be there twice.
             names.sort_by_key(|name| name.number);
+            names.dedup_by_key(|name| name.number);
+            names.sort_by_key(Name::key);
             // One that lives is enough to believe in those before it, who are asked when it is their turn.
-            while names.last().is_some_and(|last| !self.is_alive(last)) {
+            while let Some(last) = names.last() {
+                let file = File::open(self.path(last)).ok()?;
+                if self.is_held(&file, last) {
+                    waiting.push((wish_in(file), names.len() as u64));
+                    break;
+                }
                 names.pop();
             }
-            waiting.extend(names.last().map(|last| (self.wish_of(last), names.len() as u64)));
         }
-        Waiting(waiting)
+        Some(Waiting(waiting))
     }
 
-    /// The last place in a line.
-    fn ticket(&self, line: String, wish: &Wish) -> Result<Ticket, QueueError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |source| QueueError { path, source }
-        };
-        let open = |path: &Path| {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).create(true).truncate(true).mode(0o600).open(path)
-        };
-        let door = self.directory.join(DOOR);
-        let _door = open(&door).and_then(|file| lock(&file).map(|()| file)).map_err(failed(&door))?;
-        let number = self.names().iter().map(|name| name.number).max().unwrap_or(0) + 1;
+    /// The right to take a place or to change it.
+    fn door(&self) -> Result<File, QueueError> {
+        let path = self.directory.join(DOOR);
+        let mut options = OpenOptions::new();
+        let door = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let locked = door.and_then(|file| lock(&file).map(|()| file));
+        locked.map_err(|source| QueueError { path, source })
+    }
+
+    /// A place in a line. Needs the door.
+    fn ticket(&self, door: &File, line: String, time: u64, wish: &Wish) -> Result<Ticket, QueueError> {
+        let number = self.next_number(door);
+        let name = Name { line, time, number };
         // It has its name when it is locked, so one that is not is nobody's.
         let draft = self.directory.join(DRAFT);
         let _ = fs::remove_file(&draft);
-        let path = self.directory.join(format!("{line}.{number}"));
-        let made = open(&draft).and_then(|mut file| {
+        let path = self.path(&name);
+        let mut options = OpenOptions::new();
+        let made = options.read(true).write(true).create_new(true).mode(0o600).open(&draft);
+        let made = made.and_then(|mut file| {
+            // It is written first, for without it the number would be given again.
+            door.write_all_at(format!("{number:020}\n").as_bytes(), 0)?;
             lock(&file)?;
             file.write_all(wish.to_text().as_bytes())?;
             fs::rename(&draft, &path)?;
             Ok(file)
         });
-        let held = made.map_err(failed(&draft))?;
-        Ok(Ticket { path, line, number, _held: held })
+        let held = made.map_err(|source| QueueError { path: draft, source })?;
+        Ok(Ticket { path, name, _held: held })
     }
 
-    /// Waits until a ticket is the first of its line.
-    fn wait_for(&self, ticket: &Ticket) -> Result<(), QueueError> {
+    fn next_number(&self, door: &File) -> u64 {
+        let mut text = String::new();
+        let mut door = door;
+        let last = door.read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u64>().ok());
+        // The door may be new, while places are not.
+        let highest = self.names().iter().map(|name| name.number).max();
+        last.max(highest).unwrap_or(0) + 1
+    }
+
+    /// Gives a ticket another time. Needs the door.
+    fn set_time(&self, ticket: &mut Ticket, time: u64) -> Result<(), QueueError> {
+        let name = Name { time, line: ticket.name.line.clone(), ..ticket.name };
+        let path = self.path(&name);
+        if path != ticket.path {
+            fs::rename(&ticket.path, &path)
+                .map_err(|source| QueueError { path: ticket.path.clone(), source })?;
+            (ticket.name, ticket.path) = (name, path);
+        }
+        Ok(())
+    }
+
+    /// Waits until a ticket is the first of its line, and then makes it stay that.
+    fn wait_for(&self, ticket: &mut Ticket) -> Result<(), QueueError> {
         loop {
-            let before = self
-                .names()
-                .into_iter()
-                .filter(|name| name.is_in(&ticket.line) && name.number < ticket.number);
-            let Some(before) = before.max_by_key(|name| name.number) else { return Ok(()) };
+            let before = {
+                let _door = self.door()?;
+                let is_before = |name: &Name| name.line == ticket.name.line && name.key() < ticket.name.key();
+                match self.names().into_iter().filter(is_before).max_by_key(Name::key) {
+                    Some(before) => before,
+                    None => return self.set_time(ticket, FIRST),
+                }
+            };
             let path = self.path(&before);
             let ended = File::open(&path).and_then(|file| {
                 loop {
@@ -198,29 +255,29 @@ impl Queue {
 
     /// Whether somebody has this place. If not it is removed.
     fn is_alive(&self, name: &Name) -> bool {
-        let path = self.path(name);
-        let Ok(file) = File::open(&path) else { return false };
+        File::open(self.path(name)).is_ok_and(|file| self.is_held(&file, name))
+    }
+
+    fn is_held(&self, file: &File, name: &Name) -> bool {
         match file.try_lock_shared() {
             Err(TryLockError::WouldBlock) => true,
             // It cannot be told, and nobody is to be overtaken.
             Err(TryLockError::Error(_)) => true,
             Ok(()) => {
-                let _ = fs::remove_file(&path);
+                let _ = fs::remove_file(self.path(name));
                 false
             }
         }
     }
 
     fn wish_of(&self, name: &Name) -> Wish {
-        let mut text = String::new();
         // It may be free by now.
-        let read =
-            File::open(self.path(name)).and_then(|file| file.take(MOST_NAMES).read_to_string(&mut text));
-        if read.is_ok() { Wish::parse(&text) } else { Wish::default() }
+        File::open(self.path(name)).map(wish_in).unwrap_or_default()
     }
 
     fn path(&self, name: &Name) -> PathBuf {
-        self.directory.join(format!("{}.{}", name.line, name.number))
+        // As many digits for every time, for people who look at the directory.
+        self.directory.join(format!("{}.{:013}.{}", name.line, name.time, name.number))
     }
 
     /// All places of all lines.
@@ -234,23 +291,27 @@ impl Queue {
 #[derive(Debug)]
 struct Name {
     line: String,
+    /// In milliseconds since 1970.
+    time: u64,
     number: u64,
 }
 
 impl Name {
     fn parse(name: &str) -> Option<Self> {
         let (line, number) = name.rsplit_once('.')?;
-        Some(Self { line: line.to_owned(), number: number.parse().ok()? })
+        let (line, time) = line.rsplit_once('.')?;
+        Some(Self { line: line.to_owned(), time: time.parse().ok()?, number: number.parse().ok()? })
     }
 
-    fn is_in(&self, line: &str) -> bool {
-        self.line == line
+    /// The lower, the sooner its turn.
+    fn key(&self) -> (u64, u64) {
+        (self.time, self.number)
     }
 }
 
 impl Wish {
     /// A name for those that wish the same.
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         let digest = hash_bytes(HashAlgorithm::Sha256, self.to_text().as_bytes()).to_nix_base16_string();
         digest.chars().skip("sha256:".len()).take(NAME_DIGITS).collect()
     }
@@ -274,28 +335,73 @@ impl Waiting {
         let could_begin = |wish: &Wish| wish.machines.contains(machine) && wish.slots.min(all) <= free.max(1);
         self.0.iter().filter(|(wish, _)| could_begin(wish)).map(|(_, count)| count).sum()
     }
+
+    /// Builds that wait for a machine, among others perhaps, whatever they need of it.
+    pub fn all_of(&self, machine: &str) -> u64 {
+        self.0.iter().filter(|(wish, _)| wish.machines.contains(machine)).map(|(_, count)| count).sum()
+    }
+
+    /// Those only that wait for some of the machines that `wish` has, and so cannot go to the others.
+    #[must_use]
+    pub fn narrower(self, wish: &Wish) -> Self {
+        let is_narrower = |other: &Wish| {
+            other.machines.len() < wish.machines.len() && other.machines.is_subset(&wish.machines)
+        };
+        Self(self.0.into_iter().filter(|(other, _)| is_narrower(other)).collect())
+    }
 }
 
 impl Place {
+    /// The same place as if it had come at that time.
+    ///
+    /// # Errors
+    /// If its file cannot be renamed.
+    pub fn came_at(&mut self, at: SystemTime) -> Result<(), QueueError> {
+        let _door = self.queue.door()?;
+        self.came = milliseconds(at);
+        self.queue.set_time(&mut self.ticket, self.came)
+    }
+
     /// Waits for its turn.
     ///
     /// # Errors
     /// If files cannot be written or read.
-    pub fn wait(self) -> Result<Turn, QueueError> {
-        self.queue.wait_for(&self.ticket)?;
-        let turn = self.queue.ticket(format!("{}-all", self.wish.name()), &self.wish)?;
-        self.queue.wait_for(&turn)?;
+    pub fn wait(mut self) -> Result<Turn, QueueError> {
+        self.queue.wait_for(&mut self.ticket)?;
+        let line = format!("{}-all", self.wish.name());
+        let turn = self.queue.door().and_then(|door| self.queue.ticket(&door, line, FIRST, &self.wish));
+        let mut turn = turn?;
+        self.queue.wait_for(&mut turn)?;
         Ok(Turn { turn, place: self })
     }
 }
 
 impl Turn {
+    /// What it waits for.
+    pub fn wish(&self) -> &Wish {
+        &self.place.wish
+    }
+
+    /// Gives the turn to the next, and goes to the line of those that wish something else, to the place that it has there
+    /// by the time at which it came. However many wait there it may join them, for it waits already.
+    ///
+    /// # Errors
+    /// If files cannot be written.
+    pub fn change(self, wish: Wish) -> Result<Place, QueueError> {
+        let Place { queue, user, came, .. } = &self.place;
+        let line = format!("{}-u{user}", wish.name());
+        let ticket = queue.door().and_then(|door| queue.ticket(&door, line, *came, &wish))?;
+        Ok(Place { queue: queue.clone(), wish, user: *user, came: *came, ticket })
+    }
+
     /// Whether somebody else has had the turn for longer who would also take one of these machines, among others. Whoever
     /// lets those go first is let go first when others come after him, so that no set of machines starves another.
     pub fn has_elder(&self) -> bool {
         let Place { queue, wish, .. } = &self.place;
         let is_elder = |name: &Name| {
-            name.line.ends_with("-all") && !name.is_in(&self.turn.line) && name.number < self.turn.number
+            name.line.ends_with("-all")
+                && name.line != self.turn.name.line
+                && name.number < self.turn.name.number
         };
         queue
             .names()
@@ -309,6 +415,17 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
     }
+}
+
+fn wish_in(file: File) -> Wish {
+    let mut text = String::new();
+    let read = file.take(MOST_NAMES).read_to_string(&mut text);
+    if read.is_ok() { Wish::parse(&text) } else { Wish::default() }
+}
+
+fn milliseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    u64::try_from(since).unwrap_or(u64::MAX).max(FIRST + 1)
 }
 
 fn lock(file: &File) -> io::Result<()> {

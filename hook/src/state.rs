@@ -9,7 +9,7 @@ mod history;
 mod told;
 mod withheld;
 
-pub use asked::Asked;
+pub use asked::{Asked, Times};
 pub use decided::{Decided, Last};
 pub use history::{History, Record};
 pub use told::Told;
@@ -17,6 +17,7 @@ pub use withheld::{Entry, Withholdings};
 
 use nix::unistd::geteuid;
 use nix_derivation::{HashAlgorithm, hash_bytes};
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -60,8 +61,18 @@ struct Ledger {
 impl Ledger {
     /// The value of a key.
     fn get(&self, key: &str) -> Option<String> {
-        let text = read(&self.file(key))?;
-        text.lines().find_map(|line| Some(line.strip_prefix(key)?.strip_prefix('\t')?.to_owned()))
+        value_in(&read(&self.file(key))?, key)
+    }
+
+    /// The values of many keys. Each file is read once.
+    fn get_all(&self, keys: &[String]) -> Vec<Option<String>> {
+        let mut texts: HashMap<PathBuf, String> = HashMap::new();
+        let mut value = |key: &String| {
+            let file = self.file(key);
+            let text = texts.entry(file).or_insert_with_key(|file| read(file).unwrap_or_default());
+            value_in(text, key)
+        };
+        keys.iter().map(&mut value).collect()
     }
 
     /// Keeps a value of one line. The oldest one in its file is forgotten for it, if there are too many.
@@ -85,6 +96,10 @@ impl Ledger {
         let number = digest.get(7..15).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
         self.directory.join(format!("{:04x}", number % self.files))
     }
+}
+
+fn value_in(text: &str, key: &str) -> Option<String> {
+    text.lines().find_map(|line| Some(line.strip_prefix(key)?.strip_prefix('\t')?.to_owned()))
 }
 
 /// A file's text; none unless it is ours.

@@ -7,7 +7,7 @@ use crate::plan::here::{self, Here};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
-use crate::queue::{Queue, Waiting};
+use crate::queue::{Queue, Waiting, Wish};
 use crate::reach::{Ailing, Reach, Vitals};
 use crate::sampler::Samples;
 use crate::sending;
@@ -33,6 +33,9 @@ pub struct Survey<'a> {
     vitals: Vitals,
     backlogs: HashMap<String, u64>,
     waiting: Waiting,
+    /// Those that come on beside this one and wait for fewer machines: they have no claim on what is free, but they will
+    /// have slots that are given back.
+    narrower: Waiting,
     now: SystemTime,
 }
 
@@ -43,6 +46,8 @@ pub struct Look {
     pub known: Known,
     /// The number of a free slot, if there is one.
     pub free: Option<u64>,
+    /// All builds that wait for a slot there, whether or not they come before this one.
+    pub waiting: u64,
 }
 
 /// What a build asks of the machines.
@@ -69,13 +74,15 @@ impl<'a> Survey<'a> {
         let samples = Samples::read(&Samples::path(reach.directory()));
         let waiting = Queue::of(reach.directory()).waiting();
         let (vitals, backlogs) = (reach.vitals(machines), sending::backlogs(reach.directory()));
-        Self { slots, reach, location, withheld, used: slots.used(), samples, vitals, backlogs, waiting, now }
+        let (used, narrower) = (slots.used(), Waiting::default());
+        Self { slots, reach, location, withheld, used, samples, vitals, backlogs, waiting, narrower, now }
     }
 
-    /// The same for a build that comes before all that wait.
+    /// The same for a build that comes before all that wait, with what it waits for itself.
     #[must_use]
-    pub fn at_its_turn(self) -> Self {
-        Self { waiting: Waiting::default(), ..self }
+    pub fn at_its_turn(self, own: Option<&Wish>) -> Self {
+        let narrower = own.map(|own| self.waiting.narrower(own)).unwrap_or_default();
+        Self { waiting: Waiting::default(), narrower, ..self }
     }
 
     /// Looks at one machine. Who means to take a slot has the lock `main-lock` meanwhile.
@@ -90,7 +97,7 @@ impl<'a> Survey<'a> {
                 Some(_) if !machine.uri.is_ours() => Known { withheld, ..Known::ready(Load::default()) },
                 _ => Known::ready(Load::default()).with_health(Health::Unreachable(reason)),
             };
-            return Ok(Look { known, free: None });
+            return Ok(Look { known, free: None, waiting: 0 });
         }
         let is_used = self.used.has(&machine.name);
         let (load, free) = match is_used {
@@ -99,8 +106,9 @@ impl<'a> Survey<'a> {
         };
         let waiting =
             self.waiting.of(&machine.name, machine.max_jobs, machine.max_jobs.saturating_sub(load.taken));
+        let before = waiting + self.narrower.all_of(&machine.name);
         let slot_wait =
-            if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, waiting) } else { None };
+            if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, before) } else { None };
         // Of a machine that never had a build of ours nothing is noted here.
         let inputs = needs.inputs.filter(|_| is_used);
         let missing = inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
@@ -117,7 +125,7 @@ impl<'a> Survey<'a> {
             withheld: self.withheld.of(&machine.name),
             ..Known::ready(load)
         };
-        Ok(Look { known, free })
+        Ok(Look { known, free, waiting: self.waiting.all_of(&machine.name) })
     }
 
     fn health(&self, machine: &Machine) -> Health {
@@ -125,7 +133,7 @@ impl<'a> Survey<'a> {
             return Health::Waking;
         }
         if self.vitals.is_cut_off(self.reach, machine) {
-            return Health::Unreachable("this client has no network".into());
+            return Health::CutOff;
         }
         let ailing = self.vitals.ailing(self.reach, machine, self.now);
         ailing.map_or(Health::Well, |Ailing { until, why }| Health::CoolDown { until, why })
@@ -155,6 +163,7 @@ pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
         usual: history.and_then(History::usual).map(|usual| usual.seconds),
         output: record.map(|record| record.output as u64),
         waiting_since: Some(since),
+        obstructed_since: None,
     }
 }
 

@@ -12,9 +12,10 @@ use std::{
 };
 
 use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Uplink, World, drv, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::SOON;
+use crate::support::{SOON, gated, open, wait_for_begin};
 
 /// A few pauses.
 const PAUSES: Duration = Duration::from_secs(60);
@@ -283,11 +284,14 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
     );
     assert!(again.took() < stock.took() + Duration::from_secs(1), "{again}");
     assert!(built.took() < stock.took() + Duration::from_secs(2), "{built}");
-    let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);
-    refused
-        .assert_failure()
-        .assert_stderr_has("nothing can build")
-        .assert_stderr_has("this client has no network");
+    // What cannot be built here is told so at once, and waits.
+    let waiting = client.spawn_nix_build(&drv::where_built("waiting"), &["-j0"]);
+    wait_until("the user is told", SOON, || {
+        let said = waiting.stderr_so_far();
+        said.contains("no machine can take") && said.contains("this client has no network")
+    });
+    waiting.signal(Signal::SIGINT);
+    waiting.wait().assert_failure();
     // Nothing is held against machines for that.
     assert!(client.entries("/run/nix-offload/down").iter().all(|name| !name.ends_with(".down")));
 
@@ -295,10 +299,11 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
     client.write_mode("/usr/local/bin/ssh", ASKED, 0o755);
     let fleet = client.read("/etc/nix/machines");
     client.set_machines(&format!("ssh-ng://near x86_64-linux - 4 9\n{fleet}"));
-    let refused = client.nix_build(&drv::where_built("near"), &["-j0"]);
-    refused
-        .assert_failure()
-        .assert_stderr_has("cannot build on 'ssh-ng://near': cannot connect to near: connection refused");
+    let waiting = client.spawn_nix_build(&drv::where_built("near"), &["-j0"]);
+    let refused = "cannot build on 'ssh-ng://near': cannot connect to near: connection refused";
+    wait_until("the user is told", SOON, || waiting.stderr_so_far().contains(refused));
+    waiting.signal(Signal::SIGINT);
+    waiting.wait().assert_failure();
     client.set_machines(&fleet);
     let asked = client.read("/tmp/asked");
     assert!(asked.contains("near: free") && !asked.contains("taken"), "{asked}");
@@ -318,4 +323,46 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
     let built = client.nix_build(&many("offline-once-more", 5), &["-j1"]);
     assert_built_on(&client, &built, "client");
     assert_eq!(built.stderr().matches(no_network).count(), 1, "{built}");
+}
+
+#[test]
+fn builds_that_run_or_wait_when_the_network_goes_are_done_when_it_is_back() {
+    let world = World::new();
+    let uplink = Uplink::new();
+    let mac = world.builder("mac").sshd_option(&format!("ListenAddress {}", uplink.far_address())).start();
+    let far = format!(
+        "Host far\n HostName {}\n Port {}\n User root\n HostKeyAlias [127.0.0.1]:{1}\n",
+        uplink.far_address(),
+        mac.port()
+    );
+    let client = plan(&world)
+        .own_network()
+        .ssh_config(&far)
+        .knows(&mac)
+        .machines("ssh-ng://far x86_64-linux - 1 1")
+        .start();
+    uplink.lead_to(&client);
+    uplink.plug_in(&client);
+    let running = client.spawn_nix_build(&gated("running"), &["-j0"]);
+    wait_for_begin(&client, "running", &["mac"]);
+    let waiting = client.spawn_nix_build(&many("waiting", 4), &["-j0"]);
+    wait_until("they wait", SOON, || {
+        client.entries("/run/nix-offload/queue").iter().filter(|name| name.contains("-u")).count() == 4
+    });
+    uplink.pull_out(&client);
+    client.run("/opt/nix-offload/bin/nix-offload-proxy stop --all");
+    wait_until("the user is told", SOON, || running.stderr_so_far().contains("this machine has no network"));
+    wait_until("so is the other one", SOON, || {
+        waiting.stderr_so_far().contains("this client has no network")
+    });
+    open(&client, "running");
+    uplink.plug_in(&client);
+    let (running, waiting) = (running.wait(), waiting.wait());
+    assert_built_on(&client, &running, "mac");
+    assert_built_on(&client, &waiting, "mac");
+    for output in [running, waiting] {
+        output.assert_stderr_lacks("cannot build on");
+        assert!(output.stderr().matches("this machine has no network").count() <= 1, "{output}");
+        assert!(output.stderr().matches("this client has no network").count() <= 1, "{output}");
+    }
 }

@@ -13,13 +13,11 @@ fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
 }
 
-/// How many wait, of a user or of all.
+/// How many wait, of a user or of all. The names of places are `LINE-uUSER.TIME.NUMBER`.
 fn waiting(client: &Client, user: &str) -> usize {
     let is_place = |name: &&String| {
-        name.rsplit_once('.').is_some_and(|(line, number)| {
-            number.parse::<u64>().is_ok()
-                && line.split_once("-u").is_some_and(|(_, whose)| whose.contains(user))
-        })
+        let whose = name.split_once("-u").and_then(|(_, rest)| rest.split('.').next());
+        whose.is_some_and(|whose| user.is_empty() || whose == user)
     };
     client.entries("/run/nix-offload/queue").iter().filter(is_place).count()
 }
@@ -207,4 +205,139 @@ fn an_interrupted_build_leaves_its_place() {
     stays.wait().assert_success();
     assert_eq!(begun(&client), ["stays"]);
     assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn a_build_for_which_much_waits_comes_first_and_nobody_starves() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    // By their names the chain is asked for last.
+    let expression = drv::expression(
+        r#"let step = name: before: d name "echo ${name} >> /mnt/share/begun; sleep 0.5; echo > $out # ${before}" { };
+               chain = builtins.foldl' (before: name: step name before) (step "z1" "") [ "z2" "z3" "z4" "z5" ];
+           in map (name: step name "") [ "a1" "a2" "a3" "a4" "a5" "a6" ] ++ [ chain ]"#,
+    );
+    let build = client.spawn_nix_build(&expression, &["-j0"]);
+    wait_until("all that can begin wait", SOON, || waiting(&client, "") == 7);
+    wait_until("it is known what waits for what", SOON, || {
+        // All are held up but the one that has the turn, in a line of their own.
+        let places = client.entries("/run/nix-offload/queue");
+        places.iter().filter(|name| name.contains(".0000000000000.")).count() == 2
+    });
+    let status = client.nix_offload(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_str(status.assert_success().stdout()).unwrap();
+    assert_eq!(status[0]["waiting"], 7, "{status}");
+    open(&client, "gate");
+    gate.wait().assert_success();
+    assert_eq!(build.wait().assert_success().out_paths().len(), 7);
+    let order = begun(&client);
+    let place = |name: &str| order.iter().position(|begun| begun == name).unwrap();
+    assert_eq!(order.len(), 11, "{order:?}");
+    // One may have had the turn before it was known of the chain; whoever has it keeps it.
+    assert!(place("z1") < 2 && place("z2") < 5, "{order:?}");
+    // The last of the chain is as good as any other, and came later.
+    assert_eq!(place("z5"), 10, "{order:?}");
+    let alone: Vec<&String> = order.iter().filter(|name| name.starts_with('a')).collect();
+    assert!(alone.is_sorted(), "{order:?}");
+    assert_only_masters_left(&client, 1);
+}
+
+#[test]
+fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
+    let world = World::new();
+    let [fast, slow] = ["fast", "slow"].map(|name| world.builder(name).start());
+    let client = plan(&world)
+        .knows(&fast)
+        .knows(&slow)
+        .machines("ssh-ng://fast x86_64-linux - 1 8\nssh-ng://slow x86_64-linux - 1 1")
+        .start();
+    // Earlier builds took so long, and all together a second (*). In which file that stands depends on the names.
+    client.run(
+        "mkdir -p -m 700 /var/lib/nix-offload/history; cd /var/lib/nix-offload/history; \
+         for i in $(seq 0 255); do printf 'fastgate\\t80.000 10 5\\nlong\\t8000.000 10 5\\n*\\t1.000 10 500\\n' > $(printf %04x $i); done",
+    );
+    let gates = ["fastgate", "slowgate"].map(|name| {
+        let gate = client.spawn_nix_build(&gated(name), &["-j0"]);
+        wait_until("a machine is full", SOON, || client.exists(&format!("/mnt/share/{name}.begun")));
+        gate
+    });
+    wait_for_begin(&client, "fastgate", &["fast"]);
+    wait_for_begin(&client, "slowgate", &["slow"]);
+    wait_until("both have been looked at", SOON, || {
+        let known = client
+            .run("cat /run/nix-offload/load.json /run/nix-offload/sample/load.json 2>/dev/null || true");
+        known.matches("load_average").count() == 2
+    });
+    let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
+    wait_until("it waits", SOON, || waiting(&client, "") == 1);
+    let short = client.spawn_nix_build(&gated("short"), &["-j0"]);
+    wait_until("the next one, too", SOON, || waiting(&client, "") == 2);
+    open(&client, "slowgate");
+    // On the slow machine the first would take much longer than it has to wait for the fast one.
+    wait_for_begin(&client, "short", &["slow"]);
+    assert_eq!((crate::support::begun(&client, "long").len(), waiting(&client, "")), (0, 1));
+    open(&client, "fastgate");
+    wait_for_begin(&client, "long", &["fast"]);
+    for name in ["long", "short"] {
+        open(&client, name);
+    }
+    for build in gates.into_iter().chain([long, short]) {
+        build.wait().assert_success();
+    }
+    assert_only_masters_left(&client, 2);
+}
+
+#[test]
+fn a_build_that_waits_bears_it_that_slots_cannot_be_looked_at_for_a_while() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let before = hooks(&client);
+    let first = client.spawn_nix_build(&list([noting("first", "")].into_iter()), &["-j0"]);
+    wait_until("it waits", SOON, || waiting(&client, "") == 1);
+    let hook = *hooks(&client).difference(&before).next().unwrap();
+    let second = client.spawn_nix_build(&list([noting("second", "")].into_iter()), &["-j0"]);
+    wait_until("the second, too", SOON, || waiting(&client, "") == 2);
+    client.run("mv /nix/var/nix/current-load /nix/var/nix/away");
+    // Now it is the turn of the second, which can neither watch nor count.
+    client.kill(hook, "KILL");
+    first.wait().assert_failure();
+    let trouble = "cannot use /nix/var/nix/current-load";
+    wait_until("the user is told", SOON, || second.stderr_so_far().contains(trouble));
+    client.run("mv /nix/var/nix/away /nix/var/nix/current-load");
+    open(&client, "gate");
+    gate.wait().assert_success();
+    let second = second.wait();
+    assert_eq!(second.assert_success().stderr().matches(trouble).count(), 1, "{second}");
+    assert_eq!(begun(&client), ["second"]);
+    assert_eq!(held_locks(&client), "");
+}
+
+#[test]
+fn a_machine_that_was_down_gets_a_build_that_waits_for_another_one() {
+    let world = World::new();
+    let (mut back, mac) = (world.builder("back").start(), world.builder("mac").start());
+    let client = plan(&world)
+        .knows(&back)
+        .knows(&mac)
+        .machines("ssh-ng://mac x86_64-linux - 1 1\nssh-ng://back x86_64-linux - 1 1")
+        .start();
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    back.stop_sshd();
+    // The hook that is to wait has found it down itself.
+    let build = client.spawn_nix_build(&drv::where_built("a"), &["-j0"]);
+    wait_until("it waits for the other one", SOON, || waiting(&client, "") == 1);
+    wait_until("the user is told", SOON, || {
+        build.stderr_so_far().contains("cannot build on 'ssh-ng://back'")
+    });
+    back.start_sshd();
+    assert_eq!(client.read(&build.wait().assert_success().out_path()), "back\n");
+    open(&client, "gate");
+    gate.wait().assert_success();
 }

@@ -1,6 +1,7 @@
 //! `drain`, `disable` and `enable`: machines out of service.
 
 use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv, wait_until};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::{NO_SAMPLES, SOON, begun, gated, open, wait_for_begin};
@@ -83,6 +84,90 @@ fn a_build_that_only_a_drained_machine_can_do_waits_until_it_is_enabled() {
         assert_eq!(client.read(&build.assert_success().out_path()), "mac\n");
         assert_eq!(build.stderr().matches("drained: new disk").count(), 1, "{build}");
     }
+}
+
+#[test]
+fn a_build_that_waits_for_a_slot_says_so_when_its_machine_is_drained_meanwhile() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let build = client.spawn_nix_build(&drv::where_built("a"), &["-j0"]);
+    wait_until("it waits here", SOON, || {
+        client.entries("/run/nix-offload/queue").iter().any(|name| name.contains("-all."))
+    });
+    client.nix_offload(&["drain", "mac", "--reason", "new disk"]).assert_success();
+    open(&client, "gate");
+    gate.wait().assert_success();
+    wait_until("the user is told", SOON, || build.stderr_so_far().contains("drained: new disk"));
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    let build = build.wait();
+    assert_eq!(client.read(&build.assert_success().out_path()), "mac\n");
+    assert_eq!(build.stderr().matches("drained: new disk").count(), 1, "{build}");
+    build.assert_stderr_has("it waits for one, for 10 min at most");
+}
+
+/// Sets back by so many seconds what is kept of requests: by what, when it was first asked for, the last time, and since
+/// when there are obstacles.
+fn set_back(client: &Client, first: u64, obstructed: u64) {
+    client.run(&format!(
+        "for file in /run/nix-offload/asked/*; do \
+         awk -F '\t' '{{ split($2, t, \" \"); print $1 \"\\t\" t[1] - {first} \" \" t[2] \" \" t[3] - {obstructed} }}' \
+         $file > /tmp/asked; cat /tmp/asked > $file; done"
+    ));
+}
+
+#[test]
+fn those_behind_need_not_wait_for_an_obstacle_as_long_again() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let wait = |name: &str, count: usize| {
+        let build = client.spawn_nix_build(&drv::where_built(name), &["-j0"]);
+        wait_until("it waits here", SOON, || {
+            client.entries("/run/nix-offload/queue").iter().filter(|name| name.contains("-u")).count()
+                == count
+        });
+        build
+    };
+    let (first, second) = (wait("first", 1), wait("second", 2));
+    client.nix_offload(&["drain", "mac", "--reason", "new disk"]).assert_success();
+    open(&client, "gate");
+    gate.wait().assert_success();
+    wait_until("the first is told", SOON, || first.stderr_so_far().contains("no machine can take"));
+    // As if it had been told so long ago.
+    set_back(&client, 0, 1000);
+    first.signal(Signal::SIGINT);
+    first.wait().assert_failure();
+    second.wait().assert_failure().assert_stderr_has("nothing can build").assert_stderr_has("new disk");
+}
+
+#[test]
+fn patience_with_a_drained_machine_begins_when_it_is_drained() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    client.nix_offload(&["drain", "mac", "--reason", "new disk"]).assert_success();
+    let wait = || {
+        let build = client.spawn_nix_build(&drv::where_built("a"), &["-j0"]);
+        wait_until("the user is told", SOON, || build.stderr_so_far().contains("no machine can take"));
+        build
+    };
+    let set_back = |first, obstructed| set_back(&client, first, obstructed);
+    let interrupt = |build: harness::Running| {
+        build.signal(Signal::SIGINT);
+        build.wait().assert_failure();
+    };
+    interrupt(wait());
+    // As if it had been in a queue for longer than obstacles are waited for.
+    set_back(1000, 0);
+    interrupt(wait());
+    set_back(0, 1000);
+    let refused = client.nix_build(&drv::where_built("a"), &["-j0"]);
+    refused.assert_failure().assert_stderr_has("nothing can build");
 }
 
 #[test]

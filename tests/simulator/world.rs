@@ -15,9 +15,10 @@ use crate::random::Random;
 use crate::sharing::Shared;
 use crate::site::Site;
 use nix_offload::plan::machine::Machine;
-use nix_offload::plan::{Rules, Verdict};
+use nix_offload::plan::{Because, Rules, Verdict};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashSet};
+use waiting::Place;
 
 /// Nix asks again for what was postponed after so long, unless something ends before.
 const NIX_POLL: f64 = 5.0;
@@ -188,7 +189,9 @@ struct World<'a> {
     ready: BTreeSet<(usize, usize)>,
     postponed: Vec<usize>,
     /// Accepted by a hook of ours to wait for a slot.
-    waiting: Vec<usize>,
+    waiting: Vec<Place>,
+    /// Counts places and turns.
+    places: u64,
     nix_busy_until: f64,
     /// Machines that the present hook process could not connect to.
     shunned: Vec<bool>,
@@ -243,6 +246,7 @@ pub(crate) fn run(
         names,
         postponed: Vec::new(),
         waiting: Vec::new(),
+        places: 0,
         nix_busy_until: 0.0,
         shunned: vec![false; fleet.len()],
         is_polling: false,
@@ -376,9 +380,7 @@ impl World<'_> {
         }
         while let Some((name, job)) = self.ready.pop_first() {
             self.jobs[job].asked.get_or_insert(self.now);
-            let is_hopeless = !self.sites.iter().any(Site::is_free)
-                && (self.contender == Contender::Stock || !self.may_wait());
-            let verdict = if is_hopeless { Verdict::Postpone(Vec::new()) } else { self.decide(job).0 };
+            let (verdict, because) = self.answer(job);
             match verdict {
                 Verdict::Accept(site) if !self.sites[site].is_up && !self.is_trusted(site) => {
                     // The reply has to wait for the connection, and so does Nix.
@@ -397,10 +399,9 @@ impl World<'_> {
                     self.shunned.fill(false);
                     self.start(job, site);
                 }
-                Verdict::Wait(_) if self.may_wait() => {
+                Verdict::Wait(wish) if self.may_wait(&wish) => {
                     self.shunned.fill(false);
-                    self.waiting.push(job);
-                    self.look_later();
+                    self.wait_for(job, wish, because == Because::HeldBack);
                 }
                 Verdict::Wait(_) | Verdict::Postpone(_) => self.postponed.push(job),
                 Verdict::Decline => unreachable!("all machines suit all builds here"),
@@ -590,7 +591,7 @@ impl World<'_> {
         } else {
             // The hook itself looks for another one.
             self.sites[index].cool_until = self.now + COOL_DOWN;
-            self.waiting.push(job);
+            self.wait_for(job, self.all(), false);
             self.serve_waiting();
         }
     }

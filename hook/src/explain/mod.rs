@@ -187,8 +187,12 @@ impl Desk<'_> {
         };
         let request = derivation::request(&subject.drv, drv_path, self.local.max_jobs > 0);
         let now = SystemTime::now();
-        let since = Asked::at(self.reach.directory()).since(drv_path, now).unwrap_or(now);
-        let work = survey::work(self.history.as_ref(), subject.drv.name(), since);
+        let asked = Asked::at(self.reach.directory()).times(drv_path, now);
+        let since = asked.map_or(now, |asked| asked.first);
+        let work = Work {
+            obstructed_since: asked.and_then(|asked| asked.obstructed),
+            ..survey::work(self.history.as_ref(), subject.drv.name(), since)
+        };
         let decision = self.decide(&subject, &request, &work, now);
         let notes = self.notes(&subject, &request, &decision);
         let features = request.required_features.iter().map(String::as_str).collect::<Vec<_>>();

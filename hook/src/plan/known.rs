@@ -93,6 +93,8 @@ pub enum Health {
     Failed(String),
     /// Its store URI is of a kind that cannot be reached; the text says why.
     Unreachable(String),
+    /// The client has no network. It gets nothing, and will be well when there is one again.
+    CutOff,
 }
 
 /// A machine that somebody took out of service. It gets nothing new, even if it is the last one.
@@ -124,9 +126,13 @@ pub struct Work {
     pub usual: Option<f64>,
     /// Bytes of its outputs: an average over builds of the same name.
     pub output: Option<u64>,
-    /// When Nix first asked for it, if that was before. What is held back or waits for an obstacle to pass is held to
-    /// a bound by it, so it has to outlive the hook process where the answer was `postpone`.
+    /// When Nix first asked for it, if that was before. What is held back is held to a bound by it, so it has to outlive
+    /// the hook process where the answer was `postpone`.
     pub waiting_since: Option<SystemTime>,
+    /// Since when obstacles that may pass have kept it from every machine, without a pause
+    /// ([`Decision::obstructed_since`](super::Decision::obstructed_since)). Waiting for that has a bound too, and time
+    /// spent in a queue is not to count.
+    pub obstructed_since: Option<SystemTime>,
 }
 
 impl Known {

@@ -127,6 +127,12 @@ impl Question<'_> {
         since.and_then(|since| self.now.duration_since(since).ok()).unwrap_or_default()
     }
 
+    /// How long obstacles have kept it from every machine.
+    fn obstructed(&self) -> Duration {
+        let since = self.work.obstructed_since;
+        since.and_then(|since| self.now.duration_since(since).ok()).unwrap_or_default()
+    }
+
     /// Whether Nix could build it itself at once.
     fn can_build_now(&self) -> bool {
         self.request.am_willing && self.local.could_build(self.request)
@@ -138,6 +144,7 @@ pub fn obstacle(known: &Known, rules: &Rules, now: SystemTime) -> Option<Refusal
     match &known.health {
         Health::Failed(why) => return Some(Refusal::Failed(why.clone())),
         Health::Unreachable(why) => return Some(Refusal::Unreachable(why.clone())),
+        Health::CutOff => return Some(Refusal::CutOff),
         Health::Well | Health::CoolDown { .. } | Health::Waking => {}
     }
     if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(now)) {
@@ -278,7 +285,7 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
             }
             None if !worth_waiting.is_empty() => (Verdict::Wait(worth_waiting), Because::Full),
             None if passing.is_empty() || could_build => (Verdict::Decline, Because::NothingFits),
-            None if question.waited() >= rules.obstacle_patience => {
+            None if question.obstructed() >= rules.obstacle_patience => {
                 (Verdict::Decline, Because::ObstaclesTooLong)
             }
             None => (Verdict::Postpone(passing), Because::Obstacles),

@@ -16,7 +16,7 @@ pub struct Rules {
     /// Slots that a derivation takes which requires the feature `big-parallel`. At least 1; a machine with fewer gives
     /// all it has.
     pub big_parallel_slots: u64,
-    /// Builds that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above are
+    /// Builds of each user that may be accepted to wait for one set of machines. Each costs a process of about 1 MiB; those above are
     /// postponed, for which Nix has no better clock than asking again every 5 seconds.
     pub max_waiting: u64,
     /// What a machine must have left to get a build.

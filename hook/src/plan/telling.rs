@@ -30,6 +30,7 @@ pub fn gist(decision: &Decision, request: &Request) -> String {
             Refusal::MissingFeatures(features) => write!(gist, " {index} lacks {features:?}"),
             Refusal::MandatoryFeatures(features) => write!(gist, " {index} wants {features:?}"),
             Refusal::Unreachable(why) => write!(gist, " {index} cannot be used {why}"),
+            Refusal::CutOff => write!(gist, " {index} cut off"),
             Refusal::Withheld(withheld) => write!(gist, " {index} {:?} {}", withheld.how, withheld.why),
             Refusal::Inhibited(why) => write!(gist, " {index} inhibited {why}"),
             Refusal::Short { of, .. } => write!(gist, " {index} {of}"),

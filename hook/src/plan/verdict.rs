@@ -35,7 +35,7 @@ pub enum Because {
     HeldBack,
     /// All suitable machines are full or about to wake up.
     Full,
-    /// All suitable machines are short of something, inhibited or out of service for a time.
+    /// All suitable machines are short of something, inhibited, out of service for a time or cut off.
     Obstacles,
     /// The same, for longer than is waited for that.
     ObstaclesTooLong,
@@ -96,6 +96,13 @@ impl Decision {
         outranked
     }
 
+    /// Since when obstacles that may pass have kept the build from every machine, if it was `before` until now: to be told to
+    /// the next decision about it ([`Work::obstructed_since`](super::Work)).
+    pub fn obstructed_since(&self, before: Option<SystemTime>) -> Option<SystemTime> {
+        let is_obstructed = matches!(self.because, Because::Obstacles | Because::ObstaclesTooLong);
+        is_obstructed.then(|| before.unwrap_or(self.at))
+    }
+
     /// How many seconds of an idle machine of speed factor 1 a second of this machine is worth to the build.
     pub fn pace(&self, index: usize) -> f64 {
         let estimate = self.standings.get(index).and_then(|standing| standing.estimate.as_ref());
@@ -153,6 +160,8 @@ pub enum Refusal {
     },
     /// Its store URI is of a kind that cannot be reached; the text says why.
     Unreachable(String),
+    /// This client has no network.
+    CutOff,
     /// Somebody took it out of service.
     Withheld(Withheld),
     /// It has less than it should have of this.
@@ -194,7 +203,7 @@ impl Refusal {
     /// Whether it may pass without anybody touching the list of machines, and does not depend on other builds of ours.
     pub fn passes(&self) -> bool {
         match self {
-            Self::Short { .. } | Self::Inhibited(_) => true,
+            Self::Short { .. } | Self::Inhibited(_) | Self::CutOff => true,
             Self::Withheld(withheld) => withheld.how == Withholding::Drained,
             _ => false,
         }
@@ -235,6 +244,7 @@ impl Refusal {
                 None => format!("failed: {}", first_line(why)),
             },
             Self::Unreachable(why) => format!("cannot be used: {why}"),
+            Self::CutOff => "cannot be used: this client has no network".into(),
             Self::Withheld(Withheld { how, until, why }) => {
                 let how = match how {
                     Withholding::Drained => "drained",

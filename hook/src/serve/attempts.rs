@@ -1,4 +1,4 @@
-//! Running the accepted build to its end: waiting for a slot, trying again, going to another machine.
+//! Running the accepted build to its end: trying again, going to another machine.
 //!
 //! Must never give a machine up for a build that failed there by itself.
 
@@ -6,10 +6,8 @@ use super::moving::Outlook;
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::job::{Blame, JobError, Report, Task};
 use crate::lease::Lease;
-use crate::plan::Verdict;
 use crate::plan::machine::Machine;
 use crate::plan::trust::{self, Way};
-use crate::queue::{self, Place, QueueError, Turn};
 use crate::reach::ReachError;
 use crate::sending::Sending;
 use crate::slots::Held;
@@ -22,11 +20,8 @@ use std::time::{Duration, Instant};
 /// How often one machine is tried for an accepted build whose connection breaks.
 const TRIES: usize = 3;
 
-/// A waiting build looks at the slots so often even if nothing seems to happen.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
-
-/// How long a build that could take a slot leaves it to those who have had their turn for longer, in other lines.
-const ELDERS_FIRST: Duration = Duration::from_millis(5);
+/// How long to wait when a machine that was taken for reachable is cut off again and again.
+const CUT_OFF_PAUSE: Duration = Duration::from_secs(2);
 
 /// How trying one machine for an accepted build ended.
 enum Attempt {
@@ -34,10 +29,14 @@ enum Attempt {
     Done,
     /// The build failed, with this exit status and text; no other machine is to be tried.
     Final(u8, String),
-    /// The machine could not be used, which has been told; another may do it.
+    /// The machine is not to have this build, which has been told; another may do it.
     Elsewhere(String),
+    /// The machine could not be reached, which has been told; it may be used when it is well again.
+    Unreachable(String),
     /// The machine is down and has been told to wake up.
     Asleep,
+    /// The machine cannot be reached before this one has a network.
+    CutOff,
     /// Another machine would be done much sooner, so the build was ended where it was.
     Moved(Box<Chosen>),
 }
@@ -56,8 +55,9 @@ impl Hook<'_> {
         let mut was_moved = false;
         let mut next = match accepted {
             Accepted::Now(chosen) => Some(*chosen),
-            Accepted::Waiting(place) => self.wait_for_slot(candidate, &mut failed, Some(place)),
+            Accepted::Waiting(place) => self.wait_in(candidate, &mut failed, place),
         };
+        let mut cut_off = None;
         while let Some(current) = next.take() {
             let index = current.index;
             let name = self.machines[index].name.as_str();
@@ -68,6 +68,7 @@ impl Hook<'_> {
             let attempt = done.unwrap_or_else(|_| {
                 Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
+            let is_for_good = matches!(attempt, Attempt::Elsewhere(_));
             match attempt {
                 Attempt::Done => return exit::OK,
                 Attempt::Final(status, text) => {
@@ -80,25 +81,25 @@ impl Hook<'_> {
                     was_moved = true;
                     next = Some(*chosen);
                 }
-                Attempt::Asleep => {
-                    next = match self.choose(candidate, Stage::Waited, &mut failed) {
-                        (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_again(candidate, &mut failed, &machines)
-                        }
-                        (_, chosen) => chosen,
-                    };
+                Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
+                Attempt::CutOff => {
+                    self.tell_of_network();
+                    if cut_off.replace(index) == Some(index) {
+                        thread::sleep(CUT_OFF_PAUSE);
+                    }
+                    next = self.choose_again(candidate, Stage::Waited(None), &mut failed);
                 }
-                Attempt::Elsewhere(text) => {
+                Attempt::Elsewhere(text) | Attempt::Unreachable(text) => {
                     let reason = plain(&text);
                     tracing::warn!(derivation, builder = name, reason, "giving up this machine");
                     tried.push(format!("{name}: {text}"));
-                    failed.insert(index, text);
-                    next = match self.choose(candidate, Stage::Again, &mut failed) {
-                        (Verdict::Wait(machines) | Verdict::Postpone(machines), _) => {
-                            self.wait_again(candidate, &mut failed, &machines)
-                        }
-                        (_, chosen) => chosen,
-                    };
+                    self.forget_what_is_well(&mut failed);
+                    if is_for_good {
+                        candidate.unfit.borrow_mut().insert(index, text);
+                    } else {
+                        failed.insert(index, text);
+                    }
+                    next = self.choose_again(candidate, Stage::Again, &mut failed);
                     if let Some(next) = &next {
                         let name = &self.machines[next.index].name;
                         let text = format!("building '{derivation}' on '{name}' instead");
@@ -120,63 +121,10 @@ impl Hook<'_> {
         exit::FAILURE
     }
 
-    /// The same for a build that is not new. It is accepted, so it has to wait however many do.
-    fn wait_again(&self, candidate: &Candidate, failed: &mut Failed, machines: &[usize]) -> Option<Chosen> {
-        let place = self.queue.place(self.wish(machines), queue::whose(), u64::MAX);
-        let place = place.unwrap_or_else(|error| {
-            self.tell_of_queue(&error);
-            None
-        });
-        self.wait_for_slot(candidate, failed, place)
-    }
-
-    /// Waits until a machine has a slot for the build; first come, first served, and users take turns.
-    fn wait_for_slot(
-        &self,
-        candidate: &Candidate,
-        failed: &mut Failed,
-        place: Option<Place>,
-    ) -> Option<Chosen> {
-        let begin = Instant::now();
-        // Without a turn it may still get a slot.
-        let turn = place.and_then(|place| place.wait().map_err(|error| self.tell_of_queue(&error)).ok());
-        let watch = match self.slots.watch() {
-            Ok(watch) => watch,
-            Err(error) => {
-                let text = exit::report(&error, None);
-                tracing::error!("{text}");
-                self.nix.message(Verbosity::Error, &format!("nix-offload: {text}"));
-                return None;
-            }
-        };
-        loop {
-            if turn.as_ref().is_some_and(Turn::has_elder) {
-                thread::sleep(ELDERS_FIRST);
-            }
-            match self.choose(candidate, Stage::Waited, failed) {
-                (Verdict::Wait(_) | Verdict::Postpone(_), _) => {
-                    self.attend(failed);
-                    watch.wait(LOOK_AGAIN);
-                }
-                (_, chosen) => {
-                    let duration_ms = begin.elapsed().as_millis() as u64;
-                    tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
-                    return chosen;
-                }
-            }
-        }
-    }
-
     /// How many slots all clients share there, if they do and the machine has the means for it.
     fn shared_slots(&self, machine: &Machine) -> Option<u32> {
         let slots = self.offload.of_machine(machine).shared_slots;
         slots.filter(|_| !self.reach.is_without_leases(machine))
-    }
-
-    fn tell_of_queue(&self, error: &QueueError) {
-        let text = exit::report(error, None);
-        tracing::error!("{text}");
-        self.nix.message(Verbosity::Warn, &format!("nix-offload: {text}"));
     }
 
     fn build_on(
@@ -236,9 +184,10 @@ impl Hook<'_> {
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
+                Err(error) if error.is_no_network() => return Attempt::CutOff,
                 Err(error) => {
                     self.note_failure(index, &error);
-                    return Attempt::Elsewhere(error.describe());
+                    return Attempt::Unreachable(error.describe());
                 }
             };
             let trusted = self.reach.trust(machine, &mut connection.builder);

@@ -7,11 +7,12 @@ use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Health, Known, Load, Policy, Question, Refusal, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
-use crate::state::{self, Asked, Decided, History, Told};
+use crate::state::{self, Asked, Decided, History, Times, Told};
 use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use std::cell::{Ref, RefCell};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::process;
 use std::rc::Rc;
@@ -37,14 +38,19 @@ impl Memory {
         Self { state, history, decided, asked, told, latest: RefCell::default() }
     }
 
-    /// When Nix first asked for this derivation.
-    pub(super) fn first_asked(&self, drv_path: &str) -> SystemTime {
+    /// When Nix first asked for this derivation, and since when there are obstacles.
+    pub(super) fn asked(&self, drv_path: &str) -> Times {
         let now = SystemTime::now();
-        self.asked.since(drv_path, now).unwrap_or(now)
+        self.asked.times(drv_path, now).unwrap_or(Times { first: now, obstructed: None })
     }
 
-    pub(super) fn postponed(&self, drv_path: &str, since: SystemTime) {
-        self.asked.postponed(drv_path, since, SystemTime::now());
+    pub(super) fn postponed(&self, drv_path: &str, times: Times) {
+        self.asked.postponed(drv_path, times, SystemTime::now());
+    }
+
+    /// Seconds that builds of these names take, where it is known.
+    pub(super) fn seconds_of(&self, names: &[&str]) -> Vec<Option<f64>> {
+        self.history.as_ref().map(|history| history.seconds_of(names)).unwrap_or_default()
     }
 
     /// Whether Nix was asked a moment ago to ask again for something.
@@ -105,11 +111,15 @@ impl Hook<'_> {
     pub(super) fn decide(
         &self,
         candidate: &Candidate,
-        stage: Stage,
+        stage: Stage<'_>,
         failed: &Failed,
-        unfit: &Failed,
+        cut_off: &HashSet<usize>,
     ) -> Result<(Decision, Option<Held>), SlotError> {
-        self.decide_if((candidate, &candidate.work), stage, failed, unfit, |_| true)
+        let work = Work { obstructed_since: candidate.obstructed.get(), ..candidate.work };
+        let unfit = candidate.unfit.borrow();
+        let decided = self.decide_if((candidate, &work), stage, (failed, &unfit), cut_off, |_| true)?;
+        candidate.obstructed.set(decided.0.obstructed_since(work.obstructed_since));
+        Ok(decided)
     }
 
     /// The same with other words of what is known of the build, and takes the slot only if it is `wanted` after that
@@ -117,9 +127,9 @@ impl Hook<'_> {
     pub(super) fn decide_if(
         &self,
         (candidate, work): (&Candidate, &Work),
-        stage: Stage,
-        failed: &Failed,
-        unfit: &Failed,
+        stage: Stage<'_>,
+        (failed, unfit): (&Failed, &Failed),
+        cut_off: &HashSet<usize>,
         wanted: impl FnOnce(&Decision) -> bool,
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
@@ -129,7 +139,8 @@ impl Hook<'_> {
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
             Stage::New => (survey, &self.local),
-            Stage::Again | Stage::Waited => (survey.at_its_turn(), &NOWHERE),
+            Stage::Again => (survey.at_its_turn(None), &NOWHERE),
+            Stage::Waited(wish) => (survey.at_its_turn(wish), &NOWHERE),
         };
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
@@ -148,6 +159,9 @@ impl Hook<'_> {
             let unused = Known::ready(Load::default());
             if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
                 return unused.with_health(Health::Failed(reason.clone()));
+            }
+            if cut_off.contains(&index) {
+                return unused.with_health(Health::CutOff);
             }
             match survey.look(&self.machines[index], &needs) {
                 Ok(look) => {

@@ -10,6 +10,7 @@ mod moving;
 mod notice;
 mod race;
 mod trust;
+mod waiting;
 
 use crate::config::rules::Offload;
 use crate::config::{self, Settings};
@@ -20,11 +21,12 @@ use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::Wanted;
-use crate::plan::{Local, Request, Rules, Verdict, Work};
+use crate::plan::{Local, Request, Rules, Verdict, Work, turn};
 use crate::queue::{self, Place, Queue, QueueError, Wish};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
+use crate::state::Times;
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
 use crate::survey;
@@ -37,8 +39,9 @@ use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
 use race::{Runner, STAGGER, race};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, StdinLock};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -151,13 +154,26 @@ fn level(verbosity: u64) -> LevelFilter {
 struct Candidate {
     request: Request,
     work: Work,
+    /// Since when obstacles that may pass have kept it from every machine, as of the last decision.
+    obstructed: Cell<Option<SystemTime>>,
+    /// What speaks against a machine for this build only, by its index.
+    unfit: RefCell<Failed>,
     drv_path: StorePath,
     drv: Derivation,
     outputs: BTreeMap<String, Wanted>,
     /// The direct inputs and the sizes of their NARs, once they have been looked up.
     inputs: OnceCell<Option<Vec<(StorePath, u64)>>>,
+    /// Seconds of the longest chain that waits for it, once that has been looked up.
+    tail: OnceCell<Option<f64>>,
     /// The inputs that not every machine takes from us, once they have been looked up.
     in_doubt: OnceCell<Vec<PathInfo>>,
+}
+
+impl Candidate {
+    /// When Nix first asked for it.
+    fn since(&self) -> SystemTime {
+        self.work.waiting_since.unwrap_or_else(SystemTime::now)
+    }
 }
 
 /// A machine that was chosen, its slot, and a connection if one was made to be sure.
@@ -189,13 +205,13 @@ enum Accepted {
 
 /// How far a build has come that a machine is chosen for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum Stage<'w> {
     /// Nix waits for the answer.
     New,
     /// It was accepted, and its machine was given up.
     Again,
-    /// It has waited for a slot, and it is its turn.
-    Waited,
+    /// It has waited for a slot, and it is its turn among those that wish the same, unless it waits beside them.
+    Waited(Option<&'w Wish>),
 }
 
 /// What Nix can still build itself of a derivation that is accepted: nothing, it has no say any more.
@@ -264,17 +280,16 @@ impl<'a> Hook<'a> {
         let mut failed = Failed::new();
         let left = self.machines.iter().filter(|machine| !survey::is_own_store(machine, &self.location, env));
         let mut handover = Handover::new(self.nix, self.settings, verbosity, left);
-        let mut first_asked: HashMap<String, SystemTime> = HashMap::new();
+        let mut first_asked: HashMap<String, Times> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
             self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();
             let is_first = !first_asked.contains_key(&drv_path);
-            let since =
-                *first_asked.entry(drv_path.clone()).or_insert_with(|| self.memory.first_asked(&drv_path));
+            let times = first_asked.entry(drv_path.clone()).or_insert_with(|| self.memory.asked(&drv_path));
             // A panic before the reply would make Nix give up the whole command.
             let answered =
-                catch_unwind(AssertUnwindSafe(|| self.answer(request, since, &mut failed, &mut handover)));
+                catch_unwind(AssertUnwindSafe(|| self.answer(request, times, &mut failed, &mut handover)));
             let answer = answered.unwrap_or_else(|_| {
                 self.nix.message(
                     Verbosity::Error,
@@ -295,7 +310,7 @@ impl<'a> Hook<'a> {
                 Answer::Reply(reply) => {
                     self.attend(&failed);
                     if matches!(reply, Reply::Postpone) {
-                        self.memory.postponed(&drv_path, since);
+                        self.memory.postponed(&drv_path, *times);
                         self.interest.show();
                     }
                     if is_first {
@@ -318,11 +333,11 @@ impl<'a> Hook<'a> {
     fn answer(
         &self,
         request: Request,
-        since: SystemTime,
+        times: &mut Times,
         failed: &mut Failed,
         handover: &mut Handover<'_>,
     ) -> Answer {
-        let candidate = match self.candidate(&request, since) {
+        let candidate = match self.candidate(&request, *times) {
             Ok(candidate) => candidate,
             Err(unfit) => {
                 let reason = exit::report(&unfit, None);
@@ -335,19 +350,26 @@ impl<'a> Hook<'a> {
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
-        match self.choose(&candidate, Stage::New, failed) {
+        let choice = self.choose(&candidate, Stage::New, failed).unwrap_or_else(|error| {
+            self.tell_error(&error, Verbosity::Error);
+            (Verdict::Decline, None)
+        });
+        times.obstructed = candidate.obstructed.get();
+        match choice {
             (Verdict::Accept(index), Some(chosen)) => {
                 let accepted = Accepted::Now(Box::new(chosen));
                 Answer::Ours(Reply::Accept { machine: name(index) }, Box::new(candidate), accepted)
             }
-            (Verdict::Wait(machines), _) => match (machines.first(), self.place_in_queue(&machines)) {
-                // The first is named to Nix, which cannot be told otherwise later.
-                (Some(first), Some(place)) => {
-                    let reply = Reply::Accept { machine: name(*first) };
-                    Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(place))
+            (Verdict::Wait(machines), _) => {
+                match (machines.first(), self.place_in_queue(&candidate, &machines)) {
+                    // The first is named to Nix, which cannot be told otherwise later.
+                    (Some(first), Some(place)) => {
+                        let reply = Reply::Accept { machine: name(*first) };
+                        Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(place))
+                    }
+                    _ => Answer::Reply(Reply::Postpone),
                 }
-                _ => Answer::Reply(Reply::Postpone),
-            },
+            }
             (Verdict::Postpone(_), _) => {
                 self.tell_what_is_missing(&request, &self.local);
                 Answer::Reply(Reply::Postpone)
@@ -367,11 +389,20 @@ impl<'a> Hook<'a> {
         }
     }
 
-    fn candidate(&self, request: &Request, since: SystemTime) -> Result<Candidate, Unfit> {
+    fn candidate(&self, request: &Request, times: Times) -> Result<Candidate, Unfit> {
         let Subject { path, drv, outputs } = derivation::subject(&self.location, &request.drv_path)?;
-        let work = self.work(&drv, since);
-        let (inputs, in_doubt) = (OnceCell::new(), OnceCell::new());
-        Ok(Candidate { request: request.clone(), work, drv_path: path, drv, outputs, inputs, in_doubt })
+        Ok(Candidate {
+            request: request.clone(),
+            work: self.work(&drv, times.first),
+            obstructed: Cell::new(times.obstructed),
+            unfit: RefCell::default(),
+            drv_path: path,
+            drv,
+            outputs,
+            inputs: OnceCell::new(),
+            tail: OnceCell::new(),
+            in_doubt: OnceCell::new(),
+        })
     }
 
     /// The paths that a derivation names itself, whose closure are all its inputs. None if they cannot be told.
@@ -382,31 +413,31 @@ impl<'a> Hook<'a> {
     /// Chooses until a machine is found that is known or seen to answer.
     ///
     /// A machine that has not answered lately is connected to first, unless the build has waited for this one already.
-    fn choose(&self, candidate: &Candidate, stage: Stage, failed: &mut Failed) -> (Verdict, Option<Chosen>) {
-        // What speaks against a machine for this derivation only.
-        let mut unfit = Failed::new();
+    ///
+    /// # Errors
+    /// If slots cannot be counted or taken.
+    fn choose(
+        &self,
+        candidate: &Candidate,
+        stage: Stage<'_>,
+        failed: &mut Failed,
+    ) -> Result<(Verdict, Option<Chosen>), SlotError> {
+        let mut cut_off = HashSet::new();
         let mut woken = HashSet::new();
         loop {
-            let (decision, slot) = match self.decide(candidate, stage, failed, &unfit) {
-                Ok((decision, slot)) => (Rc::new(decision), slot),
-                Err(error) => {
-                    let text = exit::report(&error, None);
-                    tracing::error!("{text}");
-                    self.nix.message(Verbosity::Error, &format!("nix-offload: {text}"));
-                    return (Verdict::Decline, None);
-                }
-            };
+            let (decision, slot) = self.decide(candidate, stage, failed, &cut_off)?;
+            let decision = Rc::new(decision);
             self.log_decision(candidate, &decision);
             let (index, slot) = match (&decision.verdict, slot) {
                 (Verdict::Accept(index), Some(slot)) => (*index, slot),
                 // Somebody took it without the right to choose; the next count will tell.
                 (Verdict::Accept(_), None) => continue,
-                _ => return (decision.verdict.clone(), None),
+                _ => return Ok((decision.verdict.clone(), None)),
             };
             let machine = &self.machines[index];
-            if stage == Stage::Waited || self.may_be_promised(machine, candidate) {
+            if matches!(stage, Stage::Waited(_)) || self.may_be_promised(machine, candidate) {
                 let chosen = Chosen { index, pace: decision.pace(index), slot, reached: None };
-                return (decision.verdict.clone(), Some(chosen));
+                return Ok((decision.verdict.clone(), Some(chosen)));
             }
             // Among those that would do, a machine that is known to answer must not wait for the others for long.
             // One that never had a build of ours has not answered us either, which there may be a thousand of.
@@ -436,7 +467,7 @@ impl<'a> Hook<'a> {
                         self.nix.message(Verbosity::Warn, &text);
                     }
                     if !woken.insert(index) {
-                        return (Verdict::Postpone(vec![index]), None);
+                        return Ok((Verdict::Postpone(vec![index]), None));
                     }
                     continue;
                 }
@@ -445,12 +476,12 @@ impl<'a> Hook<'a> {
                         tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
                         let told = format!("cannot build on '{}': {text}", machine.name);
                         self.nix.message(Verbosity::Error, &told);
-                        unfit.insert(index, text);
+                        candidate.unfit.borrow_mut().insert(index, text);
                     }
                     // It is used at once when there is one again.
                     error if error.is_no_network() => {
                         self.tell_of_network();
-                        unfit.insert(index, text);
+                        cut_off.insert(index);
                     }
                     error => {
                         self.note_failure(index, &error);
@@ -470,7 +501,7 @@ impl<'a> Hook<'a> {
             };
             if winner == index {
                 let chosen = Chosen { index, pace: decision.pace(index), slot, reached };
-                return (Verdict::Accept(index), Some(chosen));
+                return Ok((Verdict::Accept(index), Some(chosen)));
             }
             drop(slot);
             let (machine, slots) = (&self.machines[winner], decision.weight(winner));
@@ -485,7 +516,7 @@ impl<'a> Hook<'a> {
                     "answered first"
                 );
                 let chosen = Chosen { index: winner, pace: decision.pace(winner), slot, reached };
-                return (Verdict::Accept(winner), Some(chosen));
+                return Ok((Verdict::Accept(winner), Some(chosen)));
             }
             // Somebody else has the slot by now. It answers, at least.
         }
@@ -498,13 +529,20 @@ impl<'a> Hook<'a> {
         Runner { index, machine, bound: if waking { WAKING_BOUND } else { self.reach.connect_timeout() } }
     }
 
-    /// A place among the builds that wait here for a slot of these machines; none if there are too many.
-    fn place_in_queue(&self, machines: &[usize]) -> Option<Place> {
-        let wish = self.wish(machines);
-        self.queue.place(wish, queue::whose(), self.rules.max_waiting).unwrap_or_else(|error| {
+    /// A place among the builds that wait here for a slot of these machines; none if there are too many of this user. What
+    /// waits for the build itself is looked at later, for Nix waits now.
+    fn place_in_queue(&self, candidate: &Candidate, machines: &[usize]) -> Option<Place> {
+        let (wish, came) = (self.wish(machines), turn::ticket(candidate.since(), None));
+        self.queue.place(wish, queue::whose(), came, self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("{}", exit::report(&error, None));
             None
         })
+    }
+
+    fn tell_error(&self, error: &dyn Error, level: Verbosity) {
+        let text = exit::report(error, None);
+        tracing::error!("{text}");
+        self.nix.message(level, &format!("nix-offload: {text}"));
     }
 
     /// What a build waits for after the last decision.

@@ -12,6 +12,7 @@ use crate::reach::{ReachError, Reached};
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -126,11 +127,13 @@ impl Outlook<'_, '_> {
         let work =
             Work { duration: candidate.work.duration, output: candidate.work.output, ..Work::default() };
         let mut unfit = self.distrusted.borrow().clone();
+        unfit.extend(candidate.unfit.borrow().clone());
         for index in (0..hook.machines.len()).filter(|index| *index != on && hook.is_shared(*index)) {
             unfit.insert(index, "it shares its slots, so no build that runs is begun anew on it".to_owned());
         }
         let mut worth = None;
-        let decided = hook.decide_if((candidate, &work), Stage::Waited, failed, &unfit, |decision| {
+        let (stage, nobody) = (Stage::Waited(None), HashSet::new());
+        let decided = hook.decide_if((candidate, &work), stage, (failed, &unfit), &nobody, |decision| {
             worth = moving::worth_moving(hook.machines, decision, &running);
             worth.is_some()
         });

@@ -6,7 +6,7 @@
 //!
 //! Must never hold up a reply.
 
-use super::Hook;
+use super::{Hook, NOWHERE};
 use crate::plan::{Because, Decision, Local, Refusal, Request, Verdict, telling};
 use crate::wire::hook::Verbosity;
 
@@ -14,6 +14,15 @@ impl Hook<'_> {
     /// Tells what was missing in the last decision, if nobody has in this command. `local` is what Nix can still build
     /// itself.
     pub(super) fn tell_what_is_missing(&self, request: &Request, local: &Local) {
+        self.tell_table(request, local, "Nix asks again every few seconds");
+    }
+
+    /// The same for a build that is accepted and waits here.
+    pub(super) fn tell_what_is_waited_for(&self, request: &Request) {
+        self.tell_table(request, &NOWHERE, "it waits for one");
+    }
+
+    fn tell_table(&self, request: &Request, local: &Local, meanwhile: &str) {
         let latest = self.memory.latest();
         let Some(decision) = latest.as_ref() else { return };
         let Some(level) = level(decision, local.could_build(request)) else { return };
@@ -27,7 +36,7 @@ impl Hook<'_> {
             Because::Obstacles => (
                 format!("no machine can take '{derivation}' ({needs}) at present:"),
                 format!(
-                    "Nix asks again every few seconds, for {} at most",
+                    "{meanwhile}, for {} at most",
                     telling::seconds(self.rules.obstacle_patience.as_secs_f64())
                 ),
             ),

@@ -179,7 +179,10 @@ impl Desk {
             sample: None,
         };
         let known = match look {
-            Ok(look) => look.known,
+            Ok(look) => {
+                row.waiting = Some(look.waiting);
+                look.known
+            }
             Err(error) => {
                 row.reason = Some(exit::reason(&error));
                 return row;
@@ -187,7 +190,6 @@ impl Desk {
         };
         let taken = known.load.taken;
         row.taken = Some(taken);
-        row.waiting = Some(known.waiting);
         if taken > 0 {
             row.builds = self.slots.running(&machine.name, machine.max_jobs);
         }

@@ -26,6 +26,6 @@ pub use location::{Location, LocationError};
 pub use nar::{DumpError, dump};
 pub use optimise::{OptimiseError, Optimised, optimise};
 pub use order::{CycleError, references_first};
-pub use query::Query;
+pub use query::{DrvId, Query};
 pub use remove::RemoveError;
 pub use restore::{Expected, RestoreError, Restored, restore};

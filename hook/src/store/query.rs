@@ -7,6 +7,10 @@ use nix_derivation::{NixHash, StoreDir, StorePath};
 use rusqlite::{OptionalExtension, params};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+/// A derivation in the database, by its number there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DrvId(i64);
+
 /// A read-only view of the database that sees what other processes commit.
 ///
 /// Owns: validity, references, path info, closures. Must never: write, or be kept open across a build.
@@ -84,6 +88,28 @@ impl Query {
             .map_err(&failed)?;
         let id = statement.query_row([&rendered], |row| row.get(0)).optional().map_err(&failed)?;
         id.map(|id| self.references_of(id, &rendered)).transpose()
+    }
+
+    /// The number of a derivation, or nothing if it is not valid.
+    pub fn drv_id(&self, path: &StorePath) -> Result<Option<DrvId>, DatabaseError> {
+        let failed = self.database.failed("look up a path");
+        let mut statement = self
+            .database
+            .connection
+            .prepare_cached("select id from ValidPaths where path = ?")
+            .map_err(&failed)?;
+        let id = statement.query_row([self.store_dir.render_path(path)], |row| row.get(0));
+        Ok(id.optional().map_err(&failed)?.map(DrvId))
+    }
+
+    /// Derivations that need outputs of this one and are still to be built, at most so many (`most`): those that
+    /// refer to it and have an output that is not valid or whose path nobody knows.
+    pub fn unbuilt_dependents(&self, of: DrvId, most: usize) -> Result<Vec<(DrvId, String)>, DatabaseError> {
+        let failed = self.database.failed("look up derivations");
+        let mut statement = self.database.connection.prepare_cached(UNBUILT_DEPENDENTS).map_err(&failed)?;
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let rows = statement.query_map(params![of.0, most], |row| Ok((DrvId(row.get(0)?), row.get(1)?)));
+        rows.map_err(&failed)?.collect::<Result<_, _>>().map_err(&failed)
     }
 
     /// `roots` and everything they refer to, directly or not. Paths that are not valid are left out.
@@ -181,4 +207,12 @@ fn unreadable(path: &str, column: &'static str, value: &str) -> DatabaseError {
 // The statements of Nix's LocalStore::queryPathInfoInternal (local-store.cc).
 const PATH_INFO: &str =
     "select id, hash, registrationTime, deriver, narSize, ultimate, sigs, ca from ValidPaths where path = ?";
+/// Nix writes down the outputs of a derivation when it registers it (`LocalStore::addValidPath` in local-store.cc).
+/// What refers to a derivation for long may be much, and built long ago; what came last is looked at first.
+const UNBUILT_DEPENDENTS: &str = "select drv.id, drv.path from \
+     (select referrer from Refs where reference = ?1 and referrer <> ?1 order by rowid desc limit 4 * ?2) \
+     join ValidPaths drv on drv.id = referrer where drv.path glob '*.drv' \
+     and (exists (select 1 from DerivationOutputs output where output.drv = drv.id \
+     and not exists (select 1 from ValidPaths where path = output.path)) \
+     or not exists (select 1 from DerivationOutputs output where output.drv = drv.id)) limit ?2";
 const REFERENCES: &str = "select path from Refs join ValidPaths on reference = id where referrer = ?";

@@ -3,7 +3,7 @@
 use super::{Contender, Progress, World};
 use crate::graph::Graph;
 use crate::random::Random;
-use crate::site::{Site, clock};
+use crate::site::clock;
 use crate::stock;
 use nix_offload::plan::chain::{self, Step};
 use nix_offload::plan::estimate::slot_wait;
@@ -59,6 +59,7 @@ impl World<'_> {
             usual: if is_learning { self.usual() } else { None },
             output: (built > 0 && is_learning).then(|| bytes / built),
             waiting_since: self.jobs[job].asked.map(clock),
+            obstructed_since: None,
         };
         let request = any_request();
         let local = Local::default();
@@ -82,18 +83,12 @@ impl World<'_> {
 
     /// When slots will be free, from the times of the lock files and how long builds take. One that has run for longer
     /// than usual is expected to go on for half as long again.
-    fn slot_wait(&self, job: usize, site: &Site) -> Option<f64> {
+    fn slot_wait(&self, job: usize, index: usize) -> Option<f64> {
+        let site = &self.sites[index];
         let usual = self.usual()? / f64::from(site.spec.line.speed_factor);
         let ages = site.taken.iter().map(|(_, since)| self.now - since);
         let ends: Vec<f64> = ages.map(|age| (usual - age).max(age / 2.0)).collect();
-        let own = self.waits(job).ticket();
-        let ahead = self.waiting.iter().filter(|other| **other != job && self.waits(**other).ticket() <= own);
-        slot_wait(&ends, ahead.count() as u64, usual)
-    }
-
-    /// Whether one build more may wait in a hook.
-    pub(super) fn may_wait(&self) -> bool {
-        (self.waiting.len() as u64) < self.rules.max_waiting
+        slot_wait(&ends, self.ahead(job, index), usual)
     }
 
     /// What a hook of ours knows of a machine.
@@ -106,7 +101,8 @@ impl World<'_> {
         } else {
             Health::Well
         };
-        let known = Known::ready(Load { taken: site.taken.len() as u64 }).with_health(health);
+        let ready = Known::ready(Load { taken: site.taken.len() as u64 }).with_health(health);
+        let known = Known { waiting: self.is_behind(job, index), ..ready };
         if !self.contender.is_learning() {
             return known;
         }
@@ -114,7 +110,7 @@ impl World<'_> {
         let outputs = self.graph.inputs[job].without(&site.holds).filter(missing);
         let missing = outputs.map(|path| self.graph.jobs[path].output).sum::<u64>();
         Known {
-            slot_wait: if site.is_free() { None } else { self.slot_wait(job, site) },
+            slot_wait: if site.is_free() { None } else { self.slot_wait(job, index) },
             sample: site.sample.clone(),
             link: Link {
                 missing: Some(missing + self.graph.jobs[job].source),

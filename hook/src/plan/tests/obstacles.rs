@@ -48,34 +48,73 @@ fn the_machines_owner_has_the_last_word() {
     assert_eq!(refusals(&decision), [(0, Refusal::Inhibited("a talk".into()))]);
 }
 
-#[test]
-fn obstacles_are_waited_for_with_a_bound_and_not_where_it_can_be_built_here() {
+/// What is decided of a machine with an inhibit file about a build that has waited since 0, and was kept from all machines
+/// since then.
+fn ask_inhibited(now: u64, obstructed: Option<u64>, am_willing: bool, local: &Local) -> Decision {
     let machines = [machine("a", 1, 1.0)];
     let inhibited = with_sample(idle(), |sample| sample.inhibited = Some(String::new()));
-    let rules = Rules::default();
-    let ask = |waited: u64, am_willing: bool, local: &Local| {
-        let work = Work { waiting_since: Some(seconds(0)), ..Work::default() };
-        let request = Request { am_willing, ..request() };
-        let now = seconds(waited);
-        let question = Question {
-            machines: &machines,
-            rules: &rules,
-            local,
-            here: None,
-            request: &request,
-            work: &work,
-            now,
-        };
-        decide(&question, |_| Known {
-            sample: inhibited.sample.clone().map(|s| Sample { at: now, ..s }),
-            ..idle()
-        })
+    let (waiting_since, obstructed_since) = (Some(seconds(0)), obstructed.map(seconds));
+    let work = Work { waiting_since, obstructed_since, ..Work::default() };
+    let request = Request { am_willing, ..request() };
+    let now = seconds(now);
+    let question = Question {
+        machines: &machines,
+        rules: &Rules::default(),
+        local,
+        here: None,
+        request: &request,
+        work: &work,
+        now,
     };
-    assert_eq!(ask(0, false, &Local::default()).verdict, Verdict::Postpone(vec![0]));
-    let late = ask(rules.obstacle_patience.as_secs(), false, &Local::default());
+    decide(&question, |_| Known {
+        sample: inhibited.sample.clone().map(|s| Sample { at: now, ..s }),
+        ..idle()
+    })
+}
+
+#[test]
+fn obstacles_are_waited_for_with_a_bound_and_not_where_it_can_be_built_here() {
+    let patience = Rules::default().obstacle_patience.as_secs();
+    let nowhere = Local::default();
+    assert_eq!(ask_inhibited(0, None, false, &nowhere).verdict, Verdict::Postpone(vec![0]));
+    let late = ask_inhibited(patience, Some(0), false, &nowhere);
     assert_eq!((late.verdict, late.because), (Verdict::Decline, Because::ObstaclesTooLong));
-    assert_eq!(ask(0, false, &here(1)).verdict, Verdict::Decline);
-    assert_eq!(ask(0, true, &here(1)).because, Because::LocalFree);
+    assert_eq!(ask_inhibited(0, None, false, &here(1)).verdict, Verdict::Decline);
+    assert_eq!(ask_inhibited(0, None, true, &here(1)).because, Because::LocalFree);
+}
+
+#[test]
+fn patience_with_obstacles_begins_with_them_and_not_with_the_wait_for_a_slot() {
+    let patience = Rules::default().obstacle_patience.as_secs();
+    let nowhere = Local::default();
+    // It has been in a queue for an hour.
+    let first = ask_inhibited(3600, None, false, &nowhere);
+    assert_eq!((first.because, first.obstructed_since(None)), (Because::Obstacles, Some(seconds(3600))));
+    let still = ask_inhibited(3600 + patience - 1, Some(3600), false, &nowhere);
+    assert_eq!(
+        (still.because, still.obstructed_since(Some(seconds(3600)))),
+        (Because::Obstacles, Some(seconds(3600)))
+    );
+    let late = ask_inhibited(3600 + patience, Some(3600), false, &nowhere);
+    assert_eq!(late.because, Because::ObstaclesTooLong);
+    assert_eq!(late.obstructed_since(Some(seconds(3600))), Some(seconds(3600)));
+    // They are gone.
+    let accepted = decide_with(&Rules::default(), &Work::default(), &[machine("a", 1, 1.0)], &[idle()]);
+    assert_eq!(accepted.obstructed_since(Some(seconds(0))), None);
+}
+
+#[test]
+fn a_client_without_a_network_postpones_what_it_cannot_build_itself() {
+    let machines = [machine("a", 1, 1.0), machine("b", 1, 1.0)];
+    let cut_off = || busy(0).with_health(Health::CutOff);
+    let ask = |local: &Local, known: [Known; 2]| {
+        decided(&machines, local, &request(), |index| known[index].clone())
+    };
+    let alone = ask(&Local::default(), [cut_off(), cut_off()]);
+    assert_eq!((alone.verdict.clone(), alone.because), (Verdict::Postpone(vec![0, 1]), Because::Obstacles));
+    assert_eq!(refusals(&alone), [(0, Refusal::CutOff), (1, Refusal::CutOff)]);
+    assert_eq!(ask(&here(1), [cut_off(), cut_off()]).verdict, Verdict::Decline);
+    assert_eq!(ask(&Local::default(), [cut_off(), busy(0)]).verdict, Verdict::Accept(1));
 }
 
 #[test]

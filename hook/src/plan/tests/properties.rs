@@ -71,6 +71,7 @@ fn any_health() -> impl Strategy<Value = Health> {
         1 => Just(Health::Waking),
         1 => Just(Health::Failed("x".into())),
         1 => Just(Health::Unreachable("x".into())),
+        1 => Just(Health::CutOff),
     ]
 }
 
@@ -130,8 +131,13 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn any_work()(duration in of(0.1_f64..1e4), usual in of(0.1_f64..1e4), output in of(0_u64..1 << 32), since in of(0..LATER)) -> Work {
-        Work { duration, usual, output, waiting_since: since.map(|at| NOW + Duration::from_secs(at)) }
+    fn any_work()(
+        duration in of(0.1_f64..1e4), usual in of(0.1_f64..1e4), output in of(0_u64..1 << 32),
+        since in of(0..LATER), obstructed in of(0..LATER),
+    ) -> Work {
+        let [waiting_since, obstructed_since] =
+            [since, obstructed].map(|since| since.map(|at| NOW + Duration::from_secs(at)));
+        Work { duration, usual, output, waiting_since, obstructed_since }
     }
 }
 

@@ -4,7 +4,7 @@ use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::chain::{Step, tails};
 use crate::plan::moving::{Running, rivals, worth_moving};
-use crate::plan::turn::{LONGEST_HEAD_START, Waiting, order, turn};
+use crate::plan::turn::{LONGEST_HEAD_START, ticket};
 use proptest::collection::vec;
 use proptest::option::of;
 use proptest::prelude::*;
@@ -13,8 +13,8 @@ fn step(seconds: Option<f64>, dependents: &[usize]) -> Step {
     Step { seconds, dependents: dependents.to_vec() }
 }
 
-fn waits(user: u32, since: u64, tail: Option<f64>) -> Waiting {
-    Waiting { user, slots: 0, since: NOW + Duration::from_secs(since), tail }
+fn at(seconds: u64) -> SystemTime {
+    NOW + Duration::from_secs(seconds)
 }
 
 #[test]
@@ -37,47 +37,26 @@ fn a_chain_of_a_hundred_thousand_needs_no_stack() {
 
 #[test]
 fn the_longer_chain_goes_first_but_not_before_everybody() {
-    let first = waits(1, 100, Some(30.0));
-    assert_eq!(turn(&[first, waits(1, 101, Some(300.0))]), Some(1));
-    assert_eq!(turn(&[first, waits(1, 100_000, Some(1e9))]), Some(0), "it came too late");
-    assert_eq!(order(&[waits(1, 3, None), waits(1, 1, None), waits(1, 2, None)]), [1, 2, 0]);
-    assert_eq!(turn(&[]), None);
-}
-
-#[test]
-fn users_get_as_many_slots_each() {
-    let many = |user, slots| Waiting { slots, ..waits(user, 5, Some(1e6)) };
-    let waiting = [many(1, 2), many(1, 2), Waiting { slots: 1, ..waits(2, 50, None) }, waits(3, 60, None)];
-    assert_eq!(order(&waiting), [3, 2, 0, 1]);
+    let first = ticket(at(100), Some(30.0));
+    assert!(ticket(at(101), Some(300.0)) < first);
+    assert!(ticket(at(100_000), Some(1e9)) > first, "it came too late");
+    assert_eq!(ticket(at(7), None), at(7));
+    assert_eq!(ticket(at(700), Some(30.0)), at(400));
 }
 
 proptest! {
     #[test]
-    fn everybody_has_a_turn_and_nobody_is_overtaken_by_those_who_come_much_later(
-        who in vec((0_u32..3, 0_u64..5, 0_u64..100_000, of(-10.0_f64..1e7)), 0..40),
+    fn nobody_is_overtaken_by_those_who_come_much_later(
+        one in (0_u64..100_000, of(-10.0_f64..1e7)), other in (0_u64..100_000, of(-10.0_f64..1e7)),
+        nonsense in prop_oneof![Just(f64::NAN), Just(f64::INFINITY), Just(-f64::INFINITY)],
     ) {
-        let later = LONGEST_HEAD_START.as_secs();
-        let slots = |user: u32| who.iter().filter(|(other, ..)| *other == user).map(|(_, slots, ..)| *slots).max();
-        let waiting: Vec<Waiting> = who
-            .iter()
-            .map(|(user, _, since, tail)| Waiting { slots: slots(*user).unwrap_or(0), ..waits(*user, *since + later, *tail) })
-            .collect();
-        let order = order(&waiting);
-        let mut places = order.clone();
-        places.sort_unstable();
-        prop_assert_eq!(places, (0..waiting.len()).collect::<Vec<_>>());
-        prop_assert_eq!(turn(&waiting), order.first().copied());
-        for (place, index) in order.iter().enumerate() {
-            let one = &waiting[*index];
-            for before in order[..place].iter().map(|index| &waiting[*index]).filter(|other| other.user == one.user) {
-                prop_assert!(before.since <= one.since + LONGEST_HEAD_START);
-                prop_assert!(before.tail.is_some_and(|tail| tail > 0.0) || before.since <= one.since);
-            }
+        let of = |(since, tail): (u64, Option<f64>)| ticket(at(since), tail);
+        if of(other) < of(one) {
+            prop_assert!(at(other.0) <= at(one.0) + LONGEST_HEAD_START);
+            prop_assert!(other.1.is_some_and(|tail| tail > 0.0) || other.0 < one.0);
         }
-        // Whoever is first has no more slots than any other user who waits.
-        if let Some(first) = order.first() {
-            prop_assert!(waiting.iter().all(|other| waiting[*first].slots <= other.slots));
-        }
+        let odd = of((one.0, Some(nonsense)));
+        prop_assert!(odd <= at(one.0) && odd + LONGEST_HEAD_START >= at(one.0));
     }
 
     #[test]

@@ -2,7 +2,7 @@ use super::*;
 use std::sync::Mutex;
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const MANY: u64 = 256;
@@ -19,6 +19,11 @@ fn wait_until(what: &str, mut question: impl FnMut() -> bool) {
         assert!(begin.elapsed() < LIMIT, "{what}");
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// So many seconds after a time long ago.
+fn soon(seconds: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds)
 }
 
 fn one_of(machines: &[&str]) -> Wish {
@@ -43,7 +48,7 @@ fn kill(place: Place) {
 fn twenty_are_served_in_their_order_and_the_killed_hold_nobody_up() {
     let (_runtime, queue) = queue();
     let mut places: Vec<Option<Place>> =
-        (0..20).map(|_| queue.place(one_of(&["m"]), 0, MANY).unwrap()).collect();
+        (0..20).map(|_| queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap()).collect();
     for killed in [0, 1, 7, 8, 9, 15, 19] {
         kill(places[killed].take().unwrap());
     }
@@ -71,7 +76,9 @@ fn users_take_turns_and_the_builds_of_each_keep_their_order() {
     let (_runtime, queue) = queue();
     let users: [(u32, usize); 3] = [(1000, 6), (1001, 2), (1002, 1)];
     let places = users.map(|(user, count)| {
-        (0..count).map(|_| queue.place(one_of(&["m"]), user, MANY).unwrap().unwrap()).collect::<Vec<_>>()
+        (0..count)
+            .map(|_| queue.place(one_of(&["m"]), user, soon(0), MANY).unwrap().unwrap())
+            .collect::<Vec<_>>()
     });
     let left = Mutex::new(users.map(|(_, count)| count));
     let served = Mutex::new(Vec::new());
@@ -106,21 +113,128 @@ fn users_take_turns_and_the_builds_of_each_keep_their_order() {
 }
 
 #[test]
-fn no_more_wait_than_may_and_the_killed_do_not_count() {
+fn no_more_of_a_user_wait_than_may_and_the_killed_do_not_count() {
     let (_runtime, queue) = queue();
-    let mut places: Vec<Place> =
-        (0..3).map(|user| queue.place(one_of(&["a", "b"]), user, 3).unwrap().unwrap()).collect();
-    assert!(queue.place(one_of(&["b", "a"]), 0, 3).unwrap().is_none(), "the same machines");
-    assert!(queue.place(one_of(&["a"]), 0, 3).unwrap().is_some(), "other machines");
+    let place = |machines: &[&str], user| queue.place(one_of(machines), user, soon(0), 3).unwrap();
+    let mut places: Vec<Place> = (0..3).map(|_| place(&["a", "b"], 1000).unwrap()).collect();
+    assert!(place(&["b", "a"], 1000).is_none(), "the same machines");
+    assert!(place(&["a"], 1000).is_some(), "other machines");
+    assert!(place(&["a", "b"], 1001).is_some(), "another user");
     kill(places.remove(1));
-    assert!(queue.place(one_of(&["a", "b"]), 0, 3).unwrap().is_some());
+    places.push(place(&["a", "b"], 1000).unwrap());
+    assert!(place(&["a", "b"], 1000).is_none());
+}
+
+#[test]
+fn many_who_come_at_once_keep_to_the_bound() {
+    const MOST: u64 = 5;
+    let (runtime, queue) = queue();
+    let door = queue.door().unwrap();
+    let places: Vec<Option<Place>> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..16)
+            .map(|_| {
+                scope.spawn(|| {
+                    // As if each were a process.
+                    let queue = Queue::open(runtime.path()).unwrap();
+                    queue.place(one_of(&["m"]), 0, soon(0), MOST).unwrap()
+                })
+            })
+            .collect();
+        wait_until("all stand before the door", || held_up(&queue) == 16);
+        drop(door);
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(places.iter().flatten().count() as u64, MOST);
+}
+
+#[test]
+fn a_number_is_never_given_twice() {
+    let (runtime, queue) = queue();
+    let place = || queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap();
+    let first = place();
+    let path = first.ticket.path.clone();
+    drop(first);
+    // Whoever still means to remove the file of the first one must not find that of the next.
+    let second = place();
+    assert_ne!(second.ticket.path, path);
+    assert_eq!(second.ticket.name.number, 2);
+    // A door without a number: as after another version.
+    fs::write(runtime.path().join("queue").join(DOOR), "").unwrap();
+    assert_eq!(place().ticket.name.number, 3);
+}
+
+#[test]
+fn the_earlier_ticket_is_served_first_but_whoever_has_the_turn_keeps_it() {
+    let (_runtime, queue) = queue();
+    let place = |seconds| queue.place(one_of(&["m"]), 0, soon(seconds), MANY).unwrap().unwrap();
+    let turn = place(100).wait().unwrap();
+    let served = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        let served = &served;
+        let wait = |place: Place, name: u64| {
+            scope.spawn(move || {
+                let turn = place.wait().unwrap();
+                served.lock().unwrap().push(name);
+                drop(turn);
+            });
+        };
+        let waits = || held_up(&queue);
+        for (count, seconds) in [50, 40, 60, 10, 45].into_iter().enumerate() {
+            wait(place(seconds), seconds);
+            wait_until("it waits", || waits() == count + 1);
+        }
+        // One learns later that much waits for it, one was killed at the front.
+        let mut urgent = place(70);
+        urgent.came_at(soon(20)).unwrap();
+        kill(place(5));
+        wait(urgent, 20);
+        wait_until("it waits, too", || waits() == 6);
+        assert_eq!(served.lock().unwrap().len(), 0);
+        drop(turn);
+    });
+    assert_eq!(served.into_inner().unwrap(), [10, 20, 40, 45, 50, 60]);
+    assert_eq!(queue.names().len(), 0);
+}
+
+/// Locks in this queue that somebody waits for: `->` in `/proc/locks`.
+fn held_up(queue: &Queue) -> usize {
+    let inode = |entry: io::Result<fs::DirEntry>| Some(format!(":{} ", entry.ok()?.metadata().ok()?.ino()));
+    let inodes: Vec<String> = fs::read_dir(&queue.directory).unwrap().filter_map(inode).collect();
+    let locks = fs::read_to_string("/proc/locks").unwrap();
+    locks
+        .lines()
+        .filter(|line| line.contains("->") && inodes.iter().any(|inode| line.contains(inode)))
+        .count()
+}
+
+#[test]
+fn who_waits_for_other_machines_goes_to_their_line_and_to_his_place_in_it() {
+    let (_runtime, queue) = queue();
+    let place =
+        |machines: &[&str], seconds| queue.place(one_of(machines), 0, soon(seconds), MANY).unwrap().unwrap();
+    let first = place(&["fast", "slow"], 10).wait().unwrap();
+    let next = place(&["fast", "slow"], 20);
+    let early = place(&["fast"], 5);
+    let late = place(&["fast"], 15);
+    let first = first.change(one_of(&["fast"])).unwrap();
+    // The next one of its line has the turn at once.
+    let next = next.wait().unwrap();
+    assert_eq!(next.wish(), &one_of(&["fast", "slow"]));
+    let order: Vec<PathBuf> = [&early, &first, &late].map(|place| place.ticket.path.clone()).to_vec();
+    assert!(order.is_sorted(), "{order:?}");
+    // Those that can use fewer machines only are before it there.
+    let narrower = queue.waiting().narrower(next.wish());
+    assert_eq!(["fast", "slow"].map(|machine| narrower.all_of(machine)), [3, 0]);
+    assert_eq!(queue.waiting().narrower(&one_of(&["fast"])).all_of("fast"), 0);
+    drop(early);
+    assert_eq!(first.wait().unwrap().wish(), &one_of(&["fast"]));
 }
 
 #[test]
 fn it_is_known_how_many_wait_for_a_machine() {
     let (_runtime, queue) = queue();
     assert_eq!(queue.waiting(), Waiting::default());
-    let place = |machines: &[&str]| queue.place(one_of(machines), 0, MANY).unwrap().unwrap();
+    let place = |machines: &[&str]| queue.place(one_of(machines), 0, soon(0), MANY).unwrap().unwrap();
     let [a, b, c] = [place(&["a", "b"]), place(&["a", "b"]), place(&["b"])];
     let of = |machine| queue.waiting().of(machine, 8, 1);
     assert_eq!(["a", "b", "c"].map(of), [2, 3, 0]);
@@ -135,21 +249,24 @@ fn it_is_known_how_many_wait_for_a_machine() {
 #[test]
 fn who_needs_several_slots_keeps_nobody_from_less_than_that() {
     let (_runtime, queue) = queue();
-    let big = queue.place(Wish { slots: 5, ..one_of(&["m"]) }, 0, MANY).unwrap().unwrap();
+    let big = queue.place(Wish { slots: 5, ..one_of(&["m"]) }, 0, soon(0), MANY).unwrap().unwrap();
     let waiting = queue.waiting();
     let free = |free| waiting.of("m", 8, free);
     assert_eq!([0, 1, 4, 5, 8].map(free), [0, 0, 0, 1, 1]);
     assert_eq!([waiting.of("m", 3, 2), waiting.of("m", 3, 3)], [0, 1], "all that it has");
+    // People are told of all of them.
+    assert_eq!([waiting.all_of("m"), waiting.all_of("n")], [1, 0]);
     // Nor do those that need less stand behind it.
     let _turn = big.wait().unwrap();
-    let small = queue.place(one_of(&["m"]), 0, MANY).unwrap().unwrap().wait().unwrap();
+    let small = queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap().wait().unwrap();
     assert!(small.has_elder());
 }
 
 #[test]
 fn whoever_came_on_later_lets_others_go_first_who_want_the_same_machine() {
     let (_runtime, queue) = queue();
-    let turn = |machines: &[&str]| queue.place(one_of(machines), 0, MANY).unwrap().unwrap().wait().unwrap();
+    let turn =
+        |machines: &[&str]| queue.place(one_of(machines), 0, soon(0), MANY).unwrap().unwrap().wait().unwrap();
     let elder = turn(&["a", "b"]);
     let younger = turn(&["b", "c"]);
     let apart = turn(&["d"]);
@@ -159,7 +276,7 @@ fn whoever_came_on_later_lets_others_go_first_who_want_the_same_machine() {
     // Now the first set is the later one.
     assert!(turn(&["a", "b"]).has_elder());
     let Turn { turn: ticket, place } = younger;
-    kill(Place { queue: queue.clone(), wish: Wish::default(), ticket });
+    kill(Place { queue: queue.clone(), wish: Wish::default(), user: 0, came: 0, ticket });
     assert!(!turn(&["a", "b"]).has_elder(), "it was killed");
     drop(place);
 }
@@ -173,7 +290,8 @@ fn nobody_has_the_turn_together_with_another() {
             for _ in 0..10 {
                 let (queue, tell) = (&queue, tell.clone());
                 scope.spawn(move || {
-                    let turn = queue.place(one_of(&["m"]), user, MANY).unwrap().unwrap().wait().unwrap();
+                    let turn =
+                        queue.place(one_of(&["m"]), user, soon(0), MANY).unwrap().unwrap().wait().unwrap();
                     tell.send(true).unwrap();
                     thread::yield_now();
                     tell.send(false).unwrap();

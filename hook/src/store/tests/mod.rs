@@ -49,7 +49,18 @@ impl World {
     }
 
     fn try_nix(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new("nix-store");
+        self.run("nix-store", arguments)
+    }
+
+    /// The derivations of an expression, in its order.
+    fn instantiate(&self, expression: &str) -> Vec<StorePath> {
+        let Output { status, stdout, stderr } = self.run("nix-instantiate", &["-E", expression]);
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        String::from_utf8(stdout).unwrap().lines().map(|path| path.parse().unwrap()).collect()
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Output {
+        let mut command = Command::new(program);
         for (name, _) in env::vars_os().filter(|(name, _)| name.as_bytes().starts_with(b"NIX_")) {
             command.env_remove(name);
         }
@@ -61,7 +72,7 @@ impl World {
             .arg(self.dir.path().join("root"))
             .args(arguments)
             .output()
-            .expect("these tests need nix-store in the PATH")
+            .expect("these tests need Nix in the PATH")
     }
 
     fn nix_line(&self, arguments: &[&str]) -> String {

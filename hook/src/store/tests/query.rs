@@ -1,4 +1,5 @@
 use super::*;
+use crate::derivation;
 use std::time::{Duration, Instant};
 
 #[test]
@@ -118,4 +119,69 @@ fn unreadable_rows_are_named() {
         sqlite.execute(&format!("update ValidPaths set {column} = ?"), [good]).unwrap();
         sqlite.execute("update ValidPaths set hash = ?", [sha256(b"").to_nix_base16_string()]).unwrap();
     }
+}
+
+#[test]
+fn derivations_that_wait_for_another_one_are_found_until_they_are_built() {
+    let world = World::new();
+    let drvs = world.instantiate(
+        r#"let d = name: inputs: derivation { inherit name inputs; system = "x"; builder = "/b"; };
+               a = d "a-1" [ ]; b = d "b-1" [ a ]; in [ a b (d "c-1" [ b ]) (d "e-1" [ a ]) (d "done-1" [ a ]) ]"#,
+    );
+    let [a, b, c, e, done] = drvs.try_into().unwrap();
+    let names =
+        |paths: &[&StorePath]| -> BTreeSet<String> { paths.iter().map(|path| path.to_string()).collect() };
+    let query = world.query();
+    let of = |path: &StorePath, most: usize| -> BTreeSet<String> {
+        let id = query.drv_id(path).unwrap().unwrap();
+        query.unbuilt_dependents(id, most).unwrap().into_iter().map(|(_, path)| path).collect()
+    };
+    assert_eq!(of(&a, 100), names(&[&b, &e, &done]));
+    assert_eq!((of(&a, 2).len(), of(&c, 100).len()), (2, 0));
+    assert_eq!(query.drv_id(&store_path("absent.drv")).unwrap(), None);
+    let output = "select output.path, 'sha256:00', 1 from DerivationOutputs output \
+                  join ValidPaths drv on drv.id = output.drv where drv.path like '%-done-1.drv'";
+    let insert = format!("insert into ValidPaths (path, hash, registrationTime) {output}");
+    assert_eq!(world.sqlite().execute(&insert, []).unwrap(), 1);
+    assert_eq!(of(&a, 100), names(&[&b, &e]));
+
+    // The seconds of the longest chain: a, b and c.
+    let nothing = |_: &[&str]| Vec::new();
+    assert_eq!(derivation::chain(&world.location, &a, nothing, 30.0).unwrap(), 90.0);
+    let some = |names: &[&str]| names.iter().map(|name| (*name == "b-1").then_some(7.0)).collect();
+    assert_eq!(derivation::chain(&world.location, &a, some, 30.0).unwrap(), 21.0);
+    assert_eq!(derivation::chain(&world.location, &c, nothing, 30.0).unwrap(), 30.0);
+    assert_eq!(derivation::chain(&world.location, &store_path("absent.drv"), nothing, 30.0).unwrap(), 30.0);
+}
+
+#[test]
+fn a_derivation_that_much_waits_for_is_not_looked_at_for_long() {
+    let world = World::new();
+    let a = world.instantiate(r#"derivation { name = "a"; system = "x"; builder = "/b"; }"#).remove(0);
+    // Twenty thousand refer to it, of which every tenth is still to be built, and each to the one before.
+    world
+        .sqlite()
+        .execute_batch(
+            "begin; create temp table Number as with recursive n(i) as \
+             (select 1 union all select i + 1 from n where i < 20000) select i from n; \
+             insert into ValidPaths (id, path, hash, registrationTime) \
+             select 1000 + i, '/nix/store/' || i || '-x' || i || '.drv', 'sha256:00', 1 from Number; \
+             insert into Refs select 1000 + i, (select id from ValidPaths where path like '%-a.drv') from Number; \
+             insert into Refs select 1000 + i, 999 + i from Number where i > 1; \
+             insert into DerivationOutputs select 1000 + i, 'out', '/nix/store/' || i || '-x' from Number; \
+             insert into ValidPaths (path, hash, registrationTime) \
+             select '/nix/store/' || i || '-x', 'sha256:00', 1 from Number where i % 10 > 0; commit;",
+        )
+        .unwrap();
+    let begin = Instant::now();
+    let mut asked = 0;
+    let count = |names: &[&str]| {
+        asked = names.len();
+        Vec::new()
+    };
+    let seconds = derivation::chain(&world.location, &a, count, 1.0).unwrap();
+    println!("{asked} derivations in {:?}", begin.elapsed());
+    assert!(seconds >= 2.0, "{seconds}");
+    assert!((100..5000).contains(&asked), "{asked}");
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
 }

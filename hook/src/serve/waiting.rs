@@ -1,0 +1,204 @@
+//! The accepted build until it has a slot: its place in the queue, looking again, and going to another line.
+//!
+//! Must never lose a build for a trouble that passes, or have a rule of its own about whose turn it is.
+
+use super::{Candidate, Chosen, Failed, Hook, Stage};
+use crate::derivation;
+use crate::plan::{Because, Verdict, turn};
+use crate::queue::{self, Place, Turn, Wish};
+use crate::slots::{SlotError, Watch};
+use crate::state::Times;
+use crate::wire::hook::Verbosity;
+use nix_offload_proxy::exit;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+/// A waiting build looks at the slots so often even if nothing seems to happen.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// How long a build that could take a slot leaves it to those who have had their turn for longer, in other lines.
+const ELDERS_FIRST: Duration = Duration::from_millis(5);
+
+/// How often it is noted for those behind that obstacles are still there. What is older than two minutes is forgotten.
+const NOTE_AGAIN: Duration = Duration::from_secs(30);
+
+impl Hook<'_> {
+    /// Chooses for a build that is accepted, and waits for a slot if need be. None if no machine will do.
+    pub(super) fn choose_again(
+        &self,
+        candidate: &Candidate,
+        stage: Stage<'_>,
+        failed: &mut Failed,
+    ) -> Option<Chosen> {
+        match self.choose(candidate, stage, failed) {
+            Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
+                // It is accepted, so it has to wait however many do.
+                let (wish, came) = (self.wish(&machines), self.ticket(candidate));
+                let place = self.queue.place(wish, queue::whose(), came, u64::MAX);
+                let place = place.unwrap_or_else(|error| {
+                    self.tell_error(&error, Verbosity::Warn);
+                    None
+                });
+                self.wait_for_slot(candidate, failed, place)
+            }
+            Ok((_, chosen)) => chosen,
+            Err(_) => self.wait_for_slot(candidate, failed, None),
+        }
+    }
+
+    /// Waits at a place that was taken before the reply, when it was not known yet what waits for this build.
+    pub(super) fn wait_in(
+        &self,
+        candidate: &Candidate,
+        failed: &mut Failed,
+        mut place: Place,
+    ) -> Option<Chosen> {
+        if let Err(error) = place.came_at(self.ticket(candidate)) {
+            self.tell_error(&error, Verbosity::Warn);
+        }
+        self.wait_for_slot(candidate, failed, Some(place))
+    }
+
+    /// When the build counts as having come.
+    fn ticket(&self, candidate: &Candidate) -> SystemTime {
+        let tail = candidate.tail.get_or_init(|| {
+            let history = |names: &[&str]| self.memory.seconds_of(names);
+            let typical = self.rules.typical_duration;
+            let tail = derivation::chain(&self.location, &candidate.drv_path, history, typical);
+            tail.map_err(|error| tracing::warn!("{}", exit::report(&error, None))).ok()
+        });
+        turn::ticket(candidate.since(), *tail)
+    }
+
+    /// Waits until a machine has a slot for the build. None if no machine will ever do.
+    fn wait_for_slot(
+        &self,
+        candidate: &Candidate,
+        failed: &mut Failed,
+        place: Option<Place>,
+    ) -> Option<Chosen> {
+        let begin = Instant::now();
+        // Without a turn it may still get a slot.
+        let mut turn = place.and_then(|place| self.wait_for_turn(place));
+        let holds_back =
+            || self.memory.latest().as_ref().is_some_and(|latest| latest.because == Because::HeldBack);
+        let mut is_held_back = holds_back();
+        let mut obstacles = Obstacles::default();
+        let mut trouble = Trouble::default();
+        let mut watch: Option<Watch> = None;
+        loop {
+            if watch.is_none() {
+                watch = self.slots.watch().map_err(|error| trouble.tell(self, &error)).ok();
+            }
+            if turn.as_ref().is_some_and(Turn::has_elder) {
+                thread::sleep(ELDERS_FIRST);
+            }
+            let wish = turn.as_ref().map(Turn::wish);
+            obstacles.inherit(self, candidate, wish);
+            self.forget_what_is_well(failed);
+            match self.choose(candidate, Stage::Waited(wish), failed) {
+                Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
+                    trouble.since = None;
+                    obstacles.note(self, candidate, wish);
+                    self.attend(failed);
+                    self.interest.show();
+                    self.tell_what_is_waited_for(&candidate.request);
+                    // The next in its line may take what it leaves free, and it comes back when nothing is free. For which
+                    // machines exactly it is held back may change with each look; it stays in the line of the first.
+                    if holds_back() != is_held_back {
+                        let other = self.wish(&machines);
+                        let changing = turn.take_if(|turn| turn.wish().machines != other.machines);
+                        if let Some(place) = changing.map(|turn| turn.change(other)) {
+                            is_held_back = holds_back();
+                            let place = place.map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok();
+                            turn = place.and_then(|place| self.wait_for_turn(place));
+                            continue;
+                        }
+                    }
+                }
+                Ok((_, chosen)) => {
+                    obstacles.note(self, candidate, wish);
+                    let duration_ms = begin.elapsed().as_millis() as u64;
+                    tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
+                    return chosen;
+                }
+                Err(error) => {
+                    trouble.tell(self, &error);
+                    let since = *trouble.since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.rules.obstacle_patience {
+                        self.tell_error(&error, Verbosity::Error);
+                        return None;
+                    }
+                    // It may be one that wakes the watch at once.
+                    thread::sleep(LOOK_AGAIN);
+                    continue;
+                }
+            }
+            match &watch {
+                Some(watch) => watch.wait(LOOK_AGAIN),
+                None => thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
+    fn wait_for_turn(&self, place: Place) -> Option<Turn> {
+        place.wait().map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok()
+    }
+}
+
+/// Slots that cannot be looked at.
+#[derive(Default)]
+struct Trouble {
+    is_told: bool,
+    since: Option<Instant>,
+}
+
+impl Trouble {
+    /// Tells of it, once.
+    fn tell(&mut self, hook: &Hook<'_>, error: &SlotError) {
+        if !std::mem::replace(&mut self.is_told, true) {
+            hook.tell_error(error, Verbosity::Warn);
+        }
+    }
+}
+
+/// What those who wait for the same let each other know: since when obstacles keep them from every machine. Only the first
+/// of them looks, and when it has no more patience the next one need not begin to count.
+#[derive(Default)]
+struct Obstacles {
+    line: Option<String>,
+    noted: Option<Instant>,
+}
+
+impl Obstacles {
+    /// When it is its turn in a line: learns from those before it.
+    fn inherit(&mut self, hook: &Hook<'_>, candidate: &Candidate, wish: Option<&Wish>) {
+        let line = wish.map(|wish| format!("waiting {}", wish.name()));
+        if line == self.line {
+            return;
+        }
+        self.noted = None;
+        self.line = line;
+        let Some(line) = &self.line else { return };
+        if let Some(since) = hook.memory.asked(line).obstructed {
+            let own = candidate.obstructed.get();
+            candidate.obstructed.set(Some(own.map_or(since, |own| own.min(since))));
+            self.noted = Some(Instant::now());
+        }
+    }
+
+    /// After a decision: lets those behind know.
+    fn note(&mut self, hook: &Hook<'_>, candidate: &Candidate, wish: Option<&Wish>) {
+        let (Some(line), Some(_)) = (&self.line, wish) else { return };
+        let obstructed = candidate.obstructed.get();
+        let is_due = match (obstructed, self.noted) {
+            (Some(_), noted) => noted.is_none_or(|noted| noted.elapsed() >= NOTE_AGAIN),
+            (None, noted) => noted.is_some(),
+        };
+        if is_due {
+            let first = obstructed.unwrap_or_else(SystemTime::now);
+            hook.memory.postponed(line, Times { first, obstructed });
+            self.noted = obstructed.map(|_| Instant::now());
+        }
+    }
+}
