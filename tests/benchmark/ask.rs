@@ -8,9 +8,11 @@ use crate::{
     BENCH, big,
     report::{Bound, Figure, Section},
     scene::{Contender, Link, Scene},
+    waiting,
 };
 
 const SETTINGS: &str = "/tmp/settings";
+const POSTPONED: &str = "/tmp/postponed";
 const LIMIT: Duration = Duration::from_secs(300);
 /// Stock connects before it answers; so many answers of it are enough.
 const STOCK_SHARE: u32 = 10;
@@ -42,6 +44,26 @@ pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Se
     let mut both = figures_of(Contender::Ours.label());
     questions_among(scene, Contender::Ours, &others, &drv, times, &mut both);
     section(format!("The same with {machines} suitable machines in the list"), "reply in a fleet", vec![both])
+}
+
+/// The same of our hook when so many other derivations have been postponed, because all slots were taken when it was asked
+/// for them.
+pub(crate) fn reply_with_postponed(scene: &Scene, times: u32, count: u32) -> Section {
+    let drv = derivation(scene);
+    let all = format!(
+        r#"builtins.genList (i: d "{}-${{toString i}}" "echo > $out" {{ }}) {count}"#,
+        scene.fresh("postponed")
+    );
+    let instantiated =
+        scene.client.nix("nix-instantiate").args(["-E", &drv::expression(&all)]).limit(LIMIT).run();
+    scene.client.write(POSTPONED, instantiated.assert_success().stdout());
+    let (_, hook) = scene.hook_words(Contender::Ours);
+    let taken: Vec<_> = (0..scene.slots()).map(|number| waiting::take(scene, number)).collect();
+    inside(scene, Contender::Ours, "", &["postpone", SETTINGS, POSTPONED]).args(hook).run().assert_success();
+    drop(taken);
+    let mut both = figures_of(Contender::Ours.label());
+    questions(scene, Contender::Ours, &drv, times, &mut both);
+    section(format!("The same after {count} derivations were postponed"), "reply after many", vec![both])
 }
 
 /// The same of our hook while another one sends a large input to the same builder.

@@ -84,6 +84,21 @@ pub(crate) fn ask(settings: &Path, drv: &str, times: u32, hook: &[String]) {
     }
 }
 
+/// Asks one hook for all derivations that a file names, none of which it can take now.
+pub(crate) fn postpone(settings: &Path, drvs: &Path, hook: &[String]) {
+    let _log = open_log();
+    let (mut child, mut stdin) = start(hook);
+    stdin.write_all(&settings_frame(&fs::read_to_string(settings).unwrap())).unwrap();
+    let mut replies = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    for drv in fs::read_to_string(drvs).unwrap().lines() {
+        stdin.write_all(&request_frame(drv)).unwrap();
+        let reply = replies.find(|line| line.starts_with("# "));
+        assert_eq!(reply.as_deref(), Some("# postpone"), "{drv}");
+    }
+    drop(replies);
+    end(child, stdin);
+}
+
 fn start(hook: &[String]) -> (Child, ChildStdin) {
     let mut child = Command::new(&hook[0])
         .args(&hook[1..])

@@ -114,6 +114,14 @@ enum Inside {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         hook: Vec<String>,
     },
+    /// Asks one hook for all derivations that a file names and that it has to postpone.
+    #[command(hide = true)]
+    Postpone {
+        settings: PathBuf,
+        drvs: PathBuf,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        hook: Vec<String>,
+    },
     /// Starts a hook again and again, with settings and no request; prints the processor times.
     #[command(hide = true)]
     Start {
@@ -159,6 +167,10 @@ fn main() -> ExitCode {
         Some(Inside::Measure { file, hook }) => return inside::measure(&file, &hook),
         Some(Inside::Ask { settings, drv, times, hook }) => {
             inside::ask(&settings, &drv, times, &hook);
+            return ExitCode::SUCCESS;
+        }
+        Some(Inside::Postpone { settings, drvs, hook }) => {
+            inside::postpone(&settings, &drvs, &hook);
             return ExitCode::SUCCESS;
         }
         Some(Inside::Start { settings, times, hook }) => {
@@ -225,6 +237,7 @@ fn builds(arguments: &Arguments, report: &mut Report) {
         let times = if quick { 20 } else { 200 };
         report.add(ask::reply(&scene, times));
         report.add(ask::reply_in_a_fleet(&scene, times, 1000));
+        report.add(ask::reply_with_postponed(&scene, times, if quick { 1000 } else { 10_000 }));
         report.add(ask::reply_while_sending(&scene, times, arguments.mebibytes()));
     }
     if arguments.wants(Part::Cpu) {

@@ -149,6 +149,11 @@ impl Scene {
         self.relays.iter().filter(|(link, _)| *link == Link::Far).map(|(_, relay)| relay.flights()).sum()
     }
 
+    /// How many slots the builder has.
+    pub(crate) fn slots(&self) -> u32 {
+        self.slots
+    }
+
     /// A name no derivation had yet.
     pub(crate) fn fresh(&self, name: &str) -> String {
         format!("{name}-{}", self.salt.fetch_add(1, Ordering::Relaxed))

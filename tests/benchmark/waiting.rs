@@ -78,7 +78,8 @@ fn path(scene: &Scene, number: u32) -> PathBuf {
     scene.client.path(&format!("/nix/var/nix/current-load/ssh-ng:__mac-{number}"))
 }
 
-fn take(scene: &Scene, number: u32) -> Flock<File> {
+/// Takes a slot as Nix's own hook does.
+pub(crate) fn take(scene: &Scene, number: u32) -> Flock<File> {
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).open(path(scene, number)).unwrap();
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error).unwrap()

@@ -23,6 +23,9 @@ const TRIES: usize = 3;
 /// How long to wait when a machine that was taken for reachable is cut off again and again.
 const CUT_OFF_PAUSE: Duration = Duration::from_secs(2);
 
+/// It is again and again if trying takes no longer than this.
+const CUT_OFF_SOON: Duration = Duration::from_secs(5);
+
 /// How trying one machine for an accepted build ended.
 enum Attempt {
     /// The outputs are valid here.
@@ -57,8 +60,9 @@ impl Hook<'_> {
             Accepted::Now(chosen) => Some(*chosen),
             Accepted::Waiting(place) => self.wait_in(candidate, &mut failed, place),
         };
-        let mut cut_off = None;
+        let mut cut_off: Option<Instant> = None;
         while let Some(current) = next.take() {
+            let begin = Instant::now();
             let index = current.index;
             let name = self.machines[index].name.as_str();
             let done = catch_unwind(AssertUnwindSafe(|| {
@@ -84,9 +88,17 @@ impl Hook<'_> {
                 Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
                 Attempt::CutOff => {
                     self.tell_of_network();
-                    if cut_off.replace(index) == Some(index) {
-                        thread::sleep(CUT_OFF_PAUSE);
+                    // One that took longer had a network meanwhile.
+                    let since = cut_off.filter(|_| begin.elapsed() < CUT_OFF_SOON);
+                    match since.map(|since| since.elapsed()) {
+                        Some(elapsed) if elapsed >= self.rules.obstacle_patience => {
+                            tried.push(format!("{name}: this machine has no network"));
+                            break;
+                        }
+                        Some(_) => thread::sleep(CUT_OFF_PAUSE),
+                        None => {}
                     }
+                    cut_off = since.or_else(|| Some(Instant::now()));
                     next = self.choose_again(candidate, Stage::Waited(None), &mut failed);
                 }
                 Attempt::Elsewhere(text) | Attempt::Unreachable(text) => {
