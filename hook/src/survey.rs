@@ -109,10 +109,11 @@ impl<'a> Survey<'a> {
         let before = waiting + self.narrower.all_of(&machine.name);
         let slot_wait =
             if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, before) } else { None };
-        // Of a machine that never had a build of ours nothing is noted here.
+        // Of a machine that never had a build of ours nothing is noted here, and nobody samples it.
         let inputs = needs.inputs.filter(|_| is_used);
         let missing = inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
-        let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
+        let is_sampled = is_used && !self.samples.is_empty();
+        let said = if is_sampled { self.samples.of(&self.reach.key(machine)) } else { None };
         let backlog = self.backlogs.get(&machine.name).copied();
         let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
         let round_trip = said.and_then(|said| said.round_trip);
