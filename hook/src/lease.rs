@@ -125,7 +125,13 @@ impl Lease {
                 true => self.heard.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match heard {
-                Ok(Ok(Word::Held)) => return Ok(Permit::Held),
+                // It may have been lost since.
+                Ok(Ok(Word::Held)) => match self.heard.try_iter().last() {
+                    None | Some(Ok(Word::Held)) => return Ok(Permit::Held),
+                    Some(Ok(Word::None(reason))) => return Ok(self.without(reason)),
+                    Some(Ok(Word::Waiting | Word::Here)) => {}
+                    Some(Err(error)) => return Err(error),
+                },
                 Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
                 Ok(Ok(Word::Waiting | Word::Here)) => {}
                 Ok(Err(error)) => return Err(error),
@@ -203,6 +209,8 @@ impl Keeper {
                     let reason = exit::reason(&error);
                     if is_held {
                         tracing::warn!(builder, reason, "the shared slot was lost, taking one anew");
+                        // For whoever has not begun yet.
+                        let _ = self.say.send(Ok(Word::Waiting));
                     } else {
                         tracing::debug!(builder, reason, "no shared slot again yet");
                     }

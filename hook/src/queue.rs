@@ -19,7 +19,9 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 /// Held while a place is taken or changed, for microseconds. It has the last number in it, so that none is given twice: a
@@ -225,28 +227,22 @@ impl Queue {
     }
 
     /// Waits until a ticket is the first of its line, and then makes it stay that.
-    fn wait_for(&self, ticket: &mut Ticket) -> Result<(), QueueError> {
+    /// With `until`, no longer than that; whether it is the first.
+    fn wait_for(&self, ticket: &mut Ticket, until: Option<Instant>) -> Result<bool, QueueError> {
         loop {
             let before = {
                 let _door = self.door()?;
                 let is_before = |name: &Name| name.line == ticket.name.line && name.key() < ticket.name.key();
                 match self.names().into_iter().filter(is_before).max_by_key(Name::key) {
                     Some(before) => before,
-                    None => return self.set_time(ticket, FIRST),
+                    None => return self.set_time(ticket, FIRST).map(|()| true),
                 }
             };
             let path = self.path(&before);
-            let ended = File::open(&path).and_then(|file| {
-                loop {
-                    match file.lock_shared() {
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        other => break other,
-                    }
-                }
-            });
-            match ended {
+            match File::open(&path).and_then(|file| until_free(file, until)) {
                 // Nobody is there any more. If it was killed its file is still there.
-                Ok(()) => drop(fs::remove_file(&path)),
+                Ok(true) => drop(fs::remove_file(&path)),
+                Ok(false) => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(source) => return Err(QueueError { path, source }),
             }
@@ -362,17 +358,19 @@ impl Place {
         self.queue.set_time(&mut self.ticket, self.came)
     }
 
-    /// Waits for its turn.
+    /// Waits for its turn, with `until` no longer than that. None if it has not come by then; the place is given up.
     ///
     /// # Errors
     /// If files cannot be written or read.
-    pub fn wait(mut self) -> Result<Turn, QueueError> {
-        self.queue.wait_for(&mut self.ticket)?;
+    pub fn wait(mut self, until: Option<Instant>) -> Result<Option<Turn>, QueueError> {
+        if !self.queue.wait_for(&mut self.ticket, until)? {
+            return Ok(None);
+        }
         let line = format!("{}-all", self.wish.name());
         let turn = self.queue.door().and_then(|door| self.queue.ticket(&door, line, FIRST, &self.wish));
         let mut turn = turn?;
-        self.queue.wait_for(&mut turn)?;
-        Ok(Turn { turn, place: self })
+        let is_first = self.queue.wait_for(&mut turn, until)?;
+        Ok(is_first.then_some(Turn { turn, place: self }))
     }
 }
 
@@ -426,6 +424,26 @@ fn wish_in(file: File) -> Wish {
 fn milliseconds(time: SystemTime) -> u64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
     u64::try_from(since).unwrap_or(u64::MAX).max(FIRST + 1)
+}
+
+/// Waits until nobody has a place any more, with `until` no longer than that. Whether it is so.
+fn until_free(file: File, until: Option<Instant>) -> io::Result<bool> {
+    let wait = move || {
+        loop {
+            match file.lock_shared() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => break other,
+            }
+        }
+    };
+    let Some(until) = until else { return wait().map(|()| true) };
+    // The kernel has no such wait with an end. The thread ends when the place is free, or with this process.
+    let (tell, told) = mpsc::channel();
+    thread::Builder::new().spawn(move || tell.send(wait()))?;
+    match told.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        Ok(done) => done.map(|()| true),
+        Err(_) => Ok(false),
+    }
 }
 
 fn lock(file: &File) -> io::Result<()> {

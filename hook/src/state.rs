@@ -18,10 +18,11 @@ pub use withheld::{Entry, Withholdings};
 use nix::unistd::geteuid;
 use nix_derivation::{HashAlgorithm, hash_bytes};
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -141,7 +142,7 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
         let _ = fs::remove_file(&new);
     }
     if chance.is_multiple_of(TIDYING) {
-        path.parent().into_iter().for_each(tidy);
+        tidy(path);
     }
     written
 }
@@ -151,12 +152,17 @@ fn make(directory: &Path) -> io::Result<()> {
     DirBuilder::new().mode(0o700).recursive(true).create(directory)
 }
 
-/// Removes what processes left in a directory that were killed while they wrote.
-fn tidy(directory: &Path) {
+/// Removes what processes left beside a file that were killed while they wrote it.
+fn tidy(written: &Path) {
     const ABANDONED: Duration = Duration::from_secs(60);
+    let (Some(directory), Some(stem)) = (written.parent(), written.file_stem()) else { return };
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let path = entry.path();
-        let is_new = path.extension().is_some_and(|extension| extension == NEW);
+        let is_hex = |text: &OsStr| text.as_bytes().iter().all(u8::is_ascii_hexdigit);
+        let chance = path.with_extension("");
+        let is_new = path.extension().is_some_and(|extension| extension == NEW)
+            && chance.extension().is_some_and(is_hex)
+            && chance.file_stem() == Some(stem);
         let age = || entry.metadata().and_then(|file| file.modified()).ok()?.elapsed().ok();
         if is_new && age().is_some_and(|age| age > ABANDONED) {
             let _ = fs::remove_file(path);

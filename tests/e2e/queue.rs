@@ -245,15 +245,16 @@ fn a_build_for_which_much_waits_comes_first_and_nobody_starves() {
     assert_only_masters_left(&client, 1);
 }
 
-#[test]
-fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
-    let world = World::new();
+/// A fast machine and a slow one, which have one slot each, and a client that knows how long builds take there and what their
+/// loads are. Each has a build, which goes on until it is let.
+fn fast_and_slow(world: &World, choice: &str) -> (Client, [Running; 2]) {
     let [fast, slow] = ["fast", "slow"].map(|name| world.builder(name).start());
-    let client = plan(&world)
+    let client = plan(world)
         .knows(&fast)
         .knows(&slow)
-        .machines("ssh-ng://fast x86_64-linux - 1 8\nssh-ng://slow x86_64-linux - 1 1")
+        .machines("ssh-ng://fast x86_64-linux - 1 8 big-parallel\nssh-ng://slow x86_64-linux - 1 1")
         .start();
+    client.write("/etc/nix/offload.toml", choice);
     // Earlier builds took so long, and all together a second (*). In which file that stands depends on the names.
     client.run(
         "mkdir -p -m 700 /var/lib/nix-offload/history; cd /var/lib/nix-offload/history; \
@@ -271,6 +272,13 @@ fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
             .run("cat /run/nix-offload/load.json /run/nix-offload/sample/load.json 2>/dev/null || true");
         known.matches("load_average").count() == 2
     });
+    (client, gates)
+}
+
+#[test]
+fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
+    let world = World::new();
+    let (client, gates) = fast_and_slow(&world, "");
     let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
     wait_until("it waits", SOON, || waiting(&client, "") == 1);
     let short = client.spawn_nix_build(&gated("short"), &["-j0"]);
@@ -288,6 +296,28 @@ fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
         build.wait().assert_success();
     }
     assert_only_masters_left(&client, 2);
+}
+
+#[test]
+fn one_that_is_held_back_waits_behind_others_for_no_longer_than_it_is_to() {
+    let world = World::new();
+    let (client, [fastgate, slowgate]) = fast_and_slow(&world, "[choice]\nhold-back = '3s'\n");
+    // It can go nowhere else, and nobody knows when it will.
+    let only = r#"d "only" "echo > $out" { requiredSystemFeatures = [ "big-parallel" ]; }"#;
+    let only = client.spawn_nix_build(&drv::expression(only), &["-j0"]);
+    wait_until("it waits", SOON, || waiting(&client, "") == 1);
+    open(&client, "slowgate");
+    slowgate.wait().assert_success();
+    let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
+    wait_until("it waits, too", SOON, || waiting(&client, "") == 2);
+    wait_for_begin(&client, "long", &["slow"]);
+    assert_eq!(waiting(&client, ""), 1);
+    for name in ["long", "fastgate"] {
+        open(&client, name);
+    }
+    for build in [fastgate, long, only] {
+        build.wait().assert_success();
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 /// How often machines are looked at, unless it is set.
 const SAMPLE_EVERY: Duration = Duration::from_secs(5);
-/// What is known of a machine must not be older when builds are sent there, as to what is left on its disk for instance.
+/// Where samples are further apart, what is known of a machine's disk for instance says too little of how it is now.
 const RAREST_SAMPLE: Duration = Duration::from_secs(300);
 /// More processes than that must not wait on one client.
 const MOST_WAITING: u64 = 4096;

@@ -11,7 +11,7 @@
 use std::time::{Duration, SystemTime};
 
 /// A second of the chain behind a build counts as so many seconds of waiting.
-const HEAD_START: f64 = 10.0;
+const HEAD_START: f64 = 5.0;
 
 /// And all of it as this at most: whoever waits for longer is overtaken by nobody new.
 pub const LONGEST_HEAD_START: Duration = Duration::from_secs(4 * 3600);

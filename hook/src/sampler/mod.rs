@@ -144,6 +144,10 @@ struct Sampler {
 }
 
 impl Watched {
+    fn is_watched(&self) -> bool {
+        self.watcher.as_ref().is_some_and(|watcher| !watcher.is_finished())
+    }
+
     /// Has its shell ended, if there is one. Nothing is waited for.
     fn leave(&self) {
         self.is_over.store(true, Ordering::Relaxed);
@@ -194,6 +198,10 @@ impl Sampler {
         }
         // A shell keeps its connection alive, which must not be the only reason for there being one.
         self.watched.values().filter(|watched| !watched.is_wanted).for_each(Watched::leave);
+        // Those that nobody wants any more are not to keep others out.
+        if self.watched.len() >= MOST_WATCHED {
+            self.watched.retain(|_, watched| watched.is_wanted || watched.is_watched());
+        }
         is_wanted
     }
 

@@ -23,9 +23,6 @@ const TRIES: usize = 3;
 /// How long to wait when a machine that was taken for reachable is cut off again and again.
 const CUT_OFF_PAUSE: Duration = Duration::from_secs(2);
 
-/// It is again and again if trying takes no longer than this.
-const CUT_OFF_SOON: Duration = Duration::from_secs(5);
-
 /// How trying one machine for an accepted build ended.
 enum Attempt {
     /// The outputs are valid here.
@@ -38,8 +35,8 @@ enum Attempt {
     Unreachable(String),
     /// The machine is down and has been told to wake up.
     Asleep,
-    /// The machine cannot be reached before this one has a network.
-    CutOff,
+    /// The machine cannot be reached before this one has a network, which it had meanwhile or not.
+    CutOff { had_network: bool },
     /// Another machine would be done much sooner, so the build was ended where it was.
     Moved(Box<Chosen>),
 }
@@ -62,7 +59,6 @@ impl Hook<'_> {
         };
         let mut cut_off: Option<Instant> = None;
         while let Some(current) = next.take() {
-            let begin = Instant::now();
             let index = current.index;
             let name = self.machines[index].name.as_str();
             let done = catch_unwind(AssertUnwindSafe(|| {
@@ -86,10 +82,9 @@ impl Hook<'_> {
                     next = Some(*chosen);
                 }
                 Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
-                Attempt::CutOff => {
+                Attempt::CutOff { had_network } => {
                     self.tell_of_network();
-                    // One that took longer had a network meanwhile.
-                    let since = cut_off.filter(|_| begin.elapsed() < CUT_OFF_SOON);
+                    let since = cut_off.filter(|_| !had_network);
                     match since.map(|since| since.elapsed()) {
                         Some(elapsed) if elapsed >= self.rules.obstacle_patience => {
                             tried.push(format!("{name}: this machine has no network"));
@@ -184,6 +179,7 @@ impl Hook<'_> {
         let begin = Instant::now();
         let mut lost = String::new();
         let mut attempt = 0;
+        let mut had_connection = false;
         let mut guessed_wrong = false;
         // Its daemon refused to build the derivation alone, whatever it says of itself.
         let mut refused = false;
@@ -196,12 +192,15 @@ impl Hook<'_> {
             let mut connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if error.is_waking() => return Attempt::Asleep,
-                Err(error) if error.is_no_network() => return Attempt::CutOff,
+                Err(error) if error.is_no_network() => {
+                    return Attempt::CutOff { had_network: had_connection };
+                }
                 Err(error) => {
                     self.note_failure(index, &error);
                     return Attempt::Unreachable(error.describe());
                 }
             };
+            had_connection = true;
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);
             let seen_way = if refused { Way::Closure } else { seen_way };
@@ -289,6 +288,8 @@ impl Hook<'_> {
                 }
                 Blame::Transport => {
                     self.reach.forget(machine);
+                    // A slot that was taken to begin anew there is for whoever comes first.
+                    outlook.iter().for_each(|outlook| outlook.leave());
                     lost = one_report(&error);
                     tracing::warn!(
                         derivation,

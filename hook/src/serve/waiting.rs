@@ -78,11 +78,11 @@ impl Hook<'_> {
         place: Option<Place>,
     ) -> Option<Chosen> {
         let begin = Instant::now();
-        // Without a turn it may still get a slot.
-        let mut turn = place.and_then(|place| self.wait_for_turn(place));
         let holds_back =
             || self.memory.latest().as_ref().is_some_and(|latest| latest.because == Because::HeldBack);
         let mut is_held_back = holds_back();
+        // Without a turn it may still get a slot.
+        let mut turn = place.and_then(|place| self.wait_for_turn(place, candidate, is_held_back));
         let mut obstacles = Obstacles::default();
         let mut trouble = Trouble::default();
         let mut watch: Option<Watch> = None;
@@ -107,11 +107,19 @@ impl Hook<'_> {
                     // machines exactly it is held back may change with each look; it stays in the line of the first.
                     if holds_back() != is_held_back {
                         let other = self.wish(&machines);
-                        let changing = turn.take_if(|turn| turn.wish().machines != other.machines);
-                        if let Some(place) = changing.map(|turn| turn.change(other)) {
+                        let place = match turn.take() {
+                            Some(same) if same.wish().machines == other.machines => {
+                                turn = Some(same);
+                                Ok(None)
+                            }
+                            Some(turn) => turn.change(other).map(Some),
+                            // It was held back for long enough.
+                            None => self.queue.place(other, queue::whose(), self.ticket(candidate), u64::MAX),
+                        };
+                        let place = place.map_err(|error| self.tell_error(&error, Verbosity::Warn));
+                        if let Ok(Some(place)) = place {
                             is_held_back = holds_back();
-                            let place = place.map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok();
-                            turn = place.and_then(|place| self.wait_for_turn(place));
+                            turn = self.wait_for_turn(place, candidate, is_held_back);
                             continue;
                         }
                     }
@@ -141,8 +149,12 @@ impl Hook<'_> {
         }
     }
 
-    fn wait_for_turn(&self, place: Place) -> Option<Turn> {
-        place.wait().map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok()
+    /// None also if a build that is held back has been that for long enough.
+    fn wait_for_turn(&self, place: Place, candidate: &Candidate, is_held_back: bool) -> Option<Turn> {
+        let waited = SystemTime::now().duration_since(candidate.since()).unwrap_or_default();
+        let left = self.rules.hold_back.saturating_sub(waited);
+        let until = is_held_back.then(|| Instant::now() + left);
+        place.wait(until).map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok().flatten()
     }
 }
 

@@ -433,7 +433,12 @@ impl Pool {
             }
             let (mut master, mut is_new) = match self.live(&endpoint) {
                 Some(master) => (master, false),
-                None => (self.start(&endpoint, left(), first_command)?, true),
+                None => match (self.start(&endpoint, left(), first_command), &last) {
+                    (Ok(master), _) => (master, true),
+                    // The ones before are well, and there will be room on them.
+                    (Err(_), Some(full)) if matches!(why(full), Some(OpenError::Taken)) => break,
+                    (Err(error), _) => return Err(error.into()),
+                },
             };
             let mut is_second_try = false;
             loop {

@@ -41,7 +41,7 @@ fn the_longer_chain_goes_first_but_not_before_everybody() {
     assert!(ticket(at(101), Some(300.0)) < first);
     assert!(ticket(at(100_000), Some(1e9)) > first, "it came too late");
     assert_eq!(ticket(at(7), None), at(7));
-    assert_eq!(ticket(at(700), Some(30.0)), at(400));
+    assert_eq!(ticket(at(700), Some(30.0)), at(550));
 }
 
 proptest! {

@@ -1,8 +1,6 @@
 use super::*;
 use std::sync::Mutex;
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
 
 const LIMIT: Duration = Duration::from_secs(20);
 const MANY: u64 = 256;
@@ -59,7 +57,7 @@ fn twenty_are_served_in_their_order_and_the_killed_hold_nobody_up() {
         for (number, place) in places.into_iter().enumerate().rev() {
             let Some(place) = place else { continue };
             scope.spawn(move || {
-                let turn = place.wait().unwrap();
+                let turn = place.wait(None).unwrap().unwrap();
                 served.lock().unwrap().push(number);
                 drop(turn);
             });
@@ -87,7 +85,7 @@ fn users_take_turns_and_the_builds_of_each_keep_their_order() {
         for (user, places) in places.into_iter().enumerate() {
             for (number, place) in places.into_iter().enumerate() {
                 scope.spawn(move || {
-                    let turn = place.wait().unwrap();
+                    let turn = place.wait(None).unwrap().unwrap();
                     // Nobody is served before all who can have come on.
                     wait_until("the first of each user has come on", || {
                         in_line_of_all(queue) >= left.lock().unwrap().iter().filter(|left| **left > 0).count()
@@ -167,13 +165,13 @@ fn a_number_is_never_given_twice() {
 fn the_earlier_ticket_is_served_first_but_whoever_has_the_turn_keeps_it() {
     let (_runtime, queue) = queue();
     let place = |seconds| queue.place(one_of(&["m"]), 0, soon(seconds), MANY).unwrap().unwrap();
-    let turn = place(100).wait().unwrap();
+    let turn = place(100).wait(None).unwrap().unwrap();
     let served = Mutex::new(Vec::new());
     thread::scope(|scope| {
         let served = &served;
         let wait = |place: Place, name: u64| {
             scope.spawn(move || {
-                let turn = place.wait().unwrap();
+                let turn = place.wait(None).unwrap().unwrap();
                 served.lock().unwrap().push(name);
                 drop(turn);
             });
@@ -212,13 +210,13 @@ fn who_waits_for_other_machines_goes_to_their_line_and_to_his_place_in_it() {
     let (_runtime, queue) = queue();
     let place =
         |machines: &[&str], seconds| queue.place(one_of(machines), 0, soon(seconds), MANY).unwrap().unwrap();
-    let first = place(&["fast", "slow"], 10).wait().unwrap();
+    let first = place(&["fast", "slow"], 10).wait(None).unwrap().unwrap();
     let next = place(&["fast", "slow"], 20);
     let early = place(&["fast"], 5);
     let late = place(&["fast"], 15);
     let first = first.change(one_of(&["fast"])).unwrap();
     // The next one of its line has the turn at once.
-    let next = next.wait().unwrap();
+    let next = next.wait(None).unwrap().unwrap();
     assert_eq!(next.wish(), &one_of(&["fast", "slow"]));
     let order: Vec<PathBuf> = [&early, &first, &late].map(|place| place.ticket.path.clone()).to_vec();
     assert!(order.is_sorted(), "{order:?}");
@@ -227,7 +225,7 @@ fn who_waits_for_other_machines_goes_to_their_line_and_to_his_place_in_it() {
     assert_eq!(["fast", "slow"].map(|machine| narrower.all_of(machine)), [3, 0]);
     assert_eq!(queue.waiting().narrower(&one_of(&["fast"])).all_of("fast"), 0);
     drop(early);
-    assert_eq!(first.wait().unwrap().wish(), &one_of(&["fast"]));
+    assert_eq!(first.wait(None).unwrap().unwrap().wish(), &one_of(&["fast"]));
 }
 
 #[test]
@@ -240,7 +238,7 @@ fn it_is_known_how_many_wait_for_a_machine() {
     assert_eq!(["a", "b", "c"].map(of), [2, 3, 0]);
     kill(b);
     kill(c);
-    let turn = a.wait().unwrap();
+    let turn = a.wait(None).unwrap().unwrap();
     assert_eq!(["a", "b", "c"].map(of), [1, 1, 0], "one whose turn it is waits, too");
     drop(turn);
     assert_eq!(queue.waiting(), Waiting::default());
@@ -257,16 +255,17 @@ fn who_needs_several_slots_keeps_nobody_from_less_than_that() {
     // People are told of all of them.
     assert_eq!([waiting.all_of("m"), waiting.all_of("n")], [1, 0]);
     // Nor do those that need less stand behind it.
-    let _turn = big.wait().unwrap();
-    let small = queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap().wait().unwrap();
+    let _turn = big.wait(None).unwrap().unwrap();
+    let small = queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap().wait(None).unwrap().unwrap();
     assert!(small.has_elder());
 }
 
 #[test]
 fn whoever_came_on_later_lets_others_go_first_who_want_the_same_machine() {
     let (_runtime, queue) = queue();
-    let turn =
-        |machines: &[&str]| queue.place(one_of(machines), 0, soon(0), MANY).unwrap().unwrap().wait().unwrap();
+    let turn = |machines: &[&str]| {
+        queue.place(one_of(machines), 0, soon(0), MANY).unwrap().unwrap().wait(None).unwrap().unwrap()
+    };
     let elder = turn(&["a", "b"]);
     let younger = turn(&["b", "c"]);
     let apart = turn(&["d"]);
@@ -290,8 +289,13 @@ fn nobody_has_the_turn_together_with_another() {
             for _ in 0..10 {
                 let (queue, tell) = (&queue, tell.clone());
                 scope.spawn(move || {
-                    let turn =
-                        queue.place(one_of(&["m"]), user, soon(0), MANY).unwrap().unwrap().wait().unwrap();
+                    let turn = queue
+                        .place(one_of(&["m"]), user, soon(0), MANY)
+                        .unwrap()
+                        .unwrap()
+                        .wait(None)
+                        .unwrap()
+                        .unwrap();
                     tell.send(true).unwrap();
                     thread::yield_now();
                     tell.send(false).unwrap();
@@ -317,4 +321,24 @@ fn the_client_of_a_daemons_process_is_read_from_its_words() {
     }
     // A test runner is no daemon.
     assert_eq!(whose(), nix::unistd::geteuid().as_raw());
+}
+
+#[test]
+fn whoever_waits_no_longer_than_until_gives_up_its_place_and_holds_nobody_up() {
+    let (_runtime, queue) = queue();
+    let place = || queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap();
+    let (first, second, third) = (place().wait(None).unwrap().unwrap(), place(), place());
+    let begin = Instant::now();
+    let bound = Duration::from_millis(50);
+    assert!(second.wait(Some(begin + bound)).unwrap().is_none());
+    assert!(begin.elapsed() >= bound && begin.elapsed() < LIMIT);
+    assert_eq!(queue.waiting().all_of("m"), 2);
+    // Nor does it wait for longer than it must.
+    thread::scope(|scope| {
+        let third = scope.spawn(|| third.wait(Some(Instant::now() + LIMIT)).unwrap().is_some());
+        drop(first);
+        assert!(third.join().unwrap());
+    });
+    assert!(begin.elapsed() < LIMIT);
+    assert!(place().wait(Some(Instant::now())).unwrap().is_some(), "nobody is there");
 }
