@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fs};
 
-use harness::{Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{SOON, assert_only_masters_left, gated, held_locks, open, wait_for_begin};
@@ -247,11 +247,11 @@ fn a_build_for_which_much_waits_comes_first_and_nobody_starves() {
 
 /// A fast machine and a slow one, which have one slot each, and a client that knows how long builds take there and what their
 /// loads are. Each has a build, which goes on until it is let.
-fn fast_and_slow(world: &World, choice: &str) -> (Client, [Running; 2]) {
-    let [fast, slow] = ["fast", "slow"].map(|name| world.builder(name).start());
+fn fast_and_slow(world: &World, choice: &str) -> (Client, [Builder; 2], [Running; 2]) {
+    let builders = ["fast", "slow"].map(|name| world.builder(name).start());
     let client = plan(world)
-        .knows(&fast)
-        .knows(&slow)
+        .knows(&builders[0])
+        .knows(&builders[1])
         .machines("ssh-ng://fast x86_64-linux - 1 8 big-parallel\nssh-ng://slow x86_64-linux - 1 1")
         .start();
     client.write("/etc/nix/offload.toml", choice);
@@ -272,13 +272,13 @@ fn fast_and_slow(world: &World, choice: &str) -> (Client, [Running; 2]) {
             .run("cat /run/nix-offload/load.json /run/nix-offload/sample/load.json 2>/dev/null || true");
         known.matches("load_average").count() == 2
     });
-    (client, gates)
+    (client, builders, gates)
 }
 
 #[test]
 fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
     let world = World::new();
-    let (client, gates) = fast_and_slow(&world, "");
+    let (client, _builders, gates) = fast_and_slow(&world, "");
     let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
     wait_until("it waits", SOON, || waiting(&client, "") == 1);
     let short = client.spawn_nix_build(&gated("short"), &["-j0"]);
@@ -301,7 +301,7 @@ fn while_one_is_held_back_for_a_fast_machine_the_next_takes_what_is_free() {
 #[test]
 fn one_that_is_held_back_waits_behind_others_for_no_longer_than_it_is_to() {
     let world = World::new();
-    let (client, [fastgate, slowgate]) = fast_and_slow(&world, "[choice]\nhold-back = '3s'\n");
+    let (client, _builders, [fastgate, slowgate]) = fast_and_slow(&world, "[choice]\nhold-back = '12s'\n");
     // It can go nowhere else, and nobody knows when it will.
     let only = r#"d "only" "echo > $out" { requiredSystemFeatures = [ "big-parallel" ]; }"#;
     let only = client.spawn_nix_build(&drv::expression(only), &["-j0"]);
