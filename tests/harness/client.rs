@@ -1,6 +1,6 @@
 //! A client: a machine that asks Nix for builds.
 
-use std::{fs, ops::Deref, time::Duration};
+use std::{fs, ops::Deref, sync::OnceLock, time::Duration};
 
 use crate::{
     builder::{Builder, start_daemon, write_nix_conf},
@@ -230,7 +230,15 @@ impl ClientPlan {
         let journald = self.journald.then(|| start_journald(&machine));
         let daemon_env = [self.env.as_slice(), self.daemon_env.as_slice()].concat();
         let daemon = (self.mode == Mode::Daemon).then(|| start_daemon(&machine, &daemon_env));
-        Client { mode: self.mode, env: self.env, daemon_env, daemon, _journald: journald, machine }
+        Client {
+            mode: self.mode,
+            env: self.env,
+            daemon_env,
+            daemon,
+            has_database: OnceLock::new(),
+            _journald: journald,
+            machine,
+        }
     }
 
     fn set_hook(&mut self, path: &str) {
@@ -271,6 +279,8 @@ pub struct Client {
     env: Vec<(String, String)>,
     daemon_env: Vec<(String, String)>,
     daemon: Option<Running>,
+    /// Its store has a database.
+    has_database: OnceLock<()>,
     _journald: Option<Running>,
 }
 
@@ -310,8 +320,12 @@ impl Client {
         self.nix_build_command(expression, args).run()
     }
 
-    /// Starts building an expression.
+    /// Starts building an expression. Two that are the first to use a store would hinder each other as they make its
+    /// database ("is busy", seen with Nix 2.8), so that is done before.
     pub fn spawn_nix_build(&self, expression: &str, args: &[&str]) -> Running {
+        if !matches!(self.mode, Mode::Daemon) {
+            self.has_database.get_or_init(|| drop(self.nix("nix-store").args(["--init"]).run()));
+        }
         self.nix_build_command(expression, args).spawn()
     }
 
