@@ -1,10 +1,12 @@
-//! Builds that run are begun anew on a machine that is much faster, when that becomes free and nobody waits.
+//! Builds that run are begun anew on a machine that is much faster or has less to do, when that is free and nobody waits.
 
 use std::time::Duration;
 
 use harness::{Client, ClientPlan, Hook, Output, World, drv, wait_until};
 
-use crate::support::{NO_SAMPLES, SOON, begun, gated, held_locks, open, sleeping, wait_for_begin};
+use crate::support::{
+    NO_SAMPLES, OFTEN, SOON, begun, gated, held_locks, open, pretend, sleeping, wait_for_begin,
+};
 
 /// A build is looked at when it has run for 20 seconds, and every 10 seconds from then on.
 const LOOKED_AT: Duration = Duration::from_secs(90);
@@ -272,4 +274,36 @@ fn a_build_is_not_ended_for_a_machine_that_does_not_answer() {
     assert_eq!(client.read(&long.assert_success().out_path()), "tin\n");
     long.assert_stderr_lacks(" anew on ").assert_stderr_lacks("connection was lost");
     assert_eq!(long.stderr().matches("cannot build on 'ssh-ng://mac'").count(), 1, "{long}");
+}
+
+#[test]
+fn a_build_leaves_a_machine_that_others_crowd_for_one_that_they_do_not() {
+    let world = World::new();
+    let [mac, tin] = ["mac", "tin"].map(|name| world.builder(name).start());
+    let client = plan(&world, "client").uses(&mac, "ssh-ng", 2).uses(&tin, "ssh-ng", 2).start();
+    client.write("/etc/nix/offload.toml", OFTEN);
+    pretend(&mac, 0.5, 0.0);
+    let long = client.spawn_nix_build(&endless_but_on("tin", "long", "4713"), &["-j0"]);
+    wait_for_begin(&client, "long", &["mac"]);
+    wait_until("it is looked at", LOOKED_AT, || left_alone(&client, "it goes on well"));
+    assert_eq!(tin.logins(), 0);
+    pretend(&tin, 900.0, 100.0);
+    pretend(&mac, 900.0, 100.0);
+    wait_until("the other machine is asked", LOOKED_AT, || {
+        left_alone(&client, "'ssh-ng://tin': its load is not known yet")
+    });
+    wait_until("that one is crowded too", LOOKED_AT, || {
+        left_alone(&client, "no machine is that much better")
+    });
+    assert_eq!(begun(&client, "long"), ["mac"]);
+    pretend(&tin, 0.5, 0.0);
+    wait_until("it is begun anew", LOOKED_AT, || begun(&client, "long") == ["mac", "tin"]);
+    wait_until("it has ended where it was", SOON, || sleeping(&mac, "4713").is_empty());
+    open(&client, "long");
+    let long = long.wait();
+    assert_eq!(client.read(&long.assert_success().out_path()), "tin\n");
+    let message = told(&long);
+    assert!(message.contains(" more on 'ssh-ng://mac', "), "{message}");
+    assert_eq!(begun(&client, "long"), ["mac", "tin"]);
+    assert_eq!((held_locks(&client).as_str(), mac.logins(), tin.logins()), ("", 1, 1));
 }

@@ -9,13 +9,12 @@ use std::time::Duration;
 use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{NO_SAMPLES, SOON, assert_only_masters_left, begun, gated, open, wait_for_begin};
+use crate::support::{
+    NO_SAMPLES, OFTEN, SOON, assert_only_masters_left, begun, gated, open, pretend, wait_for_begin,
+};
 
 /// Longer than the sampler stays after the last build.
 const IDLE: Duration = Duration::from_secs(60);
-
-/// Often enough for a test.
-const OFTEN: &str = "[choice]\nsample-every = '1s'\n";
 
 /// A client with these machines, in this order, four slots each.
 fn client(world: &World, builders: &[&Builder]) -> Client {
@@ -33,18 +32,6 @@ fn build(client: &Client, name: &str) -> Output {
 #[track_caller]
 fn assert_built_on(client: &Client, output: &Output, machine: &str) {
     assert_eq!(client.read(&output.assert_success().out_path()), format!("{machine}\n"), "{output}");
-}
-
-/// From now on the machine has that load average, and its processors are that busy, in percent.
-fn pretend(builder: &Builder, load: f64, pressure: f64) {
-    builder.write("/run/load/loadavg", &format!("{load:.2} {load:.2} {load:.2} 1/100 4711\n"));
-    let average = format!("avg10={pressure:.2} avg60={pressure:.2} avg300={pressure:.2} total=1");
-    builder.write("/run/load/cpu", &format!("some {average}\nfull {average}\n"));
-    builder.run(
-        "for place in loadavg pressure/cpu; do \
-         if [ -e /proc/$place ] && ! grep -q \" /proc/$place \" /proc/self/mounts; then \
-         mount --bind /run/load/${place##*/} /proc/$place; fi; done",
-    );
 }
 
 /// What is written down of the machines.

@@ -11,6 +11,9 @@ use harness::{Builder, Client, Machine, Process, drv, wait_until};
 pub(crate) const SOON: Duration = Duration::from_secs(20);
 /// For tests of which machine is chosen: the load of all of them is that of the machine the tests run on.
 pub(crate) const NO_SAMPLES: &str = "[choice]\nsample-every = 0\n";
+
+/// In offload.toml: samples as often as a test needs them.
+pub(crate) const OFTEN: &str = "[choice]\nsample-every = '1s'\n";
 /// How long hooks and their helpers may take to go when their work is over.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -104,4 +107,17 @@ pub(crate) fn hide(mac: &Builder, program: &str) {
          mount -t overlay -o lowerdir=/usr/bin,upperdir=/run/{program}/upper,workdir=/run/{program}/work \
          overlay /usr/bin; hash -r; if {program} --version; then exit 1; fi 2>/dev/null"
     ));
+}
+
+/// From now on the machine has that load average, and its processors are that busy, in percent. What the kernel says is
+/// covered by mounts, which whoever reads it there sees.
+pub(crate) fn pretend(builder: &Builder, load: f64, pressure: f64) {
+    builder.write("/run/load/loadavg", &format!("{load:.2} {load:.2} {load:.2} 1/100 4711\n"));
+    let average = format!("avg10={pressure:.2} avg60={pressure:.2} avg300={pressure:.2} total=1");
+    builder.write("/run/load/cpu", &format!("some {average}\nfull {average}\n"));
+    builder.run(
+        "for place in loadavg pressure/cpu; do \
+         if [ -e /proc/$place ] && ! grep -q \" /proc/$place \" /proc/self/mounts; then \
+         mount --bind /run/load/${place##*/} /proc/$place; fi; done",
+    );
 }

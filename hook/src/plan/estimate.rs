@@ -78,6 +78,8 @@ pub struct Terms {
     pub cores: Figure,
     /// Tasks of others.
     pub foreign: Figure,
+    /// All tasks that run or wait to run, as far as the sample tells; builds that began since then are not among them.
+    pub tasks: Option<f64>,
     /// Slots that builds of this client have there.
     pub own: u64,
     /// Slots that this build would have.
@@ -126,7 +128,8 @@ pub fn estimate(machine: &Machine, known: &Known, weight: u64, basis: &Basis<'_>
         machine.max_jobs.max(1) as f64,
     );
     let fresh = known.sample.as_ref().filter(|sample| !sample.is_stale(now, rules.stale_after));
-    let foreign = Figure::of(fresh.and_then(|sample| foreign(sample, cores.value, own)), 0.0);
+    let tasks = fresh.and_then(|sample| tasks(sample, cores.value));
+    let foreign = Figure::of(fresh.zip(tasks).map(|(sample, tasks)| foreign(sample, tasks, own)), 0.0);
     let speed = f64::from(machine.speed_factor);
     let share = share(cores.value, foreign.value + (own + weight) as f64);
     let duration = Figure::of(work.duration, work.usual.unwrap_or(rules.typical_duration));
@@ -161,6 +164,7 @@ pub fn estimate(machine: &Machine, known: &Known, weight: u64, basis: &Basis<'_>
             share,
             cores,
             foreign,
+            tasks,
             own,
             weight,
             missing: lacking,
@@ -180,7 +184,8 @@ pub fn estimate_here(sample: Option<&Sample>, slots: u64, basis: &Basis<'_>) -> 
         slots.max(1) as f64,
     );
     let fresh = sample.filter(|sample| !sample.is_stale(now, rules.stale_after));
-    let foreign = Figure::of(fresh.and_then(|sample| tasks(sample, cores.value)), 0.0);
+    let tasks = fresh.and_then(|sample| tasks(sample, cores.value));
+    let foreign = Figure::of(tasks, 0.0);
     let share = share(cores.value, foreign.value + 1.0);
     let speed = rules.local_speed_factor;
     let duration = Figure::of(work.duration, work.usual.unwrap_or(rules.typical_duration));
@@ -198,6 +203,7 @@ pub fn estimate_here(sample: Option<&Sample>, slots: u64, basis: &Basis<'_>) -> 
             share,
             cores,
             foreign,
+            tasks,
             own: 0,
             weight: 1,
             missing: nothing,
@@ -222,18 +228,18 @@ pub fn slot_wait(ends: &[f64], ahead: u64, each: f64) -> Option<f64> {
     Some(end + turns as f64 * each)
 }
 
-fn share(cores: f64, tasks: f64) -> f64 {
+/// The share of a processor that each of so many tasks gets.
+pub(super) fn share(cores: f64, tasks: f64) -> f64 {
     (cores / tasks.max(1.0)).min(1.0)
 }
 
-/// Tasks of others, if the sample tells.
-fn foreign(sample: &Sample, cores: f64, own_now: u64) -> Option<f64> {
-    let own = sample.own_load.unwrap_or(own_now as f64);
-    tasks(sample, cores).map(|tasks| (tasks - own).max(0.0))
+/// Tasks of others, of so many in all.
+fn foreign(sample: &Sample, tasks: f64, own_now: u64) -> f64 {
+    (tasks - sample.own_load.unwrap_or(own_now as f64)).max(0.0)
 }
 
-/// All tasks that run or wait to run.
-fn tasks(sample: &Sample, cores: f64) -> Option<f64> {
+/// All tasks that run or wait to run, if the sample tells.
+pub(super) fn tasks(sample: &Sample, cores: f64) -> Option<f64> {
     let pressure = sample.cpu_pressure.map(|percent| (percent / 100.0).clamp(0.0, 1.0));
     match (sample.load_average, pressure) {
         (Some(load), Some(pressure)) => Some(load.min(cores + pressure * load).max(pressure * cores)),

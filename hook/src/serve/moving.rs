@@ -1,4 +1,4 @@
-//! Builds that run and are begun anew on a machine that is much faster and has become free (`plan::moving`).
+//! Builds that run and are begun anew on a machine that has become free and where they go much faster (`plan::moving`).
 //!
 //! Must never end a build before it has a place elsewhere.
 
@@ -9,15 +9,19 @@ use crate::plan::moving::{self, Move, Running};
 use crate::plan::{Decision, Verdict, Work, telling};
 use crate::queue::Waiting;
 use crate::reach::{ReachError, Reached};
+use crate::sampler::Samples;
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A build that runs is looked at so often.
 const EVERY: Duration = Duration::from_secs(10);
+
+/// A machine of whose load nothing is known is connected to so often at most, so that the sampler can ask it.
+const ASK_EVERY: Duration = Duration::from_secs(120);
 
 /// The look-out for a better machine while a build runs.
 pub(super) struct Outlook<'h, 'a> {
@@ -29,6 +33,8 @@ pub(super) struct Outlook<'h, 'a> {
     failed: &'h Failed,
     /// Machines that turned out not to trust us with this build.
     distrusted: RefCell<Failed>,
+    /// Machines that were connected to so that they are sampled, and when, since the build began.
+    asked: RefCell<HashMap<usize, Duration>>,
     found: Cell<Option<Better>>,
 }
 
@@ -50,14 +56,16 @@ impl<'a> Hook<'a> {
         if !self.rules.begin_anew {
             return None;
         }
-        let mut rivals = moving::rivals(self.machines, &candidate.request, on);
-        let (distrusted, found) = Default::default();
+        let is_measured = self.offload.sample_every().is_some();
+        let mut rivals = moving::rivals(self.machines, &candidate.request, on, is_measured);
+        let (distrusted, asked, found) = Default::default();
         rivals.any(|index| !self.is_shared(index)).then_some(Outlook {
             hook: self,
             candidate,
             on,
             failed,
             distrusted,
+            asked,
             found,
         })
     }
@@ -113,9 +121,21 @@ impl Outlook<'_, '_> {
         self.found.set(None);
     }
 
+    /// Whether there can be a better place at all, by a look at the machine where it runs alone.
+    fn is_worth_a_look(&self) -> bool {
+        let Self { hook, candidate, on, .. } = *self;
+        let samples = Samples::read(&Samples::path(hook.reach.directory()));
+        let here = samples.of(&hook.reach.key(&hook.machines[on])).map(|entry| &entry.sample);
+        let now = SystemTime::now();
+        moving::is_worth_a_look(hook.machines, &candidate.request, on, here, &hook.rules, now)
+    }
+
     /// The better place, or why there is none.
     fn better(&self, ran: Duration) -> Result<Better, String> {
         let Self { hook, candidate, on, failed, .. } = *self;
+        if !self.is_worth_a_look() {
+            return Err("it goes on well".into());
+        }
         if hook.queue.waiting() != Waiting::default() {
             return Err("builds wait for a slot".into());
         }
@@ -134,7 +154,8 @@ impl Outlook<'_, '_> {
         let mut worth = None;
         let (stage, nobody) = (Stage::Waited(None), HashSet::new());
         let decided = hook.decide_if((candidate, &work), stage, (failed, &unfit), &nobody, |decision| {
-            worth = moving::worth_moving(hook.machines, decision, &running);
+            worth = moving::worth_moving(hook.machines, decision, &running)
+                .filter(|worth| worth.is_known || self.may_ask(worth.to, ran));
             worth.is_some()
         });
         let (decision, slot) = decided.map_err(|error| exit::report(&error, None))?;
@@ -144,8 +165,23 @@ impl Outlook<'_, '_> {
         let (index, machine) = (*index, &hook.machines[*index]);
         // Nobody waits for the answer, and a machine that gives none is to be known before the build has ended here.
         let reached = self.reach(machine).map_err(|error| self.failure_of(index, error))?;
+        if !worth.is_known {
+            // Now it is one of those that are sampled.
+            hook.interest.show();
+            return Err(format!("'{}': its load is not known yet", machine.name));
+        }
         let chosen = Chosen { index, pace: decision.pace(index), slot, reached };
         Ok(Better { chosen, decision, worth })
+    }
+
+    /// Whether a machine of whose load nothing is known may be connected to, at this time of the build.
+    fn may_ask(&self, index: usize, ran: Duration) -> bool {
+        let mut asked = self.asked.borrow_mut();
+        let may = asked.get(&index).is_none_or(|last| ran.saturating_sub(*last) >= ASK_EVERY);
+        if may {
+            asked.insert(index, ran);
+        }
+        may
     }
 
     fn reach(&self, machine: &Machine) -> Result<Option<Reached>, ReachError> {

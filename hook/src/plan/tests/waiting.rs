@@ -3,7 +3,7 @@
 use super::estimating::{decide_with, idle, with_sample};
 use super::*;
 use crate::plan::chain::{Step, tails};
-use crate::plan::moving::{Running, rivals, worth_moving};
+use crate::plan::moving::{Running, is_worth_a_look, rivals, worth_moving};
 use crate::plan::turn::{LONGEST_HEAD_START, ticket};
 use proptest::collection::vec;
 use proptest::option::of;
@@ -77,7 +77,7 @@ proptest! {
 }
 
 #[test]
-fn only_machines_that_are_much_faster_and_could_do_it_are_rivals() {
+fn only_machines_that_could_do_it_are_rivals_and_without_samples_only_much_faster_ones() {
     let other = Machine { systems: set(&["aarch64-linux"]), ..machine("other", 1, 9.0) };
     let machines = [
         machine("slow", 1, 1.0),
@@ -89,8 +89,21 @@ fn only_machines_that_are_much_faster_and_could_do_it_are_rivals() {
         machine("ssh://y", 1, 9.0),
     ];
     let request = request();
-    let of = |on| rivals(&machines, &request, on).collect::<Vec<_>>();
-    assert_eq!((of(0), of(2), of(6), of(7)), (vec![2, 6], vec![6], vec![], vec![]));
+    let of = |on, is_measured| rivals(&machines, &request, on, is_measured).collect::<Vec<_>>();
+    assert_eq!(
+        [of(0, false), of(2, false), of(6, false), of(7, false)],
+        [vec![2, 6], vec![6], vec![], vec![]]
+    );
+    assert_eq!([of(0, true), of(6, true), of(7, true)], [vec![1, 2, 6], vec![0, 1, 2], vec![]]);
+}
+
+/// A machine of 8 processors with so many tasks, of which as many are this client's as it has slots taken.
+fn busy(tasks: f64, taken: u64) -> Known {
+    with_sample(Known { load: Load { taken }, ..idle() }, |sample| {
+        sample.cores = Some(8);
+        sample.load_average = Some(tasks);
+        sample.own_load = Some(taken as f64);
+    })
 }
 
 #[test]
@@ -103,8 +116,8 @@ fn a_build_that_goes_on_for_long_begins_anew_where_that_is_sooner() {
     };
     let unknown = || Work::default();
     let better = with(unknown(), idle(), running).unwrap();
-    // It has done 600 s and is expected to go on for 420 more; all 1020 take an eighth there.
-    assert_eq!((better.to, better.stay.round(), better.go), (1, 420.0, 127.5));
+    // It has done 600 s and is expected to go on for 600 more; all 1200 take an eighth there.
+    assert_eq!((better.to, better.stay.round(), better.go, better.is_known), (1, 600.0, 150.0, true));
     let known = Work { duration: Some(610.0), ..Work::default() };
     assert_eq!(with(known, idle(), running), Some(better), "what was known was wrong");
     let known = Work { duration: Some(6000.0), ..Work::default() };
@@ -114,12 +127,39 @@ fn a_build_that_goes_on_for_long_begins_anew_where_that_is_sooner() {
     assert_eq!(with(unknown(), idle(), Running { elapsed: f64::NAN, ..running }), None);
     let full = Known { load: Load { taken: 8 }, ..idle() };
     assert_eq!(with(unknown(), full, running), None, "there is no slot");
-    let loaded = with_sample(Known { load: Load { taken: 1 }, ..idle() }, |sample| {
-        sample.load_average = Some(100.0);
-        sample.own_load = Some(1.0);
-    });
-    let known = [loaded, Known { load: Load { taken: 8 }, ..idle() }, idle()];
-    let decision = decide_with(&Rules::default(), &Work::default(), &machines, &known);
-    assert_eq!(decision.verdict, Verdict::Accept(2));
-    assert_eq!(worth_moving(&machines, &decision, &running), None, "load alone is no reason");
+    // Of 8 processors and 79 tasks a build has a ninth.
+    assert_eq!(with(unknown(), busy(79.0, 0), running), None, "it is as slow there");
+}
+
+#[test]
+fn a_build_begins_anew_where_nobody_else_is_but_does_not_flee_from_itself() {
+    let machines = ["crowded", "idle"].map(|name| machine(name, 8, 1.0));
+    let running = Running { on: 0, elapsed: 600.0, was_moved: false };
+    let rules = Rules::default();
+    let moves = |here: &Known, there: Known, duration: Option<f64>| {
+        let work = Work { duration, ..Work::default() };
+        let decision = decide_with(&rules, &work, &machines, &[here.clone(), there]);
+        let is_worth_a_look =
+            is_worth_a_look(&machines, &request(), 0, here.sample.as_ref(), &rules, decision.at);
+        let worth = worth_moving(&machines, &decision, &running);
+        assert!(is_worth_a_look || worth.is_none());
+        (is_worth_a_look, worth)
+    };
+    // 39 tasks, of which eight may be its own: it has a quarter of a processor, has done 150 s of 300, and needs 600 more.
+    let crowded = || busy(39.0, 1);
+    let (_, better) = moves(&crowded(), busy(0.0, 0), None);
+    let better = better.unwrap();
+    assert_eq!((better.to, better.stay, better.go, better.is_known), (1, 600.0, 300.0, true));
+    // Of 30 tasks it is not certain enough, unless it has only just begun.
+    assert_eq!(moves(&busy(30.0, 1), busy(0.0, 0), None), (true, None));
+    assert_eq!(moves(&busy(23.0, 1), busy(0.0, 0), Some(9000.0)).1.map(|better| better.to), Some(1));
+    // Ten tasks are one build with two too many.
+    assert_eq!(moves(&busy(10.0, 1), busy(0.0, 0), Some(9000.0)), (false, None));
+    assert_eq!(moves(&crowded(), busy(20.0, 0), None).1, None, "others are there too");
+    // Many builds of ours that wait for something are no crowd.
+    assert_eq!(moves(&busy(0.5, 8), busy(0.0, 0), Some(9000.0)), (false, None));
+    let unknown = moves(&crowded(), Known { sample: None, ..idle() }, None).1.unwrap();
+    assert!(!unknown.is_known, "nobody knows who is there");
+    let was_long_ago = with_sample(crowded(), |sample| sample.at = NOW - Duration::from_secs(61));
+    assert_eq!(moves(&was_long_ago, busy(0.0, 0), None), (false, None));
 }
