@@ -379,13 +379,20 @@ fn a_machine_that_loses_one_build_after_another_is_left_alone_for_a_while() {
     let (_, down) = note(&client, "mac").expect("it is noted");
     assert!(down["reason"].as_str().unwrap().contains("connection was lost"), "{down}");
     // The pause is made longer, so that a slow machine does not outlast it.
-    prolong(&client, "mac");
+    end_in(&client, "mac", 60.0);
+    // That it can be connected to was known before.
+    client.nix_offload(&["ping-store", "--store", "ssh-ng://mac"]).assert_success();
     let other = client.nix_build(&drv::where_built("other"), &["-j0"]);
     assert_eq!(client.read(&other.assert_success().out_path()), "pc\n");
     other.assert_stderr_lacks(told);
     open(&client, "lost");
     let built = build.wait();
     assert_eq!(built.assert_success().stderr().matches(told).count(), 1, "{built}");
+    // When the pause is over it gets a build, and nothing is held against it once that has ended there.
+    end_in(&client, "mac", 0.0);
+    let last = client.nix_build(&drv::where_built("last"), &["-j0"]);
+    assert_eq!(client.read(&last.assert_success().out_path()), "mac\n");
+    assert_eq!(note(&client, "mac"), None);
     client.verify_store();
 }
 
@@ -400,11 +407,11 @@ fn note(client: &Client, name: &str) -> Option<(String, Value)> {
     )
 }
 
-/// Has the machine left alone for a minute from now on.
-fn prolong(client: &Client, name: &str) {
+/// Has the machine left alone for so many seconds from now on.
+fn end_in(client: &Client, name: &str, seconds: f64) {
     let (path, mut down) = note(client, name).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    down["next"] = (now.as_secs_f64() + 60.0).into();
+    down["next"] = (now.as_secs_f64() + seconds).into();
     client.write(&path, &down.to_string());
 }
 

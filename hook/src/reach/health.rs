@@ -62,7 +62,7 @@ impl Reach {
     /// same masters.
     pub fn ailing(&self, machine: &Machine, now: SystemTime) -> Option<Ailing> {
         let host = self.health_of_host(machine).and_then(|memory| memory.look());
-        Ailing::of(self.health(machine).look(), host, now)
+        Ailing::of(self.health(machine).look(), self.losses(machine).look(), host, now)
     }
 
     /// Notes that the machine failed, and how, unless that says nothing of it.
@@ -82,13 +82,19 @@ impl Reach {
         }
     }
 
-    /// Notes that the machine loses the builds that it takes, and how it lost the last one.
+    /// Notes that the machine loses the builds that it takes, and how it lost the last one. That it can be connected to says
+    /// nothing against that, only [a build that ends there](Reach::note_built).
     pub fn note_lost(&self, machine: &Machine, how: &str) {
         self.forget(machine);
-        self.health(machine).failed(how, SystemTime::now());
+        self.losses(machine).failed(how, SystemTime::now());
     }
 
-    /// Notes that the machine is well, and so the way to its host.
+    /// Notes that a build ended there, well or not.
+    pub fn note_built(&self, machine: &Machine) {
+        self.losses(machine).clear();
+    }
+
+    /// Notes that the machine can be used, and so the way to its host.
     pub(super) fn note_success(&self, machine: &Machine) {
         self.health(machine).clear();
         if let Some(memory) = self.health_of_host(machine) {
@@ -98,7 +104,8 @@ impl Reach {
 
     /// How the machine failed, if people are to be told: one process tells them, once for each pause.
     pub fn take_news(&self, machine: &Machine) -> Option<String> {
-        self.health(machine).take_news().map(|down| down.reason)
+        let news = self.health(machine).take_news().or_else(|| self.losses(machine).take_news());
+        news.map(|down| down.reason)
     }
 
     /// Whether people are to be told that this machine has no network, which one process does.
@@ -170,9 +177,18 @@ impl Reach {
         Memory::of(self.pool.directory(), self.way(machine)).pausing_first(FIRST_PAUSE)
     }
 
+    /// What is held against it though it can be connected to.
+    fn losses(&self, machine: &Machine) -> Memory {
+        Memory::of(self.pool.directory(), self.way_of_builds(machine)).pausing_first(FIRST_PAUSE)
+    }
+
     /// By what notes know it.
     fn way(&self, machine: &Machine) -> String {
         format!("machine {}", self.identity(machine))
+    }
+
+    fn way_of_builds(&self, machine: &Machine) -> String {
+        format!("builds on machine {}", self.identity(machine))
     }
 
     fn health_of_host(&self, machine: &Machine) -> Option<Memory> {
@@ -186,10 +202,11 @@ impl Vitals {
         if self.downs.is_empty() {
             return None;
         }
-        let own = self.downs.of(&reach.way(machine)).cloned();
+        let [own, losses] =
+            [reach.way(machine), reach.way_of_builds(machine)].map(|way| self.downs.of(&way).cloned());
         let host = endpoint(machine, &reach.ssh_options).ok();
         let host = host.and_then(|endpoint| self.downs.of(&reach.pool.way(&endpoint)).cloned());
-        Ailing::of(own, host, now)
+        Ailing::of(own, losses, host, now)
     }
 
     /// Whether the machine is being woken and did not answer just now.
@@ -211,11 +228,13 @@ impl Vitals {
 }
 
 impl Ailing {
-    /// From what is noted of the machine itself, and of the way to its host.
-    fn of(own: Option<Down>, host: Option<Down>, now: SystemTime) -> Option<Self> {
-        let until =
-            [&own, &host].into_iter().flatten().filter(|down| down.lasts(now)).map(|down| down.next).max();
-        own.or(host).map(|down| Ailing { until, why: down.reason })
+    /// From what is noted of the machine itself, of the builds that it lost, and of the way to its host. Only a build can
+    /// show that it does not lose them any more, so when that pause is over it gets some.
+    fn of(own: Option<Down>, losses: Option<Down>, host: Option<Down>, now: SystemTime) -> Option<Self> {
+        let losses = losses.filter(|down| down.lasts(now));
+        let all = [own, losses, host];
+        let until = all.iter().flatten().filter(|down| down.lasts(now)).map(|down| down.next).max();
+        all.into_iter().flatten().next().map(|down| Ailing { until, why: down.reason })
     }
 }
 
@@ -262,5 +281,30 @@ mod tests {
         reach.health_of_host(&mac).unwrap().failed("no route", SystemTime::now());
         reach.note_success(&mac);
         assert_eq!(reach.ailing(&mac, SystemTime::now()), None);
+    }
+
+    #[test]
+    fn a_machine_that_loses_builds_is_left_alone_for_longer_each_time_until_one_ends_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let reach = reach(&directory.path().join("run"));
+        let mac = machine("ssh-ng://mac");
+        let left = |now: SystemTime| {
+            let until = reach.ailing(&mac, now).and_then(|ailing| ailing.until)?;
+            Some(until.duration_since(now).unwrap().as_secs_f64())
+        };
+        reach.note_lost(&mac, "it was lost");
+        reach.note_success(&mac);
+        assert_eq!(reach.take_news(&mac).as_deref(), Some("it was lost"), "a connection is no cure");
+        let first = left(SystemTime::now()).unwrap();
+        assert!((7.0..=12.0).contains(&first), "{first}");
+        let then = SystemTime::now() + Duration::from_secs(60);
+        assert_eq!(reach.ailing(&mac, then), None, "it gets builds");
+        assert_eq!(reach.vitals(&[]).ailing(&reach, &mac, then), None);
+        reach.losses(&mac).failed("it was lost again", then);
+        let second = left(then).unwrap();
+        assert!((16.0..=24.0).contains(&second), "{second}");
+        assert_eq!(reach.vitals(&[]).ailing(&reach, &mac, then), reach.ailing(&mac, then));
+        reach.note_built(&mac);
+        assert_eq!(reach.ailing(&mac, then), None);
     }
 }

@@ -229,6 +229,7 @@ impl Hook<'_> {
             }
             let error = match task.run(&mut connection.builder, job, &prepared, &mut slot, &mut lease) {
                 Ok(report) => {
+                    self.reach.note_built(machine);
                     let outputs = candidate.outputs.values().map(|output| &output.path);
                     seen.note(prepared.direct_inputs().chain(outputs));
                     let (sent, fetched) = (report.sent_bytes, report.fetched_bytes);
@@ -243,7 +244,12 @@ impl Hook<'_> {
                 Err(error) => error,
             };
             match error.blame() {
-                Blame::Build => return Attempt::Final(error.exit_status(), one_report(&error)),
+                Blame::Build => {
+                    if matches!(error, JobError::Failed { .. }) {
+                        self.reach.note_built(machine);
+                    }
+                    return Attempt::Final(error.exit_status(), one_report(&error));
+                }
                 Blame::Machine => {
                     let text = one_report(&error);
                     let is_daemon = connection.builder.daemon().is_some();
