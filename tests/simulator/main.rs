@@ -21,6 +21,7 @@ mod tests;
 mod world;
 
 use clap::Parser;
+use scene::Rounds;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::{fs, thread};
@@ -32,6 +33,9 @@ struct Arguments {
     /// How often each scene is made anew
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
+    /// How often each of those is played, with other names, foreign load and outages every time
+    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    plays: u64,
     /// Small graphs: a few seconds
     #[arg(long)]
     quick: bool,
@@ -75,7 +79,8 @@ fn main() -> ExitCode {
         is_first_come: arguments.first_come,
         stays: arguments.stay,
     };
-    let results = scene::run_all(&scenes, arguments.seeds, scale, conditions, workers);
+    let rounds = Rounds { seeds: arguments.seeds, plays: arguments.plays };
+    let results = scene::run_all(&scenes, rounds, scale, conditions, workers);
     let figures = format!("{}\n{}\n{speed}", report::table(&results), report::goals(&results));
     print!("{figures}");
     if let Some(directory) = &arguments.docs {

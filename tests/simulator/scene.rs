@@ -1,7 +1,7 @@
 //! Scenes: a graph and a fleet. Each is made anew for each seed and played by all contenders.
 
 use crate::bounds;
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Spec};
 use crate::graph::Shape;
 use crate::world::{self, Conditions, Contender, Outcome};
 use std::sync::Mutex;
@@ -15,10 +15,18 @@ pub(crate) struct Scene {
     pub(crate) shape: Shape,
 }
 
-/// Each scene is played with so many orders of names, since a graph in another order may take much longer with any rule.
-const NAMINGS: u64 = 15;
+/// How often what is played.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rounds {
+    /// Each scene has so many graphs.
+    pub(crate) seeds: u64,
+    /// And each graph is played so often by each contender, every time with another order of names and with other foreign
+    /// load and outages, the same for all contenders. Without that a rule would be judged by its luck: a graph in another
+    /// order may take much longer with any rule, and so it may if a machine dies a minute later.
+    pub(crate) plays: u64,
+}
 
-/// One scene with one seed: means over the orders of names.
+/// One scene with one seed: means over the plays.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Played {
     pub(crate) stock: f64,
@@ -54,15 +62,16 @@ impl Scene {
         format!("{}, {}", self.fleet.label(), self.shape.label())
     }
 
-    pub(crate) fn play(self, seed: u64, scale: f64, conditions: Conditions) -> Played {
+    pub(crate) fn play(self, seed: u64, plays: u64, scale: f64, conditions: Conditions) -> Played {
         let graph = self.shape.make(seed, scale);
-        let fleet = self.fleet.make(seed);
+        let fleets: Vec<Vec<Spec>> = (0..plays).map(|play| self.fleet.make(seed * plays + play)).collect();
         let run = |contender| -> Vec<Outcome> {
-            (0..NAMINGS).map(|naming| world::run(&graph, &fleet, contender, conditions, naming)).collect()
+            let run =
+                |(naming, fleet): (u64, &Vec<Spec>)| world::run(&graph, fleet, contender, conditions, naming);
+            (0..).zip(&fleets).map(run).collect()
         };
-        let makespan = |outcomes: &[Outcome]| {
-            outcomes.iter().map(|outcome| outcome.makespan).sum::<f64>() / NAMINGS as f64
-        };
+        let mean = |all: Vec<f64>| all.iter().sum::<f64>() / plays as f64;
+        let makespan = |outcomes: &[Outcome]| mean(outcomes.iter().map(|outcome| outcome.makespan).collect());
         let ours = run(Contender::Ours);
         Played {
             stock: makespan(&run(Contender::Stock)),
@@ -71,8 +80,8 @@ impl Scene {
             experienced: makespan(&run(Contender::Experienced)),
             overbooked: ours.iter().map(|outcome| outcome.overbooked).max().unwrap_or_default(),
             longest_wait: ours.iter().map(|outcome| outcome.longest_wait).fold(0.0, f64::max),
-            lower: bounds::lower(&graph, &fleet),
-            list: (self.fleet == Fleet::Equal).then(|| bounds::list_schedule(&graph, &fleet)),
+            lower: mean(fleets.iter().map(|fleet| bounds::lower(&graph, fleet)).collect()),
+            list: (self.fleet == Fleet::Equal).then(|| bounds::list_schedule(&graph, &fleets[0])),
         }
     }
 }
@@ -80,20 +89,20 @@ impl Scene {
 /// Plays all, several at a time. Seeds count from 1.
 pub(crate) fn run_all(
     scenes: &[Scene],
-    seeds: u64,
+    Rounds { seeds, plays }: Rounds,
     scale: f64,
     conditions: Conditions,
     workers: usize,
 ) -> Vec<Result> {
-    let rounds: Vec<(usize, u64)> =
+    let games: Vec<(usize, u64)> =
         (0..scenes.len()).flat_map(|scene| (1..=seeds).map(move |seed| (scene, seed))).collect();
     let next = AtomicUsize::new(0);
-    let played = Mutex::new(vec![None; rounds.len()]);
+    let played = Mutex::new(vec![None; games.len()]);
     thread::scope(|scope| {
         for _ in 0..workers {
             scope.spawn(|| {
-                while let Some((scene, seed)) = rounds.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let outcome = scenes[*scene].play(*seed, scale, conditions);
+                while let Some((scene, seed)) = games.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let outcome = scenes[*scene].play(*seed, plays, scale, conditions);
                     let place = scene * seeds as usize + (*seed - 1) as usize;
                     played.lock().expect("no panic elsewhere")[place] = Some(outcome);
                 }

@@ -60,7 +60,7 @@ pub(crate) struct Conditions {
     pub(crate) sends_twice: bool,
     /// Builds wait in the order in which they come, whatever waits for them.
     pub(crate) is_first_come: bool,
-    /// No build is moved to a faster machine.
+    /// No build is moved to a better machine.
     pub(crate) stays: bool,
 }
 
@@ -96,7 +96,7 @@ enum Event {
     Poll,
     /// Builds that wait in hooks look again.
     Look,
-    /// Builds that run look for a faster machine.
+    /// Builds that run look for a better machine.
     LookElsewhere,
     /// The connection stands, inputs can travel.
     Send {

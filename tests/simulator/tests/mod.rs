@@ -4,14 +4,14 @@ use crate::fleet::Fleet;
 use crate::graph::Shape;
 use crate::random::Random;
 use crate::report::{BETTER, NEAR, NEVER_WORSE};
-use crate::scene::{Result, Scene, run_all};
+use crate::scene::{Result, Rounds, Scene, run_all};
 use crate::world::{self, Conditions, Contender};
 use crate::{bounds, stock};
 
 fn play(scenes: &[(Fleet, Shape)], conditions: Conditions) -> Vec<Result> {
     let scenes: Vec<Scene> =
         scenes.iter().map(|(fleet, shape)| Scene { fleet: *fleet, shape: *shape }).collect();
-    run_all(&scenes, 2, 0.25, conditions, 2)
+    run_all(&scenes, Rounds { seeds: 2, plays: 15 }, 0.25, conditions, 2)
 }
 
 #[test]

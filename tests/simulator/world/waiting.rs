@@ -128,7 +128,7 @@ impl World<'_> {
         same < self.rules.max_waiting
     }
 
-    /// Builds on slow machines begin anew on faster ones for which nobody waits.
+    /// Builds on machines that are slow or crowded begin anew on better ones for which nobody waits.
     pub(super) fn move_builds(&mut self) {
         for from in 0..self.sites.len() {
             let jobs: Vec<usize> = self.sites[from].builds.users().collect();
