@@ -30,7 +30,8 @@ pub struct Rules {
     /// How long a build may be held back for a machine that is full but would be done sooner, or for as many free slots
     /// as it weighs. Then it takes what is free.
     pub hold_back: Duration,
-    /// Whether a build that runs may be begun anew on a machine that is much faster (see [`moving`](super::moving)).
+    /// Whether a build that runs may be begun anew on a machine where it would be done much sooner (see
+    /// [`moving`](super::moving)).
     pub begin_anew: bool,
     /// How long a build that cannot be built locally waits for machines that are short of something, inhibited or
     /// out of service for a time. Then Nix is told that nobody will do it.
