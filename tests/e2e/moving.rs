@@ -280,9 +280,12 @@ fn a_build_is_not_ended_for_a_machine_that_does_not_answer() {
 fn a_build_leaves_a_machine_that_others_crowd_for_one_that_they_do_not() {
     let world = World::new();
     let [mac, tin] = ["mac", "tin"].map(|name| world.builder(name).start());
-    let client = plan(&world, "client").uses(&mac, "ssh-ng", 2).uses(&tin, "ssh-ng", 2).start();
+    let client = plan(&world, "client").uses(&mac, "ssh-ng", 2).knows(&tin).start();
     client.write("/etc/nix/offload.toml", OFTEN);
     pretend(&mac, 0.5, 0.0);
+    // There is a connection to one of them, so that the other is not tried beside it.
+    client.nix_build(&drv::where_built("first"), &["-j0"]).assert_success();
+    client.set_machines("ssh-ng://mac x86_64-linux - 2 1\nssh-ng://tin x86_64-linux - 2 1\n");
     let long = client.spawn_nix_build(&endless_but_on("tin", "long", "4713"), &["-j0"]);
     wait_for_begin(&client, "long", &["mac"]);
     wait_until("it is looked at", LOOKED_AT, || left_alone(&client, "it goes on well"));
