@@ -6,14 +6,12 @@ use std::time::Duration;
 use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, wait_until};
 
 use crate::support::{
-    SOON, assert_masters_and_holder_left, assert_only_masters_left, assert_only_masters_left_after, begun,
-    gated, open, wait_for_begin,
+    SOON, UNANSWERED, assert_masters_and_holder_left, assert_only_masters_left,
+    assert_only_masters_left_after, begun, gated, open, wait_for_begin,
 };
 
 const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 const LIMIT: Duration = Duration::from_secs(10);
-/// How long the connection to a master that does not answer is held, lest it end should it wake up.
-const UNANSWERED: Duration = Duration::from_secs(25);
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)

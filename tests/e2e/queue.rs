@@ -5,7 +5,10 @@ use std::{collections::HashSet, fs};
 use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
-use crate::support::{SOON, assert_only_masters_left, gated, held_locks, open, wait_for_begin};
+use crate::support::{
+    SOON, UNANSWERED, assert_only_masters_left, assert_only_masters_left_after, gated, held_locks, open,
+    wait_for_begin,
+};
 
 const OTHER_USER: &str = "1001";
 
@@ -204,7 +207,8 @@ fn an_interrupted_build_leaves_its_place() {
     gate.wait().assert_success();
     stays.wait().assert_success();
     assert_eq!(begun(&client), ["stays"]);
-    assert_only_masters_left(&client, 1);
+    // One of those that were interrupted may just have asked the master for a channel.
+    assert_only_masters_left_after(&client, 1, UNANSWERED);
 }
 
 #[test]
