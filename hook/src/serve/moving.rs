@@ -144,8 +144,7 @@ impl Outlook<'_, '_> {
         }
         let running = Running { on, elapsed: ran.as_secs_f64(), was_moved: false };
         // It does not wait, so it is not to be content with what there is.
-        let work =
-            Work { duration: candidate.work.duration, output: candidate.work.output, ..Work::default() };
+        let work = Work { waiting_since: None, obstructed_since: None, ..candidate.work };
         let mut unfit = self.distrusted.borrow().clone();
         unfit.extend(candidate.unfit.borrow().clone());
         for index in (0..hook.machines.len()).filter(|index| *index != on && hook.is_shared(*index)) {
