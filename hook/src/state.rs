@@ -173,6 +173,7 @@ fn tidy(written: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::SystemTime;
 
     #[test]
     fn the_directory_follows_the_environment() {
@@ -182,6 +183,29 @@ mod tests {
         assert_eq!(directory(with("NIX_OFFLOAD_STATE_DIR", "/x")), Some("/x".into()));
         let expected = if geteuid().is_root() { SYSTEM } else { "/home/a/.local/state/nix-offload" };
         assert_eq!(directory(with("HOME", "/home/a")), Some(expected.into()));
+    }
+
+    #[test]
+    fn only_what_was_left_beside_this_file_long_ago_is_tidied_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let make = |name: &str, age: u64| {
+            let file = fs::File::create(directory.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+        };
+        let others = ["told", "told.json", "told.new", "told.xyz.new", "asked.1f.new"];
+        others.iter().for_each(|name| make(name, 600));
+        make("told.1f.new", 600);
+        make("told.2f.new", 5);
+        tidy(&directory.path().join("told"));
+        let mut left: Vec<String> = fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        let mut expected = others.to_vec();
+        expected.push("told.2f.new");
+        expected.sort_unstable();
+        assert_eq!(left, expected);
     }
 
     #[test]
@@ -216,7 +240,7 @@ mod tests {
         for left in [&old, &young] {
             fs::write(left, "half").unwrap();
         }
-        let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
         fs::File::options().write(true).open(&old).unwrap().set_modified(long_ago).unwrap();
         let is_gone = (0..10_000).any(|_| {
             write(&inner.join("f"), "y").unwrap();
