@@ -32,6 +32,8 @@ const STOCK_CONNECT: f64 = 5.0;
 const OUR_CONNECT: f64 = 1.5;
 /// Hooks of ours leave a machine that failed alone for so long.
 const COOL_DOWN: f64 = 60.0;
+/// Nothing takes so many seconds.
+const FOREVER: f64 = 2_000_000.0;
 /// Round trips before the inputs travel and before the outputs do. Stock needs more; they are not held against it.
 const ROUND_TRIPS: f64 = 2.0;
 
@@ -62,13 +64,6 @@ pub(crate) struct Conditions {
     pub(crate) is_first_come: bool,
     /// No build is moved to a better machine.
     pub(crate) stays: bool,
-}
-
-#[cfg(test)]
-impl Conditions {
-    /// Nix as it is, and hooks that do nothing twice.
-    pub(crate) const REAL: Self =
-        Self { is_kind: false, sends_twice: false, is_first_come: false, stays: false };
 }
 
 /// How it went.
@@ -271,6 +266,7 @@ pub(crate) fn run(
     }
     while world.left > 0 {
         let Reverse(Due(at, _, event)) = world.due.pop().expect("a world that goes on until all is built");
+        assert!(at < FOREVER, "{} builds are never done", world.left);
         world.now = at;
         world.happens(event);
     }
@@ -403,8 +399,8 @@ impl World<'_> {
                     self.shunned.fill(false);
                     self.wait_for(job, wish, because == Because::HeldBack);
                 }
-                Verdict::Wait(_) | Verdict::Postpone(_) => self.postponed.push(job),
-                Verdict::Decline => unreachable!("all machines suit all builds here"),
+                // Declined is what all machines failed for; the real command fails then, with either hook.
+                Verdict::Wait(_) | Verdict::Postpone(_) | Verdict::Decline => self.postponed.push(job),
             }
         }
         if !self.postponed.is_empty() && !self.is_polling {
@@ -419,6 +415,10 @@ impl World<'_> {
     }
 
     fn ask_again(&mut self) {
+        if self.shunned.iter().all(|shunned| *shunned) {
+            // As if the command were given again.
+            self.shunned.fill(false);
+        }
         for job in std::mem::take(&mut self.postponed) {
             self.ready.insert((self.names[job], job));
         }

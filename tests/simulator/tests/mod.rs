@@ -8,6 +8,11 @@ use crate::scene::{Result, Rounds, Scene, run_all};
 use crate::world::{self, Conditions, Contender};
 use crate::{bounds, stock};
 
+impl Conditions {
+    /// Nix as it is, and hooks that do nothing twice.
+    const REAL: Self = Self { is_kind: false, sends_twice: false, is_first_come: false, stays: false };
+}
+
 fn play(scenes: &[(Fleet, Shape)], conditions: Conditions) -> Vec<Result> {
     let scenes: Vec<Scene> =
         scenes.iter().map(|(fleet, shape)| Scene { fleet: *fleet, shape: *shape }).collect();
@@ -101,6 +106,17 @@ fn builds_that_die_with_their_machine_are_made_elsewhere() {
         // Every stock hook asks the dead machine again, and Nix waits for each.
         let is_ours = contender == Contender::Ours;
         assert!(!is_ours || outcome.makespan < 2.0 * bounds::lower(&graph, &fleet), "{outcome:?}");
+    }
+}
+
+#[test]
+fn all_is_built_though_all_machines_are_dead_for_a_while() {
+    let graph = Shape::Wide.make(1, 0.1);
+    let mut fleet = Fleet::Equal.make(1);
+    fleet.iter_mut().for_each(|spec| spec.outages = vec![(30.0, 300.0)]);
+    for contender in [Contender::Stock, Contender::Unmeasured, Contender::Ours] {
+        let outcome = world::run(&graph, &fleet, contender, Conditions::REAL, 1);
+        assert!(outcome.makespan > 300.0 && outcome.makespan < 900.0, "{contender:?}: {outcome:?}");
     }
 }
 
