@@ -31,10 +31,11 @@ use world::Conditions;
 #[command(about = "Simulates which machine gets a build, with our rule and with that of Nix's own hook")]
 struct Arguments {
     /// How often each scene is made anew
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// How often each of those is played, with other names, foreign load and outages every time
-    #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u64).range(1..))]
+    /// How often each of those is played, with other names, foreign load and outages every time; four times as often where
+    /// graphs are small
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     plays: u64,
     /// Small graphs: a few seconds
     #[arg(long)]
