@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     env,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -215,10 +215,11 @@ impl Killer<'_> {
     }
 }
 
-/// Looks until it is told that all is over.
-fn watch(client: &Client, macs: &[Builder], over: &AtomicBool) -> Vec<Vec<Look>> {
+/// Looks until the other end of the channel is gone, which it is at the end whatever happens. Leaves the processors to others
+/// between two looks.
+fn watch(client: &Client, macs: &[Builder], is_over: &Receiver<()>) -> Vec<Vec<Look>> {
     let mut looks: Vec<Vec<Look>> = macs.iter().map(|_| Vec::new()).collect();
-    while !over.load(Ordering::Relaxed) {
+    while is_over.recv_timeout(PACE) == Err(RecvTimeoutError::Timeout) {
         for (mac, looks) in macs.iter().zip(&mut looks) {
             let begin = Instant::now();
             let builds = builds(mac);
@@ -226,19 +227,8 @@ fn watch(client: &Client, macs: &[Builder], over: &AtomicBool) -> Vec<Vec<Look>>
             let slots = held_slots(client, &format!("ssh-ng://{}", mac.alias()));
             looks.push(Look { begin, end, builds, slots });
         }
-        // Leaves the processors to others for a moment.
-        thread::sleep(PACE);
     }
     looks
-}
-
-/// Has the watcher end whatever happens.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// All that happened.
@@ -438,12 +428,14 @@ fn survive(works: usize, shared: Option<usize>) {
     }
     client.run("for i in 1 7; do head -c 8M /dev/urandom > /root/input-$i; done");
 
-    let over = AtomicBool::new(false);
+    let (over, is_over) = mpsc::channel();
     let (looks, chaos) = thread::scope(|scope| {
-        let watcher = scope.spawn(|| watch(&client, &macs, &over));
-        let end = Over(&over);
-        let chaos = run(&client, &macs, works, Dice(seed.0));
-        drop(end);
+        let (client, macs) = (&client, &macs);
+        let watcher = scope.spawn(move || watch(client, macs, &is_over));
+        // Dropped at the end whatever happens, or the watcher would watch for ever.
+        let over: Sender<()> = over;
+        let chaos = run(client, macs, works, Dice(seed.0));
+        drop(over);
         (watcher.join().unwrap(), chaos)
     });
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -63,18 +63,20 @@ fn two_clients_never_have_more_builds_there_than_slots_they_share() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let clients = ["one", "two"].map(|name| client(&world, &mac, name, 2));
-    let over = AtomicBool::new(false);
+    let (over, is_over) = mpsc::channel::<()>();
     let (most, clients_seen) = thread::scope(|scope| {
-        let watcher = scope.spawn(|| {
+        let mac = &mac;
+        let watcher = scope.spawn(move || {
             let (mut most, mut seen) = (0, BTreeSet::new());
-            while !over.load(Ordering::Relaxed) {
-                let running = builds(&mac);
+            while is_over.recv_timeout(PACE) == Err(RecvTimeoutError::Timeout) {
+                let running = builds(mac);
                 most = most.max(running.len());
                 seen.extend(running.iter().map(|build| build.name[..3].to_owned()));
-                thread::sleep(PACE);
             }
             (most, seen)
         });
+        // Dropped at the end whatever happens, or the watcher would watch for ever.
+        let over = over;
         let running: Vec<Running> = clients
             .iter()
             .map(|client| {
@@ -82,7 +84,7 @@ fn two_clients_never_have_more_builds_there_than_slots_they_share() {
             })
             .collect();
         let outputs: Vec<_> = running.into_iter().map(Running::wait).collect();
-        over.store(true, Ordering::Relaxed);
+        drop(over);
         for built in outputs {
             assert_eq!(built.assert_success().out_paths().len(), EACH);
             built.assert_stderr_lacks(WITHOUT).assert_stderr_lacks("lost");

@@ -16,7 +16,10 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{machine::children, wait::wait_until};
+use crate::{
+    machine::children,
+    wait::{wait_for_end, wait_until},
+};
 
 /// User and group number of the user without rights.
 pub(crate) const USER_ID: u32 = 1000;
@@ -196,17 +199,15 @@ impl Running {
 
     /// Waits for its end.
     pub fn wait(mut self) -> Output {
-        while self.child.try_wait().unwrap().is_none() {
-            if self.start.elapsed() > self.limit {
-                self.kill_program();
-                let status = self.child.wait().unwrap();
-                let output = self.output(status);
-                panic!("not finished after {:?}: {output}", self.limit);
-            }
-            thread::sleep(Duration::from_millis(1));
+        let left = self.limit.saturating_sub(self.start.elapsed());
+        let has_ended = wait_for_end(&mut self.child, left);
+        if !has_ended {
+            self.kill_program();
         }
         let status = self.child.wait().unwrap();
-        self.output(status)
+        let output = self.output(status);
+        assert!(has_ended, "not finished after {:?}: {output}", self.limit);
+        output
     }
 
     /// Kills the program and leaves nsenter, its parent, to reap it: an orphan's remains would go to

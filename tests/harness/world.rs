@@ -9,12 +9,12 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tempfile::TempDir;
 
-use crate::{builder::BuilderPlan, client::ClientPlan, machine::END_LIMIT};
+use crate::{builder::BuilderPlan, client::ClientPlan, machine::END_LIMIT, wait::wait_for_end};
 
 const LOG_TAIL: usize = 40;
 
@@ -109,9 +109,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let deadline = Instant::now() + END_LIMIT;
         for machine in self.ending.get_mut().unwrap() {
-            while matches!(machine.try_wait(), Ok(None)) && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(1));
-            }
+            wait_for_end(machine, deadline.saturating_duration_since(Instant::now()));
             // Killing unshare kills the first process inside, if that did not end by itself.
             let _ = machine.kill();
             let _ = machine.wait();
