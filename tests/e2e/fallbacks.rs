@@ -298,12 +298,12 @@ fn as_many_builds_as_there_may_be_connections_with_one_session() {
     let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 8).start();
     // Eight logins one after the other take their time on a machine that has much to do.
     client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 60\n");
-    // Eight that make Nix's database at once get in each other's way.
-    client.run("nix-store --init");
     let names: Vec<String> = (0..8).map(|number| format!("crowd-{number}")).collect();
     let mut builds: Vec<Running> = names
         .iter()
-        .map(|name| client.nix_build_command(&gated(name), &["-j0"]).limit(SOON * 4).spawn())
+        .map(|name| {
+            client.spawn_beside_others(client.nix_build_command(&gated(name), &["-j0"]).limit(SOON * 4))
+        })
         .collect();
     wait_until("all are begun", SOON * 3, || {
         for build in &mut builds {

@@ -44,7 +44,7 @@ fn several(name: &str, count: usize) -> String {
 }
 
 fn start(client: &Client, name: &str) -> Running {
-    client.nix_build_command(&gated(name), &["-j0"]).limit(LIMIT).spawn()
+    client.spawn_beside_others(client.nix_build_command(&gated(name), &["-j0"]).limit(LIMIT))
 }
 
 /// Nobody holds a lock there, and nothing of what held them runs.
@@ -80,7 +80,8 @@ fn two_clients_never_have_more_builds_there_than_slots_they_share() {
         let running: Vec<Running> = clients
             .iter()
             .map(|client| {
-                client.nix_build_command(&several(client.name(), EACH), &["-j0"]).limit(LIMIT).spawn()
+                let build = client.nix_build_command(&several(client.name(), EACH), &["-j0"]);
+                client.spawn_beside_others(build.limit(LIMIT))
             })
             .collect();
         let outputs: Vec<_> = running.into_iter().map(Running::wait).collect();
@@ -143,7 +144,7 @@ fn a_slot_is_given_back_while_outputs_travel() {
         "large",
         "cat /etc/machine-name >> /mnt/share/large.begun; head -c 300M /dev/zero > $out",
     );
-    let mut first = one.nix_build_command(&large, &["-j0"]).limit(LIMIT).spawn();
+    let mut first = one.spawn_beside_others(one.nix_build_command(&large, &["-j0"]).limit(LIMIT));
     wait_for_begin(&one, "large", &["mac"]);
     let second = start(&two, "second");
     wait_for_begin(&two, "second", &["mac"]);

@@ -69,10 +69,8 @@ fn user_of(name: &str, inputs: &[&str]) -> String {
 }
 
 fn start(far: &Far, name: &str, inputs: &[&str]) -> Running {
-    far.client
-        .nix_build_command(&drv::expression(&user_of(name, inputs)), &["-j0", "-v"])
-        .limit(LIMIT)
-        .spawn()
+    let build = far.client.nix_build_command(&drv::expression(&user_of(name, inputs)), &["-j0", "-v"]);
+    far.client.spawn_beside_others(build.limit(LIMIT))
 }
 
 #[test]

@@ -12,7 +12,7 @@ const STOCK: &str = "/etc/nix-stock";
 fn start(client: &Client, expression: &str, stock: bool, jobs: &str) -> Running {
     let command = client.nix_build_command(expression, &[jobs]);
     let command = if stock { command.env("NIX_CONF_DIR", STOCK) } else { command };
-    command.spawn()
+    client.spawn_beside_others(command)
 }
 
 #[track_caller]

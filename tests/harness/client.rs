@@ -320,13 +320,18 @@ impl Client {
         self.nix_build_command(expression, args).run()
     }
 
-    /// Starts building an expression. Two that are the first to use a store would hinder each other as they make its
-    /// database ("is busy", seen with Nix 2.8), so that is done before.
+    /// Starts building an expression.
     pub fn spawn_nix_build(&self, expression: &str, args: &[&str]) -> Running {
+        self.spawn_beside_others(self.nix_build_command(expression, args))
+    }
+
+    /// Starts a command of Nix that others may run beside. Two that are the first to use a store would hinder each other as
+    /// they make its directories and its database ("File exists", "is busy", seen with Nix 2.8), so that is done before.
+    pub fn spawn_beside_others(&self, command: Command) -> Running {
         if !matches!(self.mode, Mode::Daemon) {
             self.has_database.get_or_init(|| drop(self.nix("nix-store").args(["--init"]).run()));
         }
-        self.nix_build_command(expression, args).spawn()
+        command.spawn()
     }
 
     /// The program under test as a command for people, run by root with the variables of the plan.
