@@ -1,6 +1,6 @@
 //! The plot: makespans in relation to stock's.
 
-use crate::scene::Result;
+use crate::scene::{Played, Plays, Result};
 use std::fmt::Write as _;
 
 const ROW: f64 = 30.0;
@@ -39,9 +39,9 @@ pub(crate) fn svg(results: &[Result]) -> String {
     }
     for (row, result) in results.iter().enumerate() {
         let y = TOP + ROW * row as f64;
-        let relative = |of: fn(&crate::scene::Played) -> f64| result.median(|p| of(p) / p.stock);
-        let (ours, unmeasured) = (relative(|p| p.ours), relative(|p| p.unmeasured));
-        let ratios = result.played.iter().map(|p| p.ours / p.stock);
+        let relative = |of: fn(&Played) -> &Plays| 1.0 - result.gain(of, |p| &p.stock).median;
+        let (ours, unmeasured) = (relative(|p| &p.ours), relative(|p| &p.unmeasured));
+        let ratios = result.played.iter().map(|p| p.ours.mean() / p.stock.mean());
         let (least, most) =
             ratios.fold((f64::INFINITY, 0.0_f64), |(least, most), r| (least.min(r), most.max(r)));
         let _ = writeln!(
@@ -59,7 +59,7 @@ pub(crate) fn svg(results: &[Result]) -> String {
             x(most),
             y + 10.0,
             x(unmeasured) - LEFT,
-            x(relative(|p| p.lower)),
+            x(relative(|p| &p.lower)),
         );
     }
     svg.push_str("</svg>\n");

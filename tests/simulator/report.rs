@@ -1,7 +1,7 @@
 //! What came out, as a table and as sentences about the goals.
 
 use crate::fleet::Fleet;
-use crate::scene::Result;
+use crate::scene::{Gain, Result};
 use std::fmt::Write as _;
 
 /// Ours may be so much slower than stock, anywhere.
@@ -29,12 +29,12 @@ pub(crate) fn table(results: &[Result]) -> String {
             "| {} | {} | {} | {} | {} | {} | {} | {} ({}) | {list} |",
             result.scene.fleet.label(),
             result.scene.shape.label(),
-            seconds(result.median(|p| p.stock)),
-            seconds(result.median(|p| p.ours)),
+            seconds(result.median(|p| &p.stock)),
+            seconds(result.median(|p| &p.ours)),
             both(result.gain_of_ours()),
             both(result.gain_of_rule()),
             both(result.gain_of_experience()),
-            seconds(result.median(|p| p.lower)),
+            seconds(result.median(|p| &p.lower)),
             percent(-result.possible()),
         );
     }
@@ -45,19 +45,24 @@ pub(crate) fn table(results: &[Result]) -> String {
 pub(crate) fn goals(results: &[Result]) -> String {
     let mut text = String::new();
     for (who, gain) in [
-        ("nix-offload", Result::gain_of_ours as fn(&Result) -> (f64, f64)),
+        ("nix-offload", Result::gain_of_ours as fn(&Result) -> Gain),
         ("nix-offload with a history of durations", Result::gain_of_experience),
         ("Its rule alone, against stock's rule in nix-offload", Result::gain_of_rule),
     ] {
-        let worse = results.iter().filter(|result| gain(result).0 < -NEVER_WORSE);
-        let worse = worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).0)));
+        let worse = results.iter().filter(|result| gain(result).median < -NEVER_WORSE);
+        let worse =
+            worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).median)));
         goal(&mut text, who, "never more than 2 % slower (medians)", worse.collect());
-        let worse = results.iter().filter(|result| gain(result).1 < -NEVER_WORSE);
-        let worse = worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).1)));
+        let worse = results.iter().filter(|result| gain(result).worst < -NEVER_WORSE);
+        let worse = worse.map(|result| {
+            let Gain { worst, error, .. } = gain(result);
+            format!("{} ({}, standard error {:.1})", result.scene.name(), percent(-worst), 100.0 * error)
+        });
         goal(&mut text, who, "the same with the worst seed", worse.collect());
-        let little = results.iter().filter(|result| result.scene.fleet.differs() && gain(result).0 < BETTER);
+        let little =
+            results.iter().filter(|result| result.scene.fleet.differs() && gain(result).median < BETTER);
         let little = little.map(|result| {
-            let (reached, possible) = (percent(-gain(result).0), percent(-result.possible()));
+            let (reached, possible) = (percent(-gain(result).median), percent(-result.possible()));
             format!("{} ({reached} of {possible} possible)", result.scene.name())
         });
         let title = "at least 20 % faster where speeds, load or links differ (medians)";
@@ -84,11 +89,11 @@ pub(crate) fn goals(results: &[Result]) -> String {
 }
 
 /// How much less time a fleet takes, as the geometric mean over its graphs. None if there are none.
-fn gain_of_fleet(results: &[Result], fleet: Fleet, gain: fn(&Result) -> (f64, f64)) -> Option<f64> {
+fn gain_of_fleet(results: &[Result], fleet: Fleet, gain: fn(&Result) -> Gain) -> Option<f64> {
     let logs: Vec<f64> = results
         .iter()
         .filter(|result| result.scene.fleet == fleet)
-        .map(|result| (1.0 - gain(result).0).ln())
+        .map(|result| (1.0 - gain(result).median).ln())
         .collect();
     (!logs.is_empty()).then(|| 1.0 - (logs.iter().sum::<f64>() / logs.len() as f64).exp())
 }
@@ -100,8 +105,8 @@ fn goal(text: &mut String, who: &str, title: &str, missed: Vec<String>) {
     };
 }
 
-fn both((gain, worst): (f64, f64)) -> String {
-    format!("{} ({})", percent(-gain), percent(-worst))
+fn both(Gain { median, worst, .. }: Gain) -> String {
+    format!("{} ({})", percent(-median), percent(-worst))
 }
 
 /// The page with these figures in the place of the old ones.

@@ -30,18 +30,42 @@ pub(crate) struct Rounds {
 /// Small graphs are played so many times as often as large ones.
 const OFTENER: u64 = 4;
 
-/// One scene with one seed: means over the plays.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// Seconds of each play of a graph.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Plays(Vec<f64>);
+
+impl Plays {
+    pub(crate) fn of(seconds: Vec<f64>) -> Self {
+        Self(seconds)
+    }
+
+    pub(crate) fn mean(&self) -> f64 {
+        self.0.iter().sum::<f64>() / self.0.len() as f64
+    }
+
+    /// How much less these take than those, which were played in the same weather, as a part of those; and the standard
+    /// error of that, as of a ratio of two means (the delta method), or 0 if there is only one play.
+    pub(crate) fn gain(&self, against: &Self) -> (f64, f64) {
+        let ratio = self.mean() / against.mean();
+        let count = self.0.len() as f64;
+        let residues = self.0.iter().zip(&against.0).map(|(own, other)| (own - ratio * other).powi(2));
+        let variance = residues.sum::<f64>() / (count * (count - 1.0).max(1.0));
+        (1.0 - ratio, variance.sqrt() / against.mean())
+    }
+}
+
+/// One scene with one seed.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Played {
-    pub(crate) stock: f64,
-    pub(crate) unmeasured: f64,
-    pub(crate) ours: f64,
-    pub(crate) experienced: f64,
+    pub(crate) stock: Plays,
+    pub(crate) unmeasured: Plays,
+    pub(crate) ours: Plays,
+    pub(crate) experienced: Plays,
     /// The worst of ours: slots taken beyond a machine's maximum, and the part of the makespan for which a build waited.
     pub(crate) overbooked: u64,
     pub(crate) longest_wait: f64,
     /// Seconds that no schedule can be below.
-    pub(crate) lower: f64,
+    pub(crate) lower: Plays,
     /// Seconds of the list schedule, on equal machines.
     pub(crate) list: Option<f64>,
 }
@@ -75,8 +99,8 @@ impl Scene {
                 |(naming, fleet): (u64, &Vec<Spec>)| world::run(&graph, fleet, contender, conditions, naming);
             (0..).zip(&fleets).map(run).collect()
         };
-        let mean = |all: Vec<f64>| all.iter().sum::<f64>() / plays as f64;
-        let makespan = |outcomes: &[Outcome]| mean(outcomes.iter().map(|outcome| outcome.makespan).collect());
+        let makespan =
+            |outcomes: &[Outcome]| Plays::of(outcomes.iter().map(|outcome| outcome.makespan).collect());
         let ours = run(Contender::Ours);
         Played {
             stock: makespan(&run(Contender::Stock)),
@@ -88,7 +112,7 @@ impl Scene {
                 .iter()
                 .map(|outcome| outcome.longest_wait / outcome.makespan)
                 .fold(0.0, f64::max),
-            lower: mean(fleets.iter().map(|fleet| bounds::lower(&graph, fleet)).collect()),
+            lower: Plays::of(fleets.iter().map(|fleet| bounds::lower(&graph, fleet)).collect()),
             list: (self.fleet == Fleet::Equal).then(|| bounds::list_schedule(&graph, &fleets[0])),
         }
     }
@@ -131,40 +155,54 @@ pub(crate) fn median(numbers: impl IntoIterator<Item = f64>) -> f64 {
     if numbers.len() % 2 == 1 { numbers[middle] } else { (numbers[middle - 1] + numbers[middle]) / 2.0 }
 }
 
+/// How much less the first is than the second, as a part of the second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Gain {
+    /// The median over the seeds.
+    pub(crate) median: f64,
+    /// That of the worst seed.
+    pub(crate) worst: f64,
+    /// And its standard error over the plays.
+    pub(crate) error: f64,
+}
+
 impl Result {
-    pub(crate) fn median(&self, of: impl Fn(&Played) -> f64) -> f64 {
-        median(self.played.iter().map(of))
+    /// The median of what the plays of each seed take.
+    pub(crate) fn median(&self, of: impl Fn(&Played) -> &Plays) -> f64 {
+        median(self.played.iter().map(|played| of(played).mean()))
     }
 
-    /// How much less the first is than the second, as a part of the second: the median and the worst.
-    pub(crate) fn gain(&self, of: impl Fn(&Played) -> f64, against: impl Fn(&Played) -> f64) -> (f64, f64) {
-        let gains = self.played.iter().map(|p| 1.0 - of(p) / against(p));
-        (median(gains.clone()), gains.fold(f64::INFINITY, f64::min))
+    pub(crate) fn gain(&self, of: impl Fn(&Played) -> &Plays, against: impl Fn(&Played) -> &Plays) -> Gain {
+        let gains: Vec<(f64, f64)> = self.played.iter().map(|p| of(p).gain(against(p))).collect();
+        let (worst, error) =
+            gains.iter().copied().min_by(|a, b| a.0.total_cmp(&b.0)).expect("at least one seed");
+        Gain { median: median(gains.into_iter().map(|(gain, _)| gain)), worst, error }
     }
 
     /// How much less than stock's our makespan is.
-    pub(crate) fn gain_of_ours(&self) -> (f64, f64) {
-        self.gain(|p| p.ours, |p| p.stock)
+    pub(crate) fn gain_of_ours(&self) -> Gain {
+        self.gain(|p| &p.ours, |p| &p.stock)
     }
 
     /// The same when builds of most names were seen before.
-    pub(crate) fn gain_of_experience(&self) -> (f64, f64) {
-        self.gain(|p| p.experienced, |p| p.stock)
+    pub(crate) fn gain_of_experience(&self) -> Gain {
+        self.gain(|p| &p.experienced, |p| &p.stock)
     }
 
     /// How much of ours is due to the rule alone: against our hook when nothing is measured.
-    pub(crate) fn gain_of_rule(&self) -> (f64, f64) {
-        self.gain(|p| p.ours, |p| p.unmeasured)
+    pub(crate) fn gain_of_rule(&self) -> Gain {
+        self.gain(|p| &p.ours, |p| &p.unmeasured)
     }
 
     /// What stock could lose at most to a schedule that knows everything.
     pub(crate) fn possible(&self) -> f64 {
-        self.gain(|p| p.lower, |p| p.stock).0
+        self.gain(|p| &p.lower, |p| &p.stock).median
     }
 
     /// How much longer than the list schedule ours is, on equal machines: the median and the worst.
     pub(crate) fn above_list(&self) -> Option<(f64, f64)> {
-        let above: Option<Vec<f64>> = self.played.iter().map(|p| Some(p.ours / p.list? - 1.0)).collect();
+        let above: Option<Vec<f64>> =
+            self.played.iter().map(|p| Some(p.ours.mean() / p.list? - 1.0)).collect();
         let above = above?;
         Some((median(above.iter().copied()), above.into_iter().fold(f64::NEG_INFINITY, f64::max)))
     }

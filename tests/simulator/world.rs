@@ -18,7 +18,7 @@ use nix_offload::plan::machine::Machine;
 use nix_offload::plan::{Because, Rules, Verdict};
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashSet};
-use waiting::Place;
+use waiting::{Place, Wish};
 
 /// Nix asks again for what was postponed after so long, unless something ends before.
 const NIX_POLL: f64 = 5.0;
@@ -395,9 +395,9 @@ impl World<'_> {
                     self.shunned.fill(false);
                     self.start(job, site);
                 }
-                Verdict::Wait(wish) if self.may_wait(&wish) => {
+                Verdict::Wait(wish) if self.may_wait(Wish::of(&wish)) => {
                     self.shunned.fill(false);
-                    self.wait_for(job, wish, because == Because::HeldBack);
+                    self.wait_for(job, Wish::of(&wish), because == Because::HeldBack);
                 }
                 // Declined is what all machines failed for; the real command fails then, with either hook.
                 Verdict::Wait(_) | Verdict::Postpone(_) | Verdict::Decline => self.postponed.push(job),

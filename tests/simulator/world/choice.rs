@@ -1,5 +1,6 @@
 //! The choice: what a hook is told in the simulated world, and whom it asks.
 
+use super::waiting::Ahead;
 use super::{Contender, Progress, World};
 use crate::graph::Graph;
 use crate::random::Random;
@@ -72,7 +73,8 @@ impl World<'_> {
             work: &work,
             now,
         };
-        plan::decide(&question, |index| self.known(job, index))
+        let ahead = self.ahead(job);
+        plan::decide(&question, |index| self.known(job, index, &ahead))
     }
 
     /// Seconds of an average build at speed 1.
@@ -83,16 +85,16 @@ impl World<'_> {
 
     /// When slots will be free, from the times of the lock files and how long builds take. One that has run for longer
     /// than usual is expected to go on for half as long again.
-    fn slot_wait(&self, job: usize, index: usize) -> Option<f64> {
+    fn slot_wait(&self, index: usize, ahead: u64) -> Option<f64> {
         let site = &self.sites[index];
         let usual = self.usual()? / f64::from(site.spec.line.speed_factor);
         let ages = site.taken.iter().map(|(_, since)| self.now - since);
         let ends: Vec<f64> = ages.map(|age| (usual - age).max(age / 2.0)).collect();
-        slot_wait(&ends, self.ahead(job, index), usual)
+        slot_wait(&ends, ahead, usual)
     }
 
     /// What a hook of ours knows of a machine.
-    fn known(&self, job: usize, index: usize) -> Known {
+    fn known(&self, job: usize, index: usize, ahead: &Ahead) -> Known {
         let site = &self.sites[index];
         let health = if self.shunned[index] {
             Health::Failed("no connection".into())
@@ -102,7 +104,8 @@ impl World<'_> {
             Health::Well
         };
         let ready = Known::ready(Load { taken: site.taken.len() as u64 }).with_health(health);
-        let known = Known { waiting: self.is_behind(job, index), ..ready };
+        let waiting = if ahead.is_waiting { 0 } else { ahead.of[index] };
+        let known = Known { waiting, ..ready };
         if !self.contender.is_learning() {
             return known;
         }
@@ -110,7 +113,7 @@ impl World<'_> {
         let outputs = self.graph.inputs[job].without(&site.holds).filter(missing);
         let missing = outputs.map(|path| self.graph.jobs[path].output).sum::<u64>();
         Known {
-            slot_wait: if site.is_free() { None } else { self.slot_wait(job, index) },
+            slot_wait: if site.is_free() { None } else { self.slot_wait(index, ahead.of[index]) },
             sample: site.sample.clone(),
             link: Link {
                 missing: Some(missing + self.graph.jobs[job].source),

@@ -10,11 +10,37 @@ use std::time::SystemTime;
 /// A build that waits looks again after so long even if nothing happens.
 const LOOK_AGAIN: f64 = 2.0;
 
+/// The machines that a build waits for, one bit for each. Fleets have 64 at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Wish(u64);
+
+impl Wish {
+    pub(super) fn of(sites: &[usize]) -> Self {
+        Self(sites.iter().fold(0, |wish, site| wish | 1_u64.checked_shl(*site as u32).expect("64 machines")))
+    }
+
+    fn contains(self, site: usize) -> bool {
+        self.0 & (1 << site) != 0
+    }
+
+    /// Whether it is for some of the other's machines only.
+    fn is_narrower(self, other: Self) -> bool {
+        self != other && self.0 & !other.0 == 0
+    }
+}
+
+/// Builds that will have slots of each machine before one of which this is asked.
+pub(super) struct Ahead {
+    pub(super) of: Vec<u64>,
+    /// Whether it waits itself.
+    pub(super) is_waiting: bool,
+}
+
 /// A build that waits in a hook of ours, in the line of those that wait for the same machines.
 pub(super) struct Place {
     job: usize,
     /// What it waits for: one of these machines.
-    wish: Vec<usize>,
+    wish: Wish,
     /// When it counts as having come.
     ticket: SystemTime,
     /// When it came to this line, as a number.
@@ -26,7 +52,7 @@ pub(super) struct Place {
 
 impl World<'_> {
     /// The build waits for one of these machines.
-    pub(super) fn wait_for(&mut self, job: usize, wish: Vec<usize>, is_held_back: bool) {
+    pub(super) fn wait_for(&mut self, job: usize, wish: Wish, is_held_back: bool) {
         let since = clock(self.jobs[job].asked.unwrap_or(self.now));
         let ticket = turn::ticket(since, self.tails[job]);
         self.places += 1;
@@ -60,7 +86,7 @@ impl World<'_> {
                 true
             }
             (Verdict::Wait(wish), because) => {
-                let place = &self.waiting[at];
+                let (place, wish) = (&self.waiting[at], Wish::of(&wish));
                 let holds_back = because == Because::HeldBack;
                 if holds_back == place.is_held_back || place.wish == wish {
                     return false;
@@ -75,10 +101,10 @@ impl World<'_> {
 
     /// Lines without a first one get one.
     fn give_turns(&mut self) {
-        let mut first: BTreeMap<&[usize], usize> = BTreeMap::new();
+        let mut first: BTreeMap<Wish, usize> = BTreeMap::new();
         let key = |place: &Place| (place.turn.is_none(), place.ticket, place.number);
         for (at, place) in self.waiting.iter().enumerate() {
-            let first = first.entry(&place.wish).or_insert(at);
+            let first = first.entry(place.wish).or_insert(at);
             if key(place) < key(&self.waiting[*first]) {
                 *first = at;
             }
@@ -91,39 +117,33 @@ impl World<'_> {
         }
     }
 
-    /// Builds that will have slots of this machine before this one. What is new comes behind all that wait for it; one
-    /// that waits comes behind those that cannot go anywhere else.
-    pub(super) fn ahead(&self, job: usize, site: usize) -> u64 {
-        let own = self.waiting.iter().find(|place| place.job == job).map(|place| &place.wish);
-        let is_ahead = |place: &&Place| {
-            let is_narrower = |own: &Vec<usize>| {
-                place.wish.len() < own.len() && place.wish.iter().all(|site| own.contains(site))
-            };
-            place.wish.contains(&site) && own.is_none_or(is_narrower)
-        };
-        self.waiting.iter().filter(is_ahead).count() as u64
-    }
-
-    /// Whether what is new stands behind others there.
-    pub(super) fn is_behind(&self, job: usize, site: usize) -> u64 {
-        if self.waiting.iter().any(|place| place.job == job) { 0 } else { self.ahead(job, site) }
+    /// What is new comes behind all that wait for a machine; one that waits comes behind those that cannot go anywhere
+    /// else.
+    pub(super) fn ahead(&self, job: usize) -> Ahead {
+        let own = self.waiting.iter().find(|place| place.job == job).map(|place| place.wish);
+        let mut of = vec![0; self.sites.len()];
+        for place in self.waiting.iter().filter(|place| own.is_none_or(|own| place.wish.is_narrower(own))) {
+            let wished = of.iter_mut().enumerate().filter(|(site, _)| place.wish.contains(*site));
+            wished.for_each(|(_, ahead)| *ahead += 1);
+        }
+        Ahead { of, is_waiting: own.is_some() }
     }
 
     /// What a hook says to Nix. Where nothing is free and nobody may wait it need not be asked.
     pub(super) fn answer(&mut self, job: usize) -> (Verdict, Because) {
-        let may_wait = self.contender != Contender::Stock && self.may_wait(&self.all());
+        let may_wait = self.contender != Contender::Stock && self.may_wait(self.all());
         match may_wait || self.sites.iter().any(Site::is_free) {
             true => self.decide(job),
             false => (Verdict::Postpone(Vec::new()), Because::Full),
         }
     }
 
-    pub(super) fn all(&self) -> Vec<usize> {
-        (0..self.sites.len()).collect()
+    pub(super) fn all(&self) -> Wish {
+        Wish::of(&(0..self.sites.len()).collect::<Vec<_>>())
     }
 
     /// Whether one build more may wait for these machines.
-    pub(super) fn may_wait(&self, wish: &[usize]) -> bool {
+    pub(super) fn may_wait(&self, wish: Wish) -> bool {
         let same = self.waiting.iter().filter(|place| place.wish == wish).count() as u64;
         same < self.rules.max_waiting
     }
