@@ -310,3 +310,25 @@ fn a_build_leaves_a_machine_that_others_crowd_for_one_that_they_do_not() {
     assert_eq!(begun(&client, "long"), ["mac", "tin"]);
     assert_eq!((held_locks(&client).as_str(), mac.logins(), tin.logins()), ("", 1, 1));
 }
+
+#[test]
+fn a_machine_that_is_back_gets_the_build_that_it_lost() {
+    let world = World::new();
+    let mut mac = world.builder("mac").start();
+    let tin = world.builder("tin").start();
+    let client = plan(&world, "client")
+        .knows(&mac)
+        .knows(&tin)
+        .machines("ssh-ng://mac x86_64-linux - 4 8\nssh-ng://tin x86_64-linux - 4 1\n")
+        .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    let build = client.spawn_nix_build(&endless_but_on("mac", "long", "4711"), &["-j0"]);
+    wait_for_begin(&client, "long", &["mac"]);
+    mac.stop_sshd();
+    client.run("/opt/nix-offload/bin/nix-offload-proxy stop --all");
+    wait_until("it goes elsewhere", LOOKED_AT, || begun(&client, "long") == ["mac", "tin"]);
+    // No other hook is there to find out: this one has to try the machine, and to forget that it failed.
+    mac.start_sshd();
+    wait_until("it is begun anew", LOOKED_AT, || begun(&client, "long") == ["mac", "tin", "mac"]);
+    drop(build);
+}

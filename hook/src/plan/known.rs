@@ -91,7 +91,7 @@ pub enum Health {
     Waking,
     /// It failed for this very request; the text says how.
     Failed(String),
-    /// Its store URI is of a kind that cannot be reached; the text says why.
+    /// It cannot be used for this, as if its store URI is of a kind that cannot be reached; the text says why.
     Unreachable(String),
     /// The client has no network. It gets nothing, and will be well when there is one again.
     CutOff,

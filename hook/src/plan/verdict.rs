@@ -158,7 +158,7 @@ pub enum Refusal {
         /// How it failed.
         why: String,
     },
-    /// Its store URI is of a kind that cannot be reached; the text says why.
+    /// It cannot be used for this, as if its store URI is of a kind that cannot be reached; the text says why.
     Unreachable(String),
     /// This client has no network.
     CutOff,

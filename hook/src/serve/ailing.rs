@@ -4,6 +4,7 @@
 //! never decide, or wait for a machine.
 
 use super::{Failed, Hook};
+use crate::plan::{Decision, Refusal};
 use crate::reach::ReachError;
 use crate::wire::hook::Verbosity;
 use std::time::SystemTime;
@@ -67,6 +68,18 @@ impl Hook<'_> {
                 self.tell(index, &text);
             }
             if known.until.is_none() {
+                self.reach.try_again(machine);
+            }
+        }
+    }
+
+    /// Has those tried again for which it is time, of the machines that a decision left alone for their health.
+    pub(super) fn try_what_ailed(&self, decision: &Decision) {
+        for (index, refusal) in decision.refusals() {
+            let machine = &self.machines[index];
+            let is_left_alone = matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_));
+            let known = is_left_alone.then(|| self.reach.ailing(machine, SystemTime::now())).flatten();
+            if known.is_some_and(|known| known.until.is_none()) {
                 self.reach.try_again(machine);
             }
         }

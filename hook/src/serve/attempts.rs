@@ -94,7 +94,12 @@ impl Hook<'_> {
                         None => {}
                     }
                     cut_off = since.or_else(|| Some(Instant::now()));
+                    let asked = Instant::now();
                     next = self.choose_again(candidate, Stage::Waited(None), &mut failed);
+                    if asked.elapsed() >= CUT_OFF_PAUSE {
+                        // It waited, with a patience of its own, until there was a network: the next time is another one.
+                        cut_off = None;
+                    }
                 }
                 Attempt::Elsewhere(text) | Attempt::Unreachable(text) => {
                     let reason = plain(&text);

@@ -1,5 +1,6 @@
 //! Asking `plan` with all that is known, taking the slot, and keeping what was decided for those who ask later.
 
+use super::moment::Moment;
 use super::{Candidate, Failed, Hook, NOWHERE, Stage, env};
 use crate::derivation;
 use crate::local_load;
@@ -115,21 +116,29 @@ impl Hook<'_> {
         failed: &Failed,
         cut_off: &HashSet<usize>,
     ) -> Result<(Decision, Option<Held>), SlotError> {
-        let work = Work { obstructed_since: candidate.obstructed.get(), ..candidate.work };
+        let missed = candidate.looked.take().map(Moment::missed);
+        candidate.looked.set(Some(Moment::now()));
+        let obstructed = candidate.obstructed.get();
+        let obstructed = missed.map_or(obstructed, |missed| obstructed.map(|since| missed.after(since)));
+        let work = Work { obstructed_since: obstructed, ..candidate.work };
         let unfit = candidate.unfit.borrow();
-        let decided = self.decide_if((candidate, &work), stage, (failed, &unfit), cut_off, |_| true)?;
+        let health = |index: usize| {
+            let reason = failed.get(&index).or_else(|| unfit.get(&index));
+            let health = reason.map(|reason| Health::Failed(reason.clone()));
+            health.or_else(|| cut_off.contains(&index).then_some(Health::CutOff))
+        };
+        let decided = self.decide_if((candidate, &work), stage, health, |_| true)?;
         candidate.obstructed.set(decided.0.obstructed_since(work.obstructed_since));
         Ok(decided)
     }
 
-    /// The same with other words of what is known of the build, and takes the slot only if it is `wanted` after that
-    /// decision.
+    /// The same with other words of what is known of the build and of the `health` of machines, by their index, which are
+    /// not looked at then; and takes the slot only if it is `wanted` after that decision.
     pub(super) fn decide_if(
         &self,
         (candidate, work): (&Candidate, &Work),
         stage: Stage<'_>,
-        (failed, unfit): (&Failed, &Failed),
-        cut_off: &HashSet<usize>,
+        health: impl Fn(usize) -> Option<Health>,
         wanted: impl FnOnce(&Decision) -> bool,
     ) -> Result<(Decision, Option<Held>), SlotError> {
         let now = SystemTime::now();
@@ -157,11 +166,8 @@ impl Hook<'_> {
         let _choosing = self.slots.lock("main-lock")?;
         let decision = plan::decide(&question, |index| {
             let unused = Known::ready(Load::default());
-            if let Some(reason) = failed.get(&index).or_else(|| unfit.get(&index)) {
-                return unused.with_health(Health::Failed(reason.clone()));
-            }
-            if cut_off.contains(&index) {
-                return unused.with_health(Health::CutOff);
+            if let Some(health) = health(index) {
+                return unused.with_health(health);
             }
             match survey.look(&self.machines[index], &needs) {
                 Ok(look) => {

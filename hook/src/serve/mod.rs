@@ -6,6 +6,7 @@ mod ailing;
 mod attempts;
 mod deciding;
 mod handover;
+mod moment;
 mod moving;
 mod notice;
 mod race;
@@ -34,6 +35,7 @@ use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
 use deciding::Memory;
 use handover::{Among, Handover};
+use moment::Moment;
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
@@ -44,6 +46,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::error::Error;
 use std::ffi::OsString;
 use std::io::{self, StdinLock};
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::{Duration, Instant, SystemTime};
@@ -156,6 +159,8 @@ struct Candidate {
     work: Work,
     /// Since when obstacles that may pass have kept it from every machine, as of the last decision.
     obstructed: Cell<Option<SystemTime>>,
+    /// When that was.
+    looked: Cell<Option<Moment>>,
     /// What speaks against a machine for this build only, by its index.
     unfit: RefCell<Failed>,
     drv_path: StorePath,
@@ -280,13 +285,17 @@ impl<'a> Hook<'a> {
         let mut failed = Failed::new();
         let left = self.machines.iter().filter(|machine| !survey::is_own_store(machine, &self.location, env));
         let mut handover = Handover::new(self.nix, self.settings, verbosity, left);
-        let mut first_asked: HashMap<String, Times> = HashMap::new();
+        let mut first_asked: HashMap<String, (Times, Moment)> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
             self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();
             let is_first = !first_asked.contains_key(&drv_path);
-            let times = first_asked.entry(drv_path.clone()).or_insert_with(|| self.memory.asked(&drv_path));
+            let asked = || (self.memory.asked(&drv_path), Moment::now());
+            let (times, last) = first_asked.entry(drv_path.clone()).or_insert_with(asked);
+            let missed = mem::replace(last, Moment::now()).missed();
+            times.first = missed.after(times.first);
+            times.obstructed = times.obstructed.map(|since| missed.after(since));
             // A panic before the reply would make Nix give up the whole command.
             let answered =
                 catch_unwind(AssertUnwindSafe(|| self.answer(request, times, &mut failed, &mut handover)));
@@ -395,6 +404,7 @@ impl<'a> Hook<'a> {
             request: request.clone(),
             work: self.work(&drv, times.first),
             obstructed: Cell::new(times.obstructed),
+            looked: Cell::new(None),
             unfit: RefCell::default(),
             drv_path: path,
             drv,

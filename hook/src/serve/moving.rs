@@ -6,14 +6,14 @@ use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::builder::{Ahead, Review};
 use crate::plan::machine::Machine;
 use crate::plan::moving::{self, Move, Running};
-use crate::plan::{Decision, Verdict, Work, telling};
+use crate::plan::{Decision, Health, Verdict, Work, telling};
 use crate::queue::Waiting;
 use crate::reach::{ReachError, Reached};
 use crate::sampler::Samples;
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
@@ -145,19 +145,28 @@ impl Outlook<'_, '_> {
         let running = Running { on, elapsed: ran.as_secs_f64(), was_moved: false };
         // It does not wait, so it is not to be content with what there is.
         let work = Work { waiting_since: None, obstructed_since: None, ..candidate.work };
-        let mut unfit = self.distrusted.borrow().clone();
-        unfit.extend(candidate.unfit.borrow().clone());
-        for index in (0..hook.machines.len()).filter(|index| *index != on && hook.is_shared(*index)) {
-            unfit.insert(index, "it shares its slots, so no build that runs is begun anew on it".to_owned());
-        }
+        let mut failed = failed.clone();
+        // The build may have run for hours since they failed.
+        hook.forget_what_is_well(&mut failed);
+        let (distrusted, unfit) = (self.distrusted.borrow(), candidate.unfit.borrow());
+        let health = |index: usize| {
+            if index != on && hook.is_shared(index) {
+                let why = "it shares its slots, so no build that runs is begun anew on it";
+                return Some(Health::Unreachable(why.to_owned()));
+            }
+            let reason = failed.get(&index).or_else(|| distrusted.get(&index)).or_else(|| unfit.get(&index));
+            reason.map(|reason| Health::Failed(reason.clone()))
+        };
         let mut worth = None;
-        let (stage, nobody) = (Stage::Waited(None), HashSet::new());
-        let decided = hook.decide_if((candidate, &work), stage, (failed, &unfit), &nobody, |decision| {
+        let decided = hook.decide_if((candidate, &work), Stage::Waited(None), health, |decision| {
             worth = moving::worth_moving(hook.machines, decision, &running)
                 .filter(|worth| worth.is_known || self.may_ask(worth.to, ran));
             worth.is_some()
         });
+        drop(distrusted);
         let (decision, slot) = decided.map_err(|error| exit::report(&error, None))?;
+        // No other hook may be there to do it: Nix asks for nothing while this build is all that is left.
+        hook.try_what_ailed(&decision);
         let (Verdict::Accept(index), Some(slot), Some(worth)) = (&decision.verdict, slot, worth) else {
             return Err("no machine is that much better".into());
         };
