@@ -33,8 +33,8 @@ struct Arguments {
     /// How often each scene is made anew
     #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u64).range(1..))]
     seeds: u64,
-    /// How often each of those is played, with other names, foreign load and outages every time; four times as often where
-    /// graphs are small
+    /// How often each of those is played, with other names, foreign load and outages every time; four or five times as often
+    /// where graphs are small or luck decides most
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
     plays: u64,
     /// Small graphs: a few seconds

@@ -53,12 +53,18 @@ pub(crate) fn goals(results: &[Result]) -> String {
         let worse =
             worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).median)));
         goal(&mut text, who, "never more than 2 % slower (medians)", worse.collect());
-        let worse = results.iter().filter(|result| gain(result).worst < -NEVER_WORSE);
-        let worse = worse.map(|result| {
+        let worst = |result: &Result| {
             let Gain { worst, error, .. } = gain(result);
             format!("{} ({}, standard error {:.1})", result.scene.name(), percent(-worst), 100.0 * error)
-        });
-        goal(&mut text, who, "the same with the worst seed", worse.collect());
+        };
+        let worse = results.iter().filter(|result| gain(result).worst < -NEVER_WORSE);
+        let worse: Vec<String> = worse.map(worst).collect();
+        let all = results.iter().min_by(|a, b| gain(a).worst.total_cmp(&gain(b).worst));
+        let title = match all.filter(|_| worse.is_empty()) {
+            Some(all) => format!("the same with the worst seed, which is in {}", worst(all)),
+            None => "the same with the worst seed".to_owned(),
+        };
+        goal(&mut text, who, &title, worse);
         let little =
             results.iter().filter(|result| result.scene.fleet.differs() && gain(result).median < BETTER);
         let little = little.map(|result| {
