@@ -15,7 +15,7 @@ pub(crate) const NO_SAMPLES: &str = "[choice]\nsample-every = 0\n";
 /// In offload.toml: samples as often as a test needs them.
 pub(crate) const OFTEN: &str = "[choice]\nsample-every = '1s'\n";
 /// How long the connection to a master that has not answered yet is held when its hook is gone, lest the master end.
-pub(crate) const UNANSWERED: Duration = Duration::from_secs(25);
+pub(crate) const UNANSWERED: Duration = Duration::from_secs(65);
 /// How long hooks and their helpers may take to go when their work is over.
 const END_LIMIT: Duration = Duration::from_secs(10);
 

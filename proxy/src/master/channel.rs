@@ -204,8 +204,10 @@ impl Drop for Shared {
             && let Some(Guard::Shell(holder)) = guard
         {
             holder.release();
+            return;
         }
-        // Else the holder goes on reading in our place.
+        // Else the holder goes on reading in our place, from the same socket, and with its timeout.
+        let _ = self.socket.set_read_timeout(None);
     }
 }
 

@@ -23,9 +23,10 @@ use std::{
 };
 
 /// Stdout is the connection. Without a word from us, because we died or gave up, it is held until the
-/// confirmation must have come. Once the channel is open its closing packet is known, and sent if we go without
-/// another word. After a refusal the connection is held until the master ends. The descriptors that we may have
-/// inherited are closed, because others wait for their last holder.
+/// confirmation must have come, or the master must have given its silent link up (`LINK_INTERVAL` in `start`). Once the
+/// channel is open its closing packet is known, and sent if we go without another word. If we have ended our side it
+/// cannot be sent, which the shell has to bear: then it is there to read. After a refusal the connection is held until the
+/// master ends. The descriptors that we may have inherited are closed, because others wait for their last holder.
 const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 read -r word packet
 case $word in
@@ -33,10 +34,10 @@ open)
     read -r word
     case $word in
     release) ;;
-    *) printf "$packet"; exec timeout 5 cat <&1 >/dev/null ;;
+    *) trap '' PIPE; printf "$packet"; exec timeout 60 cat <&1 >/dev/null ;;
     esac ;;
 keep) while read -r word <&1; do :; done ;;
-*) exec sleep 20 ;;
+*) exec sleep 60 ;;
 esac"#;
 
 /// The process that holds the connection.

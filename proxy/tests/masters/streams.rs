@@ -16,7 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix_offload_proxy::master::{Channel, CloseWrite, Master, OpenError, SessionEnd, Stream, TimedRead};
 use sha2::{Digest, Sha256};
 
-use crate::world::{BOUND, Echo, World, wait_until};
+use crate::world::{BOUND, Echo, World, signal, wait_until};
 
 const MIB: usize = 1024 * 1024;
 
@@ -172,12 +172,32 @@ fn giving_up_while_a_channel_opens_does_not_end_the_master() {
     sessions.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
     let error = master.open_unix_socket(path.to_str().unwrap(), Duration::from_millis(100)).unwrap_err();
     assert!(matches!(error, OpenError::TimedOut { master_answers: true, .. }), "{error:?}");
-    thread::sleep(Duration::from_millis(100));
+    // The link is silent for almost as long as the master bears.
+    thread::sleep(Duration::from_secs(25));
     sessions.iter().for_each(|pid| kill(*pid, Signal::SIGCONT).unwrap());
     drop(listener.accept().unwrap());
     thread::sleep(Duration::from_millis(200));
     master.open_session("true", BOUND).unwrap();
     assert_eq!(world.logins(), 1);
+}
+
+#[test]
+fn a_stream_that_is_dropped_while_the_master_hangs_and_the_far_side_talks_does_not_end_the_master() {
+    let world = World::new();
+    let master = world.start();
+    let path = world.path("talks");
+    // It ends when nobody takes its words any more.
+    let server = listen(&path, |mut socket| while socket.write_all(&[7; 4096]).is_ok() {});
+    let (mut reader, writer) = open(&master, &path).split();
+    reader.read_exact(&mut [0; 4096]).unwrap();
+    let pid = world.only_master().pid;
+    signal(pid, Signal::SIGSTOP);
+    // This waits for half a second, and then leaves the rest to the holder.
+    drop((reader, writer));
+    signal(pid, Signal::SIGCONT);
+    server.join().unwrap();
+    master.open_session("true", BOUND).unwrap();
+    assert_eq!((world.only_master().pid, world.logins()), (pid, 1));
 }
 
 #[test]
