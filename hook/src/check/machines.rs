@@ -232,6 +232,15 @@ impl Judged {
         for name in machine.uri.params.keys() {
             self.parameter(line, name);
         }
+        // Of other kinds of stores we do not know what they mean.
+        let is_known = here.is_some() || !matches!(machine.uri.scheme, Scheme::Other(_));
+        let query = word.split_once('?').filter(|_| is_known).map_or("", |(_, query)| query);
+        for pair in query.split('&').filter(|pair| !pair.is_empty() && !pair.contains('=')) {
+            let at = ['?', '&'].iter().find_map(|mark| word.find(&format!("{mark}{pair}")));
+            let spot = at.map_or_else(|| line.column(0), |at| line.part(0, at + 1, pair));
+            let message = format!("the parameter '{pair}' has no value, so it is ignored");
+            self.warn(&spot, message, format!("write '{pair}=' and a value behind it, or take it out"));
+        }
         if let Some(here) = &here {
             if is_own_store(here, &machine.uri, &own.socket) {
                 self.warn(

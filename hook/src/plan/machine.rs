@@ -97,7 +97,8 @@ pub struct StoreUri {
     pub destination: String,
     /// The port, if the URI names one.
     pub port: Option<u16>,
-    /// Parameters behind `?`, percent-decoded once.
+    /// Parameters behind `?`, percent-decoded once. As in Nix, what has no value is no parameter, and the first of two equal
+    /// names counts (`decodeQuery` in `src/libutil/url.cc` of Nix 2.8 to 2.34).
     pub params: BTreeMap<String, String>,
 }
 
@@ -119,9 +120,6 @@ pub enum UriError {
     /// A percent sign without two hexadecimal digits behind it, or one that makes no text.
     #[error("the parameter '{0}' has a bad percent escape")]
     BadEscape(String),
-    /// A parameter without a value.
-    #[error("the parameter '{0}' has no value (expected name=value)")]
-    NoValue(String),
 }
 
 impl StoreUri {
@@ -141,8 +139,8 @@ impl StoreUri {
     /// Reads a store URI that has its scheme.
     ///
     /// # Errors
-    /// For `ssh` and `ssh-ng`: no usable host or port. For these and for stores of this machine: parameters that are not
-    /// `name=value`. What is left to Nix is kept as it is and never fails.
+    /// For `ssh` and `ssh-ng`: no usable host or port. For these and for stores of this machine: parameters with a bad
+    /// percent escape. What is left to Nix is kept as it is and never fails.
     pub fn parse(text: &str) -> Result<Self, UriError> {
         let (scheme, rest) = match text.split_once("://") {
             Some(("ssh", rest)) => (Scheme::Ssh, rest),
@@ -248,8 +246,9 @@ fn split_port(text: &str) -> Result<(&str, Option<u16>), UriError> {
 fn parse_query(query: &str) -> Result<BTreeMap<String, String>, UriError> {
     let mut params = BTreeMap::new();
     for pair in query.split('&').filter(|p| !p.is_empty()) {
-        let (name, value) = pair.split_once('=').ok_or_else(|| UriError::NoValue(pair.to_owned()))?;
-        params.insert(percent_decode(name)?, percent_decode(value)?);
+        if let Some((name, value)) = pair.split_once('=') {
+            params.entry(percent_decode(name)?).or_insert(percent_decode(value)?);
+        }
     }
     Ok(params)
 }
@@ -351,6 +350,13 @@ mod tests {
     }
 
     #[test]
+    fn parameters_are_those_that_nix_sees() {
+        let uri = parse("ssh-ng://mac?compress&a=1&&b=&a=2&=3").unwrap();
+        let params: Vec<(&str, &str)> = uri.params.iter().map(|(name, value)| (&**name, &**value)).collect();
+        assert_eq!(params, [("", "3"), ("a", "1"), ("b", "")]);
+    }
+
+    #[test]
     fn bad_uris_name_what_is_wrong_with_them() {
         assert_eq!(parse("ssh://"), Err(UriError::NoHost("ssh://".into())));
         assert_eq!(parse("ssh://@mac"), Err(UriError::NoHost("ssh://@mac".into())));
@@ -360,7 +366,7 @@ mod tests {
         assert_eq!(parse("ssh://mac:+22"), Err(UriError::BadPort("+22".into())));
         assert_eq!(parse("ssh://mac:99999"), Err(UriError::BadPort("99999".into())));
         assert_eq!(parse("ssh://[::1"), Err(UriError::BadHost("[::1".into())));
-        assert_eq!(parse("ssh://mac?compress"), Err(UriError::NoValue("compress".into())));
+        assert_eq!(parse("ssh://mac?compress&a=%z"), Err(UriError::BadEscape("%z".into())));
         assert_eq!(parse("ssh://mac?a=%zz"), Err(UriError::BadEscape("%zz".into())));
         assert_eq!(parse("ssh://mac?a=%ff"), Err(UriError::BadEscape("%ff".into())));
         assert_eq!(parse("ssh://a/b"), Err(UriError::BadHost("a/b".into())));

@@ -151,6 +151,7 @@ fn marks_of_other_editors() {
 fn uris_with_words_that_no_store_knows() {
     assert_one("mac?ssh-kye=/k", &["1:5 [ssh-kye] warning: no store has", "'ssh-key'"]);
     assert_one("mac?port=22", &["1:5 [port]", "ssh-ng://host:22"]);
+    assert_one("compress?compress", &["1:10 [compress]", "'compress' has no value", "write 'compress='"]);
     assert_one("mac?remote-store=/x&store-x=/y", &["1:21 [store-x] warning: no store has"]);
     assert_one("mac?StrictHostKeyChecking=no", &["ssh_config"]);
     assert_one("shh-ng://mac", &["1:1 [shh-ng] warning: there is no store of the kind", "'ssh-ng'"]);
