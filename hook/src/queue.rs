@@ -78,7 +78,7 @@ pub struct Place {
     ticket: Ticket,
 }
 
-/// Builds that wait, at one moment.
+/// Builds that wait, at one moment: how many of each line, and for what.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Waiting(Vec<(Wish, u64)>);
 
@@ -149,19 +149,19 @@ impl Queue {
 
     /// The same; none if a place that matters was given another name or left meanwhile.
     fn try_waiting(&self) -> Option<Waiting> {
-        let mut sets: BTreeMap<String, Vec<Name>> = BTreeMap::new();
+        let mut lines: BTreeMap<String, Vec<Name>> = BTreeMap::new();
         for name in self.names() {
-            if let Some((set, _)) = name.line.split_once("-u") {
-                sets.entry(set.to_owned()).or_default().push(name);
+            if name.line.contains("-u") {
+                lines.entry(name.line.clone()).or_default().push(name);
             }
         }
         let mut waiting = Vec::new();
-        for mut names in sets.into_values() {
+        for mut names in lines.into_values() {
             // Whoever was given another name meanwhile may be there twice.
             names.sort_by_key(|name| name.number);
             names.dedup_by_key(|name| name.number);
             names.sort_by_key(Name::key);
-            // One that lives is enough to believe in those before it, who are asked when it is their turn.
+            // One that lives is enough to believe in those before it in its line, who are asked when it is their turn.
             while let Some(last) = names.last() {
                 let file = File::open(self.path(last)).ok()?;
                 if self.is_held(&file, last) {

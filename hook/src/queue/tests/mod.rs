@@ -342,3 +342,19 @@ fn whoever_waits_no_longer_than_until_gives_up_its_place_and_holds_nobody_up() {
     assert!(begin.elapsed() < LIMIT);
     assert!(place().wait(Some(Instant::now())).unwrap().is_some(), "nobody is there");
 }
+
+#[test]
+fn the_killed_of_one_user_are_not_counted_for_those_of_another_that_live() {
+    let (_runtime, queue) = queue();
+    let place = |user, second| queue.place(one_of(&["m"]), user, soon(second), MANY).unwrap().unwrap();
+    let dead: Vec<Place> = (0..50).map(|_| place(1001, 0)).collect();
+    dead.into_iter().for_each(kill);
+    let (live, behind) = (place(1000, 1), place(1000, 2));
+    let turn = live.wait(None).unwrap().unwrap();
+    assert_eq!(queue.waiting().all_of("m"), 2);
+    // And those of all users that live are.
+    let other = place(1002, 0);
+    assert_eq!(queue.waiting().all_of("m"), 3);
+    drop((turn, behind, other));
+    assert_eq!(queue.waiting(), Waiting::default());
+}
