@@ -322,6 +322,15 @@ impl Task<'_> {
                 );
                 self.nix.message(Verbosity::Warn, &text);
             }
+            Permit::Unanswered(reason) => {
+                tracing::warn!(builder = machine, reason, "no shared slot yet");
+                let text = format!(
+                    "warning: '{machine}' gives none of its {slots} shared slots ({reason}), so '{}' goes on there \
+                     without; if its account has no shell, `shared-slots` is of no use",
+                    self.location.render(self.drv_path)
+                );
+                self.nix.message(Verbosity::Warn, &text);
+            }
         }
         Ok(())
     }

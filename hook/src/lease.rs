@@ -15,13 +15,16 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// How long a session for it may take to come about.
 const OPENING: Duration = Duration::from_secs(20);
 /// How long the shell may take to say its first word, with what its account runs before.
 const FIRST_WORD: Duration = Duration::from_secs(15);
+/// How much longer where there were leases before: a machine with too much to do is slow to start a shell, and it is then
+/// that the number of builds there must not grow.
+const PATIENCE_WHERE_KNOWN: Duration = Duration::from_secs(300);
 /// A word that the shell over there hears, so that it knows that the link is alive.
 const BEAT: Duration = Duration::from_secs(15);
 /// Without such a word it gives the slot up after so long. Masters give a silent link up about as soon.
@@ -53,9 +56,12 @@ pub enum Permit {
     Held,
     /// The machine has not the means for it: go on without. This is to be said.
     Without(String),
+    /// The machine gave no answer: this build goes on without until there is one, and the next one asks again. This is to be
+    /// said.
+    Unanswered(String),
 }
 
-/// What the thread that listens has to say.
+/// What the thread that listens has to say. It ends without another word where a command ran that was no shell.
 type Heard = Result<Word, LeaseError>;
 
 /// One of a machine's shared slots, or the wait for it. Given back when dropped.
@@ -104,26 +110,36 @@ impl Lease {
         self.slots
     }
 
-    /// Waits for the slot, as long as the connection lives. `waiting` is called once if that takes a while.
+    /// Waits for the slot, as long as the connection lives and the shell there shows that it does. `waiting` is called once if
+    /// that takes a while. A lease that is kept after the wait goes on being asked for.
     ///
     /// # Errors
     /// If the connection is lost.
     pub fn wait(&mut self, waiting: &mut dyn FnMut()) -> Result<Permit, LeaseError> {
-        match self.heard.recv_timeout(OPENING + FIRST_WORD) {
-            Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
-            Ok(Ok(_)) => {}
-            Ok(Err(LeaseError::NoShell(error))) if error.is_no_session() => {
-                return Ok(self.without("there is no session for a shell".into()));
-            }
-            Ok(Err(error)) => return Err(error),
-            Err(_) => return Ok(self.without(NO_SHELL.into())),
-        }
+        self.wait_within([OPENING + FIRST_WORD, PATIENCE_WHERE_KNOWN], waiting)
+    }
+
+    /// With the bounds for the first word: the usual one, and how much more there is where there were leases before.
+    fn wait_within(
+        &mut self,
+        [usual, more]: [Duration; 2],
+        waiting: &mut dyn FnMut(),
+    ) -> Result<Permit, LeaseError> {
+        let begin = Instant::now();
         let mut told = false;
+        let mut heard = self.heard.recv_timeout(usual);
+        if matches!(heard, Err(RecvTimeoutError::Timeout)) && self.reach.had_leases(&self.machine) {
+            waiting();
+            told = true;
+            heard = self.heard.recv_timeout(more);
+        }
+        if let Err(RecvTimeoutError::Timeout) = heard {
+            let seconds = begin.elapsed().as_secs();
+            return Ok(Permit::Unanswered(format!(
+                "no shell there has said a word within {seconds} seconds"
+            )));
+        }
         loop {
-            let heard = match told {
-                false => self.heard.recv_timeout(PATIENCE),
-                true => self.heard.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
             match heard {
                 // It may have been lost since.
                 Ok(Ok(Word::Held)) => match self.heard.try_iter().last() {
@@ -134,15 +150,24 @@ impl Lease {
                 },
                 Ok(Ok(Word::None(reason))) => return Ok(self.without(reason)),
                 Ok(Ok(Word::Waiting | Word::Here)) => {}
+                Ok(Err(LeaseError::NoShell(error))) if error.is_no_session() => {
+                    return Ok(self.without("there is no session for a shell".into()));
+                }
                 Ok(Err(error)) => return Err(error),
                 Err(RecvTimeoutError::Timeout) => {
                     waiting();
                     told = true;
                 }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(LeaseError::Lost(io::ErrorKind::UnexpectedEof.into()));
+                // Where there have been leases it is that no process can be started, and says nothing of the next build.
+                Err(RecvTimeoutError::Disconnected) if self.reach.had_leases(&self.machine) => {
+                    return Ok(Permit::Unanswered("a shell there ended without a word".into()));
                 }
+                Err(RecvTimeoutError::Disconnected) => return Ok(self.without(NO_SHELL.into())),
             }
+            heard = match told {
+                false => self.heard.recv_timeout(PATIENCE),
+                true => self.heard.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
         }
     }
 
@@ -182,9 +207,12 @@ impl Keeper {
         loop {
             let mut is_held = false;
             let ended = self.hold(&mut |word| {
-                is_held |= word == Word::Held;
-                if was_held && word == Word::Held {
-                    tracing::warn!(builder, "a shared slot again");
+                if word == Word::Held {
+                    is_held = true;
+                    self.reach.note_lease(&self.machine);
+                    if was_held {
+                        tracing::warn!(builder, "a shared slot again");
+                    }
                 }
                 // Whoever gave the lease back does not listen any more, and the end is still to be seen.
                 let _ = self.say.send(Ok(word));
@@ -201,7 +229,11 @@ impl Keeper {
                         "no shared slot again: the build goes on without"
                     );
                 }
-                Ok(reason) => return drop(reason.map(|reason| self.say.send(Ok(Word::None(reason))))),
+                Ok(Some(reason)) => return drop(self.say.send(Ok(Word::None(reason)))),
+                Ok(None) if was_held => {
+                    tracing::debug!(builder, reason = NO_SHELL, "no shared slot again yet");
+                }
+                Ok(None) => return,
                 Err(LeaseError::NoShell(error)) if error.is_crowded() => {
                     let _ = self.say.send(Ok(Word::Waiting));
                 }
@@ -223,8 +255,8 @@ impl Keeper {
         }
     }
 
-    /// Runs the script once, to its end, and passes its words on. Gives the reason if the machine turns out not to have the
-    /// means for it.
+    /// Runs the script once, to its end, and passes its words on. Gives the reason if it says that the machine has not the
+    /// means for it, and none if a command ran there that was no shell.
     fn hold(&self, pass: &mut dyn FnMut(Word)) -> Result<Option<String>, LeaseError> {
         let shell = self.reach.shell_beside(&self.machine, OPENING).map_err(LeaseError::NoShell)?;
         let Beside { stream: Stream { reader, writer }, mut status, seat: _seat } = shell;
@@ -247,7 +279,7 @@ impl Keeper {
                 Err(_) if none.is_some() => return Ok(none),
                 // Something ran there, and it was none.
                 Err(error) if !runs && has_ended(&error, status.as_mut()) => {
-                    return Ok(Some(NO_SHELL.into()));
+                    return Ok(None);
                 }
                 Err(error) => return Err(LeaseError::Lost(error)),
             }
@@ -280,3 +312,7 @@ fn has_ended(error: &io::Error, status: Option<&mut SessionStatus>) -> bool {
     error.kind() == io::ErrorKind::UnexpectedEof
         && status.is_none_or(|status| status.end(STATUS_BOUND).exit.is_some())
 }
+
+#[cfg(test)]
+#[path = "lease/tests/mod.rs"]
+mod tests;

@@ -239,6 +239,48 @@ fn a_slot_that_is_lost_in_mid_build_is_taken_anew() {
     built.assert_stderr_lacks("lost");
 }
 
+/// A login shell that does not come to run anything while the machine has too much to do.
+const SLOW: &str = "#!/bin/bash\n\
+    if [ \"$2\" = sh ]; then while [ -e /tmp/too-much-to-do ]; do sleep 0.1; done; fi\n\
+    exec /bin/bash \"$@\"\n";
+
+#[test]
+fn a_machine_that_has_too_much_to_do_to_start_a_shell_gets_no_more_builds_than_before() {
+    /// More than the time in which a shell should say something.
+    const PATIENT: Duration = Duration::from_secs(150);
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    mac.write_mode("/usr/local/bin/slow", SLOW, 0o755);
+    mac.run("sed -i '/^root:/s|/bin/bash|/usr/local/bin/slow|' /etc/passwd");
+    let client = client(&world, &mac, "one", 1);
+    let settings = "[choice]\nsample-every = 0\n[[machine]]\nname = 'mac'\nshared-slots = 1\n";
+    client.write("/etc/nix/offload.toml", settings);
+    client.nix_build(&drv::where_built("first"), &["-j0"]).assert_success().assert_stderr_lacks(WITHOUT);
+    mac.write("/tmp/too-much-to-do", "");
+    let names = ["second", "third"];
+    let running = names.map(|name| {
+        client.spawn_beside_others(client.nix_build_command(&gated(name), &["-j0"]).limit(PATIENT))
+    });
+    for build in &running {
+        wait_until("the user is told", PATIENT, || {
+            build.stderr_so_far().contains("waiting for one of 1 shared slots of 'ssh-ng://mac'")
+        });
+    }
+    let all_begun = || names.map(|name| begun(&client, name).len());
+    assert_eq!(all_begun(), [0, 0]);
+    mac.run("rm /tmp/too-much-to-do");
+    wait_until("one is begun", SOON, || all_begun() != [0, 0]);
+    let first = usize::from(all_begun() == [0, 1]);
+    assert_eq!((all_begun().iter().sum::<usize>(), held(&mac)), (1, 1));
+    open(&client, names[first]);
+    wait_for_begin(&client, names[1 - first], &["mac"]);
+    open(&client, names[1 - first]);
+    for build in running {
+        build.wait().assert_success().assert_stderr_lacks(WITHOUT).assert_stderr_lacks("shared slots (");
+    }
+    assert_all_given_back(&mac);
+}
+
 /// Builds go there without leases, and why is said once.
 fn assert_goes_on_without(
     protocol: &str,

@@ -17,6 +17,9 @@ const COMMAND: &str = "sh";
 /// A machine that turned out to have no means for leases is asked for none for so long.
 const LEASES_AGAIN: Duration = Duration::from_secs(600);
 
+/// A machine that had a lease is taken to have the means for them for so long.
+const LEASES_KNOWN: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Shells beside builds on one master, if builds need no sessions there. sshd allows ten (`MaxSessions`), of which some
 /// are left to others: each one refused costs a small process.
 const BESIDE: u64 = 8;
@@ -132,6 +135,18 @@ impl Reach {
     /// Notes that it has not.
     pub fn note_without_leases(&self, machine: &Machine, reason: &str) {
         note(&self.stamp(machine).with_extension("unleased"), reason);
+    }
+
+    /// Whether there was a lease on the machine within the last day.
+    pub fn had_leases(&self, machine: &Machine) -> bool {
+        noted_lately(&self.stamp(machine).with_extension("leased"), LEASES_KNOWN).is_some()
+    }
+
+    /// Notes that there is one, whatever was noted before.
+    pub fn note_lease(&self, machine: &Machine) {
+        let stamp = self.stamp(machine);
+        note(&stamp.with_extension("leased"), "");
+        let _ = fs::remove_file(stamp.with_extension("unleased"));
     }
 }
 
