@@ -8,7 +8,7 @@ use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
 use crate::queue::{Queue, Waiting, Wish};
-use crate::reach::{Ailing, Reach, Vitals};
+use crate::reach::{Ailing, Reach, Vitals, Wanted};
 use crate::sampler::Samples;
 use crate::sending;
 use crate::slots::{Holder, SlotError, Slots, Used};
@@ -36,6 +36,9 @@ pub struct Survey<'a> {
     /// Those that come on beside this one and wait for fewer machines: they have no claim on what is free, but they will
     /// have slots that are given back.
     narrower: Waiting,
+    /// Bytes of the build's inputs that a machine lacks, where that is known.
+    missing: HashMap<String, u64>,
+    usual: Option<f64>,
     now: SystemTime,
 }
 
@@ -75,7 +78,40 @@ impl<'a> Survey<'a> {
         let waiting = Queue::of(reach.directory()).waiting();
         let (vitals, backlogs) = (reach.vitals(machines), sending::backlogs(reach.directory()));
         let (used, narrower) = (slots.used(), Waiting::default());
-        Self { slots, reach, location, withheld, used, samples, vitals, backlogs, waiting, narrower, now }
+        let (missing, usual) = (HashMap::new(), None);
+        Self {
+            slots,
+            reach,
+            location,
+            withheld,
+            used,
+            samples,
+            vitals,
+            backlogs,
+            waiting,
+            narrower,
+            missing,
+            usual,
+            now,
+        }
+    }
+
+    /// The same with what this build asks of the machines that can do it. That costs two files of each, so this too is to be
+    /// called without the lock `main-lock`.
+    #[must_use]
+    pub fn for_build(self, machines: &[Machine], request: &Request, needs: &Needs<'_>) -> Self {
+        let mut missing = HashMap::new();
+        if let Some(inputs) = needs.inputs {
+            let mut wanted = Wanted::new(inputs);
+            // Of a machine that never had a build of ours nothing is noted here.
+            let is_looked_at =
+                |machine: &&Machine| self.used.has(&machine.name) && plan::suits(machine, request).is_ok();
+            for machine in machines.iter().filter(is_looked_at) {
+                let lacking = self.reach.seen(machine).lacking(&mut wanted);
+                missing.extend(lacking.map(|bytes| (machine.name.clone(), bytes)));
+            }
+        }
+        Self { missing, usual: needs.usual, ..self }
     }
 
     /// The same for a build that comes before all that wait, with what it waits for itself.
@@ -89,7 +125,7 @@ impl<'a> Survey<'a> {
     ///
     /// # Errors
     /// If its slots cannot be counted.
-    pub fn look(&self, machine: &Machine, needs: &Needs<'_>) -> Result<Look, SlotError> {
+    pub fn look(&self, machine: &Machine) -> Result<Look, SlotError> {
         if let Some(reason) = against(machine, self.location) {
             let withheld = self.withheld.of(&machine.name).filter(|withheld| withheld.holds(self.now));
             let known = match withheld {
@@ -107,11 +143,9 @@ impl<'a> Survey<'a> {
         let waiting =
             self.waiting.of(&machine.name, machine.max_jobs, machine.max_jobs.saturating_sub(load.taken));
         let before = waiting + self.narrower.all_of(&machine.name);
-        let slot_wait =
-            if free.is_none() || waiting > 0 { self.slot_wait(machine, needs, before) } else { None };
-        // Of a machine that never had a build of ours nothing is noted here, and nobody samples it.
-        let inputs = needs.inputs.filter(|_| is_used);
-        let missing = inputs.and_then(|inputs| self.reach.seen(machine).lacking(inputs));
+        let slot_wait = if free.is_none() || waiting > 0 { self.slot_wait(machine, before) } else { None };
+        let missing = self.missing.get(&machine.name).copied();
+        // Nobody samples a machine that never had a build of ours.
         let is_sampled = is_used && !self.samples.is_empty();
         let said = if is_sampled { self.samples.of(&self.reach.key(machine)) } else { None };
         let backlog = self.backlogs.get(&machine.name).copied();
@@ -142,8 +176,8 @@ impl<'a> Survey<'a> {
 
     /// When one of its slots is free, if of all builds that have one it is known since when. One that has run for longer than
     /// expected is taken to go on for half as long again.
-    fn slot_wait(&self, machine: &Machine, needs: &Needs<'_>, waiting: u64) -> Option<f64> {
-        let usual = needs.usual? / f64::from(machine.speed_factor);
+    fn slot_wait(&self, machine: &Machine, waiting: u64) -> Option<f64> {
+        let usual = self.usual? / f64::from(machine.speed_factor);
         let now = self.now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let holders = self.slots.holders(&machine.name, machine.max_jobs);
         let end = |holder: Option<Holder>| {
@@ -235,5 +269,46 @@ mod tests {
         for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
             assert!(!is_own(uri, "auto"), "{uri}");
         }
+    }
+
+    #[test]
+    fn memories_of_inputs_are_read_before_the_lock_is_held_and_no_more_then() {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = directory.path().join("run");
+        let name = |name: &str| (name == "NIX_OFFLOAD_RUNTIME_DIR").then(|| runtime.clone().into());
+        let reach = Reach::new(name).unwrap();
+        let slots = Slots::open(directory.path().join("current-load")).unwrap();
+        let root = format!("local?root={}", directory.path().display());
+        let location = Location::parse(&root, |_| None).unwrap();
+        let machine = |name: &str, system: &str| {
+            Machine::for_uri(&format!("ssh-ng://{name}"), BTreeSet::from([system.to_owned()])).unwrap()
+        };
+        let machines = [
+            machine("mac", "x86_64-linux"),
+            machine("new", "x86_64-linux"),
+            machine("unused", "x86_64-linux"),
+            machine("other", "aarch64-linux"),
+        ];
+        for machine in [&machines[0], &machines[1], &machines[3]] {
+            drop(slots.take(&machine.name, 0).unwrap());
+        }
+        let path = |name: &str| StorePath::from_basename(format!("{:0>32}-{name}", 7).as_bytes()).unwrap();
+        let inputs = [(path("seen"), 10), (StorePath::from_parts([1; 20], "unseen").unwrap(), 200)];
+        fs::create_dir(runtime.join("answered")).unwrap();
+        for machine in [&machines[0], &machines[2], &machines[3]] {
+            reach.seen(machine).note([path("seen")].iter());
+        }
+        let request = Request {
+            am_willing: false,
+            system: "x86_64-linux".into(),
+            drv_path: "/nix/store/x.drv".into(),
+            required_features: BTreeSet::new(),
+        };
+        let survey = Survey::begin(&machines, &slots, &reach, &location, None, SystemTime::now());
+        let needs = Needs { inputs: Some(&inputs), usual: None };
+        let survey = survey.for_build(&machines, &request, &needs);
+        machines.iter().for_each(|machine| reach.seen(machine).forget());
+        let missing = machines.each_ref().map(|machine| survey.look(machine).unwrap().known.link.missing);
+        assert_eq!(missing, [Some(200), None, None, None]);
     }
 }

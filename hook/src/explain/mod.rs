@@ -226,7 +226,8 @@ impl Desk<'_> {
             .flatten();
         let needs = Needs { inputs: inputs.as_deref(), usual: work.usual };
         let state = self.state.as_deref();
-        let survey = Survey::begin(self.machines, &self.slots, &self.reach, self.location, state, now);
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, self.location, state, now)
+            .for_build(self.machines, request, &needs);
         let here = (self.rules.policy == Policy::Cost).then(|| local_load::sample(now));
         let question = Question {
             machines: self.machines,
@@ -239,7 +240,7 @@ impl Desk<'_> {
         };
         // Nobody who chooses meanwhile is to see the slots that we look at as taken.
         let _choosing = self.slots.lock("main-lock");
-        plan::decide(&question, |index| match survey.look(&self.machines[index], &needs) {
+        plan::decide(&question, |index| match survey.look(&self.machines[index]) {
             Ok(look) => look.known,
             Err(error) => {
                 Known::ready(Load::default()).with_health(Health::Failed(exit::report(&error, None)))

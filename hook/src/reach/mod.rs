@@ -14,7 +14,7 @@ mod trust;
 
 pub use error::{ReachError, ReachSetupError};
 pub use health::{Ailing, Vitals};
-pub use seen::Seen;
+pub use seen::{Seen, Wanted};
 pub use shell::{Beside, Open};
 pub use speed::Speed;
 

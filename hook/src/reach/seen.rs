@@ -4,16 +4,22 @@
 
 use nix_derivation::StorePath;
 use std::collections::HashSet;
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{iter, mem};
 
 /// How long it is believed. Short, for a builder's garbage collector may run; long enough for one build after another.
 const BELIEVED: Duration = Duration::from_secs(60);
 /// When the file has so many bytes it becomes the old one, and a new one is begun: some 2,000 paths each.
 const ROTATE: u64 = 100 << 10;
+
+/// The first part of a path's name.
+type Digest = [u8; 32];
+/// A power of two: bytes that stay in the processor, and many times as many as a build has direct inputs.
+const MARKS: usize = 4096;
 
 /// The memory of one machine.
 #[derive(Debug, Clone)]
@@ -32,13 +38,13 @@ impl Seen {
             return true;
         }
         let now = seconds(SystemTime::now());
-        let mut missing: HashSet<String> = paths.iter().map(digest).collect();
+        let mut missing: HashSet<Digest> = paths.iter().map(digest).collect();
         for file in [&self.path, &old(&self.path)] {
-            let Ok(text) = fs::read_to_string(file) else { continue };
-            for line in text.lines() {
-                let Some((time, digest)) = line.split_once(' ') else { continue };
+            let Ok(text) = fs::read(file) else { continue };
+            for (time, digest) in entries(&text) {
                 // One from the future was noted under another clock.
-                let age = time.parse::<u64>().ok().and_then(|time| now.checked_sub(time));
+                let time = str::from_utf8(time).ok().and_then(|time| time.parse::<u64>().ok());
+                let age = time.and_then(|time| now.checked_sub(time));
                 if age.is_some_and(|age| age <= BELIEVED.as_secs()) {
                     missing.remove(digest);
                 }
@@ -50,25 +56,29 @@ impl Seen {
         false
     }
 
-    /// Bytes of these paths that the machine was not seen to have, ever so long ago; none if nothing is known of it. For an
-    /// estimate only.
-    pub fn lacking(&self, paths: &[(StorePath, u64)]) -> Option<u64> {
-        let mut texts = [&self.path, &old(&self.path)].map(|file| fs::read_to_string(file).ok());
-        texts.iter().any(Option::is_some).then_some(())?;
-        let texts = texts.each_mut().map(|text| text.take().unwrap_or_default());
-        let seen: HashSet<&str> = texts
-            .iter()
-            .flat_map(|text| text.lines())
-            .filter_map(|line| Some(line.split_once(' ')?.1))
-            .collect();
-        let lacking = paths.iter().filter(|(path, _)| !seen.contains(digest(path).as_str()));
-        Some(lacking.fold(0, |sum: u64, (_, size)| sum.saturating_add(*size)))
+    /// Bytes of the wanted paths that the machine was not seen to have, ever so long ago; none if nothing is known of it.
+    /// For an estimate only.
+    pub fn lacking(&self, wanted: &mut Wanted) -> Option<u64> {
+        wanted.begin();
+        let mut is_known = false;
+        for file in [&self.path, &old(&self.path)] {
+            is_known |= wanted.strike_out(file);
+            if is_known && wanted.is_complete() {
+                break;
+            }
+        }
+        is_known.then(|| wanted.bytes_left())
     }
 
     /// These are there now. That it cannot be noted only costs time.
     pub fn note<'a>(&self, paths: impl Iterator<Item = &'a StorePath>) {
         let now = seconds(SystemTime::now());
-        let lines: String = paths.map(|path| format!("{now} {}\n", digest(path))).collect();
+        let mut lines = Vec::new();
+        for digest in paths.map(digest) {
+            lines.extend_from_slice(format!("{now} ").as_bytes());
+            lines.extend_from_slice(&digest);
+            lines.push(b'\n');
+        }
         if lines.is_empty() {
             return;
         }
@@ -76,7 +86,7 @@ impl Seen {
             let _ = fs::rename(&self.path, old(&self.path));
         }
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&self.path);
-        let _ = file.and_then(|mut file| file.write_all(lines.as_bytes()));
+        let _ = file.and_then(|mut file| file.write_all(&lines));
     }
 
     /// Nothing of it is believed any more.
@@ -87,13 +97,96 @@ impl Seen {
     }
 }
 
+/// Paths that are looked for in the memories of many machines, one after another.
+#[derive(Debug)]
+pub struct Wanted {
+    /// With the sizes in bytes, in the order of the digests.
+    paths: Vec<(Digest, u64)>,
+    /// The marks of these paths. Most of what a memory holds has none of them.
+    marks: [bool; MARKS],
+    /// Which of the paths were not found yet, and how many.
+    missing: Vec<bool>,
+    left: usize,
+    buffer: Vec<u8>,
+}
+
+impl Wanted {
+    /// Paths with their sizes in bytes.
+    pub fn new(paths: &[(StorePath, u64)]) -> Self {
+        let mut paths: Vec<_> = paths.iter().map(|(path, size)| (digest(path), *size)).collect();
+        paths.sort_unstable();
+        paths.dedup_by_key(|(digest, _)| *digest);
+        let mut marks = [false; MARKS];
+        for (digest, _) in &paths {
+            marks[mark(digest)] = true;
+        }
+        Self { paths, marks, missing: Vec::new(), left: 0, buffer: Vec::new() }
+    }
+
+    fn begin(&mut self) {
+        self.left = self.paths.len();
+        self.missing.clear();
+        self.missing.resize(self.left, true);
+    }
+
+    /// Finds what it can in a file. Whether it could be read.
+    fn strike_out(&mut self, file: &Path) -> bool {
+        self.buffer.clear();
+        if File::open(file).and_then(|mut file| file.read_to_end(&mut self.buffer)).is_err() {
+            return false;
+        }
+        for (_, digest) in entries(&self.buffer) {
+            if !self.marks[mark(digest)] {
+                continue;
+            }
+            if let Ok(index) = self.paths.binary_search_by_key(digest, |(digest, _)| *digest)
+                && mem::take(&mut self.missing[index])
+            {
+                self.left -= 1;
+                if self.left == 0 {
+                    break;
+                }
+            }
+        }
+        true
+    }
+
+    fn is_complete(&self) -> bool {
+        self.left == 0
+    }
+
+    fn bytes_left(&self) -> u64 {
+        let sizes = self.paths.iter().zip(&self.missing).filter(|(_, missing)| **missing);
+        sizes.fold(0, |sum, ((_, size), _)| sum.saturating_add(*size))
+    }
+}
+
+/// What is noted in a file, as it stands there: the time and the digest. A torn line takes the one behind it with it at most.
+fn entries(text: &[u8]) -> impl Iterator<Item = (&[u8], &Digest)> {
+    let mut rest = text;
+    iter::from_fn(move || {
+        let space = rest.iter().position(|byte| *byte == b' ')?;
+        let (time, after) = rest.split_at_checked(space)?;
+        let (digest, after) = after.get(1..)?.split_first_chunk()?;
+        // What comes next is the end of the line.
+        rest = after;
+        Some((time.trim_ascii_start(), digest))
+    })
+}
+
+/// One of a few thousand numbers. The end of a digest is as good as any part of it.
+fn mark(digest: &Digest) -> usize {
+    let [.., a, b, c, d] = *digest;
+    let number = u32::from_le_bytes([a, b, c, d]).wrapping_mul(0x9e37_79b1);
+    (number >> (u32::BITS - MARKS.ilog2())) as usize
+}
+
 fn old(path: &Path) -> PathBuf {
     path.with_extension("seen-before")
 }
 
-fn digest(path: &StorePath) -> String {
-    let name = path.to_basename();
-    name.split_once('-').map_or(name.clone(), |(digest, _)| digest.to_owned())
+fn digest(path: &StorePath) -> Digest {
+    path.to_basename().as_bytes().first_chunk().copied().unwrap_or_default()
 }
 
 fn seconds(time: SystemTime) -> u64 {
@@ -108,6 +201,10 @@ mod tests {
         StorePath::from_basename(format!("{number:0>32}-x").as_bytes()).unwrap()
     }
 
+    fn line(time: u64, number: usize) -> String {
+        format!("{time} {number:0>32}\n")
+    }
+
     #[test]
     fn what_was_noted_is_believed_until_it_is_old_or_forgotten() {
         let directory = tempfile::tempdir().unwrap();
@@ -116,7 +213,7 @@ mod tests {
         seen.note([path(1), path(2)].iter());
         assert!(seen.has_all(&[path(2), path(1)]) && !seen.has_all(&[path(1), path(3)]));
         for time in [seconds(SystemTime::now()) - BELIEVED.as_secs() - 2, seconds(SystemTime::now()) + 100] {
-            fs::write(&seen.path, format!("{time} {}\n", digest(&path(4)))).unwrap();
+            fs::write(&seen.path, line(time, 4)).unwrap();
             assert!(!seen.has_all(&[path(4)]), "{time}");
         }
         seen.note([path(5)].iter());
@@ -129,12 +226,50 @@ mod tests {
     fn what_is_lacking_is_counted_in_bytes_whatever_the_age_of_the_memory() {
         let directory = tempfile::tempdir().unwrap();
         let seen = Seen::at(directory.path().join("m.seen"));
-        let inputs = [(path(1), 10), (path(2), 200), (path(3), 3000)];
-        assert_eq!(seen.lacking(&inputs), None);
-        fs::write(&seen.path, format!("1000 {}\n", digest(&path(2)))).unwrap();
-        assert_eq!(seen.lacking(&inputs), Some(3010));
+        let mut inputs = Wanted::new(&[(path(1), 10), (path(2), 200), (path(3), 3000)]);
+        assert_eq!(seen.lacking(&mut inputs), None);
+        fs::write(&seen.path, line(1000, 2)).unwrap();
+        assert_eq!(seen.lacking(&mut inputs), Some(3010));
+        fs::rename(&seen.path, old(&seen.path)).unwrap();
+        assert_eq!(seen.lacking(&mut inputs), Some(3010));
         seen.note([path(1), path(3)].iter());
-        assert_eq!(seen.lacking(&inputs), Some(0));
+        assert_eq!(seen.lacking(&mut inputs), Some(0));
+        // Nothing is left of it for the next machine.
+        let other = Seen::at(directory.path().join("other.seen"));
+        other.note([path(3)].iter());
+        assert_eq!(other.lacking(&mut inputs), Some(210));
+        assert_eq!(seen.lacking(&mut Wanted::new(&[])), Some(0));
+        assert_eq!(other.lacking(&mut Wanted::new(&[(path(1), u64::MAX), (path(2), 1)])), Some(u64::MAX));
+    }
+
+    #[test]
+    fn among_thousands_of_others_each_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let seen = Seen::at(directory.path().join("m.seen"));
+        for first in [0, 2_000] {
+            seen.note((first..first + 2_000).map(path).collect::<Vec<_>>().iter());
+            fs::rename(&seen.path, old(&seen.path)).unwrap();
+        }
+        seen.note((4_000..6_000).map(path).collect::<Vec<_>>().iter());
+        let wanted: Vec<_> = (0..100).map(|number| (path(number * 90), 1)).collect();
+        // Those below 2,000 were forgotten, those from 6,000 on were never there.
+        let lacking =
+            wanted.iter().filter(|(it, _)| !(2_000..6_000).map(path).any(|there| there == *it)).count();
+        assert_eq!(seen.lacking(&mut Wanted::new(&wanted)), Some(lacking as u64));
+    }
+
+    #[test]
+    fn a_torn_line_costs_one_more_at_most() {
+        let directory = tempfile::tempdir().unwrap();
+        let seen = Seen::at(directory.path().join("m.seen"));
+        let (first, second, third) = (line(9000, 1), line(9000, 2), line(9000, 3));
+        let mut inputs = Wanted::new(&[(path(1), 1), (path(2), 20), (path(3), 300)]);
+        for kept in 0..first.len() - 1 {
+            fs::write(&seen.path, [&first[..kept], &second, &third].concat()).unwrap();
+            assert!(matches!(seen.lacking(&mut inputs), Some(1 | 21)), "{kept}");
+        }
+        fs::write(&seen.path, [&first, &third[..20]].concat()).unwrap();
+        assert_eq!(seen.lacking(&mut inputs), Some(320));
     }
 
     #[test]

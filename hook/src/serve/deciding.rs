@@ -144,7 +144,8 @@ impl Hook<'_> {
         let now = SystemTime::now();
         let state = self.memory.state.as_deref();
         let needs = Needs { inputs: self.inputs(candidate), usual: candidate.work.usual };
-        let survey = Survey::begin(self.machines, &self.slots, &self.reach, &self.location, state, now);
+        let survey = Survey::begin(self.machines, &self.slots, &self.reach, &self.location, state, now)
+            .for_build(self.machines, &candidate.request, &needs);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
             Stage::New => (survey, &self.local),
@@ -169,7 +170,7 @@ impl Hook<'_> {
             if let Some(health) = health(index) {
                 return unused.with_health(health);
             }
-            match survey.look(&self.machines[index], &needs) {
+            match survey.look(&self.machines[index]) {
                 Ok(look) => {
                     free[index] = look.free;
                     look.known

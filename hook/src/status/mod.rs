@@ -13,7 +13,7 @@ use crate::plan::verdict::Resource;
 use crate::plan::{self, Refusal, Rules};
 use crate::reach::Reach;
 use crate::slots::{Holder, Slots};
-use crate::survey::{Needs, Survey};
+use crate::survey::Survey;
 use crate::vantage::{Vantage, VantageError};
 use nix_offload_proxy::exit;
 use std::io::{self, IsTerminal, Write};
@@ -163,7 +163,7 @@ impl Desk {
         let look = {
             // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
             let _choosing = self.slots.lock("main-lock");
-            survey.look(machine, &Needs { inputs: None, usual: None })
+            survey.look(machine)
         };
         let mut row = Row {
             name: machine.name.clone(),
