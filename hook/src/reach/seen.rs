@@ -43,7 +43,7 @@ impl Seen {
             let Ok(text) = fs::read(file) else { continue };
             for (time, digest) in entries(&text) {
                 // One from the future was noted under another clock.
-                let time = str::from_utf8(time).ok().and_then(|time| time.parse::<u64>().ok());
+                let time = str::from_utf8(time).ok().and_then(|time| time.trim_start().parse::<u64>().ok());
                 let age = time.and_then(|time| now.checked_sub(time));
                 if age.is_some_and(|age| age <= BELIEVED.as_secs()) {
                     missing.remove(digest);
@@ -161,16 +161,22 @@ impl Wanted {
     }
 }
 
-/// What is noted in a file, as it stands there: the time and the digest. A torn line takes the one behind it with it at most.
+/// What is noted in a file, as it stands there: the time, behind the end of the line before, and the digest. A torn line takes
+/// the one behind it with it at most.
 fn entries(text: &[u8]) -> impl Iterator<Item = (&[u8], &Digest)> {
-    let mut rest = text;
+    let (mut rest, mut before) = (text, 0);
     iter::from_fn(move || {
-        let space = rest.iter().position(|byte| *byte == b' ')?;
+        // Times have as many digits for centuries, so that it need not be looked for.
+        let space = match rest.get(before) {
+            Some(b' ') => before,
+            _ => rest.iter().position(|byte| *byte == b' ')?,
+        };
+        before = space;
         let (time, after) = rest.split_at_checked(space)?;
         let (digest, after) = after.get(1..)?.split_first_chunk()?;
         // What comes next is the end of the line.
         rest = after;
-        Some((time.trim_ascii_start(), digest))
+        Some((time, digest))
     })
 }
 
