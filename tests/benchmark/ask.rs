@@ -18,8 +18,14 @@ const LIMIT: Duration = Duration::from_secs(300);
 const STOCK_SHARE: u32 = 10;
 /// So many questions are asked while one input is sent; fewer where that takes less time.
 const WHILE_SENDING: u32 = 25;
+/// Inputs of the derivation that is asked for in a fleet that was used.
+const INPUTS: usize = 40;
+/// Paths in each of the two files in which it is remembered what a machine has: 100 KiB.
+const REMEMBERED: usize = 2328;
 const MEDIAN_GOAL_MS: f64 = 1.0;
 const SLOWEST_GOAL_MS: f64 = 3.0;
+/// The memories of the machines are 2 MiB, which are read before the lock is taken.
+const USED_FLEET_GOAL_MS: f64 = 3.0;
 
 /// Asks each hook for one derivation, in a new process each time.
 pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
@@ -38,12 +44,42 @@ pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
 /// The same of our hook with so many machines in the list that would all do.
 pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Section {
     let drv = derivation(scene);
-    // The one that answers is the best by far, whatever load it has: this is about the choice, not about failed connections.
-    let others: String =
-        (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 0.01")).collect();
     let mut both = figures_of(Contender::Ours.label());
-    questions_among(scene, Contender::Ours, &others, &drv, times, &mut both);
+    questions_among(scene, Contender::Ours, &others(machines), &drv, times, &mut both);
     section(format!("The same with {machines} suitable machines in the list"), "reply in a fleet", vec![both])
+}
+
+/// The same for a derivation with inputs, where so many (`used`) of the machines have had builds, and as many inputs as are
+/// remembered of a machine.
+pub(crate) fn reply_in_a_used_fleet(scene: &Scene, times: u32, machines: usize, used: usize) -> Section {
+    let sources = format!(r#"builtins.genList (i: builtins.toFile "input-${{toString i}}" "") {INPUTS}"#);
+    let with_inputs = format!(r#"d "{}" "echo > $out" {{ inputs = {sources}; }}"#, scene.fresh("asked-for"));
+    let drv = instantiated(scene, &drv::expression(&with_inputs));
+    for number in 1..=used {
+        let name = format!("fleet-{number}");
+        scene.client.write(&format!("/nix/var/nix/current-load/ssh-ng:__{name}-0"), "");
+        let stamp = scene.client.run(&format!("printf 'ssh-ng://{name}\\0' | sha256sum | head -c 20"));
+        let seen: String =
+            (0..REMEMBERED).map(|path| format!("1700000000 {number:0>4}{path:0>28}\n")).collect();
+        for file in ["seen", "seen-before"] {
+            scene.client.write(&format!("/run/nix-offload/answered/{stamp}.{file}"), &seen);
+        }
+    }
+    let mut both = figures_of(Contender::Ours.label());
+    questions_among(scene, Contender::Ours, &others(machines), &drv, times, &mut both);
+    let title = format!("The same, {used} of which have had builds, for a derivation with {INPUTS} inputs");
+    let median = both[0].median();
+    Section::new(title, both.into()).goal(
+        "reply in a used fleet: median, ms",
+        median,
+        Bound::Below(USED_FLEET_GOAL_MS),
+    )
+}
+
+/// Machines for a list of so many. The one that answers is the best by far, whatever load it has: this is about the choice, not
+/// about failed connections.
+fn others(machines: usize) -> String {
+    (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 0.01")).collect()
 }
 
 /// The same of our hook when so many other derivations have been postponed, because all slots were taken when it was asked
@@ -98,8 +134,11 @@ pub(crate) fn reply_while_sending(scene: &Scene, times: u32, mebibytes: u32) -> 
 }
 
 fn derivation(scene: &Scene) -> String {
-    let expression = drv::trivial(&scene.fresh("asked-for"));
-    let instantiated = scene.client.nix("nix-instantiate").args(["-E", &expression]).run();
+    instantiated(scene, &drv::trivial(&scene.fresh("asked-for")))
+}
+
+fn instantiated(scene: &Scene, expression: &str) -> String {
+    let instantiated = scene.client.nix("nix-instantiate").args(["-E", expression]).run();
     instantiated.assert_success().out_path()
 }
 

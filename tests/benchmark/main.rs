@@ -237,6 +237,7 @@ fn builds(arguments: &Arguments, report: &mut Report) {
         let times = if quick { 20 } else { 200 };
         report.add(ask::reply(&scene, times));
         report.add(ask::reply_in_a_fleet(&scene, times, 1000));
+        report.add(ask::reply_in_a_used_fleet(&scene, times, 1000, 10));
         report.add(ask::reply_with_postponed(&scene, times, if quick { 1000 } else { 10_000 }));
         report.add(ask::reply_while_sending(&scene, times, arguments.mebibytes()));
     }
