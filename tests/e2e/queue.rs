@@ -6,8 +6,8 @@ use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait
 use nix::sys::signal::Signal;
 
 use crate::support::{
-    SOON, UNANSWERED, assert_only_masters_left, assert_only_masters_left_after, gated, held_locks, open,
-    wait_for_begin,
+    NO_SAMPLES, SOON, UNANSWERED, assert_only_masters_left, assert_only_masters_left_after,
+    begun as begun_on, gated, held_locks, open, wait_for_begin,
 };
 
 const OTHER_USER: &str = "1001";
@@ -374,4 +374,44 @@ fn a_machine_that_was_down_gets_a_build_that_waits_for_another_one() {
     assert_eq!(client.read(&build.wait().assert_success().out_path()), "back\n");
     open(&client, "gate");
     gate.wait().assert_success();
+}
+
+#[test]
+fn the_time_that_a_build_ran_is_no_time_that_it_waited() {
+    let world = World::new();
+    let mac = world.builder("mac").nix_conf("system-features = special").start();
+    let mut tin = world.builder("tin").start();
+    let client = plan(&world)
+        .knows(&mac)
+        .knows(&tin)
+        .machines("ssh-ng://mac x86_64-linux - 1 1 special\nssh-ng://tin x86_64-linux - 1 1\n")
+        .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    let special = |name: &str| {
+        let script = drv::quote(&format!(
+            "cat /etc/machine-name >> /mnt/share/{name}.begun; \
+             until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"
+        ));
+        drv::expression(&format!(r#"d "{name}" {script} {{ requiredSystemFeatures = [ "special" ]; }}"#))
+    };
+    let gate = client.spawn_nix_build(&special("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let runs = client.spawn_nix_build(&gated("runs"), &["-j0"]);
+    wait_for_begin(&client, "runs", &["tin"]);
+    // Nix asks for this one later, but it is the first to wait.
+    let waits = client.spawn_nix_build(&special("waits"), &["-j0"]);
+    wait_until("it waits", SOON, || waiting(&client, "") == 1);
+    tin.stop();
+    wait_until("the other one waits, too", SOON, || waiting(&client, "") == 2);
+    open(&client, "gate");
+    gate.wait().assert_success();
+    wait_for_begin(&client, "waits", &["mac"]);
+    assert_eq!(begun_on(&client, "runs"), ["tin"]);
+    open(&client, "waits");
+    wait_for_begin(&client, "runs", &["tin", "mac"]);
+    open(&client, "runs");
+    for build in [waits, runs] {
+        let output = build.wait();
+        assert_eq!(client.read(&output.assert_success().out_path()), "mac\n", "{output}");
+    }
 }

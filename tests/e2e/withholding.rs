@@ -123,6 +123,14 @@ fn those_behind_need_not_wait_for_an_obstacle_as_long_again() {
     let world = World::new();
     let mac = world.builder("mac").start();
     let client = plan(&world).uses(&mac, "ssh-ng", 1).start();
+    // The second has waited for long when it comes to stand behind the first.
+    client.nix_offload(&["drain", "mac"]).assert_success();
+    let second = client.spawn_nix_build(&drv::where_built("second"), &["-j0"]);
+    wait_until("it is told", SOON, || second.stderr_so_far().contains("no machine can take"));
+    second.signal(Signal::SIGINT);
+    second.wait().assert_failure();
+    set_back(&client, 1000, 0);
+    client.nix_offload(&["enable", "mac"]).assert_success();
     let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
     wait_for_begin(&client, "gate", &["mac"]);
     let wait = |name: &str, count: usize| {
@@ -143,6 +151,50 @@ fn those_behind_need_not_wait_for_an_obstacle_as_long_again() {
     first.signal(Signal::SIGINT);
     first.wait().assert_failure();
     second.wait().assert_failure().assert_stderr_has("nothing can build").assert_stderr_has("new disk");
+}
+
+#[test]
+fn a_build_that_comes_into_a_line_has_its_own_patience() {
+    let world = World::new();
+    let mac = world.builder("mac").nix_conf("system-features = special").start();
+    let mut tin = world.builder("tin").start();
+    let client = plan(&world)
+        .knows(&mac)
+        .knows(&tin)
+        .machines("ssh-ng://mac x86_64-linux - 1 1 special\nssh-ng://tin x86_64-linux - 1 1\n")
+        .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
+    let waits_on_mac = |name: &str| {
+        let needs = "{ requiredSystemFeatures = [ \"special\" ]; }";
+        let build = drv::expression(&format!(r#"d "{name}" "cat /etc/machine-name > $out" {needs}"#));
+        client.spawn_nix_build(&build, &["-j0"])
+    };
+    let waiting =
+        || client.entries("/run/nix-offload/queue").iter().filter(|name| name.contains("-u")).count();
+    let is_told = |build: &harness::Running| {
+        wait_until("it is told", SOON, || build.stderr_so_far().contains("no machine can take"));
+    };
+    let gate = client.spawn_nix_build(&gated("gate"), &["-j0"]);
+    wait_for_begin(&client, "gate", &["mac"]);
+    let runs = client.spawn_nix_build(&gated("runs"), &["-j0"]);
+    wait_for_begin(&client, "runs", &["tin"]);
+    let first = waits_on_mac("first");
+    wait_until("the first waits", SOON, || waiting() == 1);
+    client.nix_offload(&["drain", "mac", "--reason", "new disk"]).assert_success();
+    open(&client, "gate");
+    gate.wait().assert_success();
+    is_told(&first);
+    tin.stop();
+    wait_until("the other one stands behind it", SOON, || waiting() == 2);
+    // As if the first had waited for so long, and gave up.
+    set_back(&client, 0, 1000);
+    first.signal(Signal::SIGINT);
+    first.wait().assert_failure();
+    is_told(&runs);
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    open(&client, "runs");
+    let built = runs.wait();
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
 }
 
 #[test]

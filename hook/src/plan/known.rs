@@ -126,8 +126,8 @@ pub struct Work {
     pub usual: Option<f64>,
     /// Bytes of its outputs: an average over builds of the same name.
     pub output: Option<u64>,
-    /// When Nix first asked for it, if that was before. What is held back is held to a bound by it, so it has to outlive
-    /// the hook process where the answer was `postpone`.
+    /// Since when it waits: when Nix first asked for it, if that was before, or when it lost the machine that it ran on. What
+    /// is held back is held to a bound by it, so it has to outlive the hook process where the answer was `postpone`.
     pub waiting_since: Option<SystemTime>,
     /// Since when obstacles that may pass have kept it from every machine, without a pause
     /// ([`Decision::obstructed_since`](super::Decision::obstructed_since)). Waiting for that has a bound too, and time

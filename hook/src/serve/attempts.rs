@@ -206,6 +206,7 @@ impl Hook<'_> {
                 }
             };
             had_connection = true;
+            candidate.has_run.set(true);
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);
             let seen_way = if refused { Way::Closure } else { seen_way };

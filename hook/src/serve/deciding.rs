@@ -120,7 +120,8 @@ impl Hook<'_> {
         candidate.looked.set(Some(Moment::now()));
         let obstructed = candidate.obstructed.get();
         let obstructed = missed.map_or(obstructed, |missed| obstructed.map(|since| missed.after(since)));
-        let work = Work { obstructed_since: obstructed, ..candidate.work };
+        let waiting = Some(candidate.since());
+        let work = Work { obstructed_since: obstructed, waiting_since: waiting, ..candidate.work };
         let unfit = candidate.unfit.borrow();
         let health = |index: usize| {
             let reason = failed.get(&index).or_else(|| unfit.get(&index));

@@ -157,6 +157,10 @@ fn level(verbosity: u64) -> LevelFilter {
 struct Candidate {
     request: Request,
     work: Work,
+    /// Since when it waits: when Nix first asked for it, or when it lost the machine on which it ran.
+    since: Cell<SystemTime>,
+    /// Whether it has had a connection since it was last waiting.
+    has_run: Cell<bool>,
     /// Since when obstacles that may pass have kept it from every machine, as of the last decision.
     obstructed: Cell<Option<SystemTime>>,
     /// When that was.
@@ -175,9 +179,16 @@ struct Candidate {
 }
 
 impl Candidate {
-    /// When Nix first asked for it.
+    /// Since when it waits.
     fn since(&self) -> SystemTime {
-        self.work.waiting_since.unwrap_or_else(SystemTime::now)
+        self.since.get()
+    }
+
+    /// It waits again. The time that it ran is no time of waiting.
+    fn waits_again(&self, now: SystemTime) {
+        if self.has_run.take() {
+            self.since.set(now);
+        }
     }
 }
 
@@ -403,6 +414,8 @@ impl<'a> Hook<'a> {
         Ok(Candidate {
             request: request.clone(),
             work: self.work(&drv, times.first),
+            since: Cell::new(times.first),
+            has_run: Cell::new(false),
             obstructed: Cell::new(times.obstructed),
             looked: Cell::new(None),
             unfit: RefCell::default(),

@@ -30,6 +30,7 @@ impl Hook<'_> {
         stage: Stage<'_>,
         failed: &mut Failed,
     ) -> Option<Chosen> {
+        candidate.waits_again(SystemTime::now());
         match self.choose(candidate, stage, failed) {
             Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
                 // It is accepted, so it has to wait however many do.
@@ -83,7 +84,7 @@ impl Hook<'_> {
         let mut is_held_back = holds_back();
         // Without a turn it may still get a slot.
         let mut turn = place.and_then(|place| self.wait_for_turn(place, candidate, is_held_back));
-        let mut obstacles = Obstacles::default();
+        let mut obstacles = Obstacles::since(candidate.since());
         let mut trouble = Trouble::default();
         let mut watch: Option<Watch> = None;
         loop {
@@ -118,6 +119,7 @@ impl Hook<'_> {
                         };
                         let place = place.map_err(|error| self.tell_error(&error, Verbosity::Warn));
                         if let Ok(Some(place)) = place {
+                            obstacles.entered = SystemTime::now();
                             is_held_back = holds_back();
                             turn = self.wait_for_turn(place, candidate, is_held_back);
                             continue;
@@ -176,13 +178,24 @@ impl Trouble {
 
 /// What those who wait for the same let each other know: since when obstacles keep them from every machine. Only the first
 /// of them looks, and when it has no more patience the next one need not begin to count.
-#[derive(Default)]
 struct Obstacles {
+    /// Since when the build waits, in this line if it has been in others. What was before that does not count against it.
+    entered: SystemTime,
     line: Option<String>,
     noted: Option<Instant>,
 }
 
 impl Obstacles {
+    fn since(entered: SystemTime) -> Self {
+        Self { entered, line: None, noted: None }
+    }
+
+    /// Since when a build is kept from every machine that has found so itself since `own`, and heard in its line `since`.
+    fn inherited(&self, own: Option<SystemTime>, since: SystemTime) -> SystemTime {
+        let since = since.max(self.entered);
+        own.map_or(since, |own| own.min(since))
+    }
+
     /// When it is its turn in a line: learns from those before it.
     fn inherit(&mut self, hook: &Hook<'_>, candidate: &Candidate, wish: Option<&Wish>) {
         let line = wish.map(|wish| format!("waiting {}", wish.name()));
@@ -193,8 +206,7 @@ impl Obstacles {
         self.line = line;
         let Some(line) = &self.line else { return };
         if let Some(since) = hook.memory.asked(line).obstructed {
-            let own = candidate.obstructed.get();
-            candidate.obstructed.set(Some(own.map_or(since, |own| own.min(since))));
+            candidate.obstructed.set(Some(self.inherited(candidate.obstructed.get(), since)));
             self.noted = Some(Instant::now());
         }
     }
@@ -212,5 +224,22 @@ impl Obstacles {
             hook.memory.postponed(line, Times { first, obstructed });
             self.noted = obstructed.map(|_| Instant::now());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_patience_of_others_is_used_up_for_a_build_only_since_it_came_into_their_line() {
+        let at = |seconds: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let obstacles = Obstacles::since(at(590));
+        // Somebody has waited since 0 and gives up at 600.
+        assert_eq!(obstacles.inherited(None, at(0)), at(590));
+        assert_eq!(obstacles.inherited(None, at(595)), at(595));
+        // What it knows itself, it knew before.
+        assert_eq!(obstacles.inherited(Some(at(300)), at(0)), at(300));
+        assert_eq!(obstacles.inherited(Some(at(598)), at(595)), at(595));
     }
 }
