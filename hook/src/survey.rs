@@ -199,6 +199,7 @@ pub fn work(history: Option<&History>, name: &str, since: SystemTime) -> Work {
         output: record.map(|record| record.output as u64),
         waiting_since: Some(since),
         obstructed_since: None,
+        silent_since: None,
     }
 }
 

@@ -369,3 +369,91 @@ fn builds_that_run_or_wait_when_the_network_goes_are_done_when_it_is_back() {
         assert!(output.stderr().matches("this client has no network").count() <= 1, "{output}");
     }
 }
+
+/// So many doors to the same machine, all of them shut, with what ssh and Nix are told of them.
+fn doors(count: usize, builder: &Builder) -> (Vec<Door>, String, String) {
+    let doors: Vec<Door> = (0..count).map(|_| Door::shut()).collect();
+    let named = doors.iter().enumerate();
+    let config = named.map(|(number, door)| door.ssh_config(&format!("hole{number}"), builder)).collect();
+    let list = (0..count).map(|number| format!("ssh-ng://hole{number} x86_64-linux - 1 9\n")).collect();
+    (doors, config, list)
+}
+
+fn all_knocks(doors: &[Door]) -> Vec<usize> {
+    doors.iter().map(Door::knocks).collect()
+}
+
+/// Has all that failed left alone for so many seconds from now on.
+fn pause_all(client: &Client, seconds: f64) {
+    for file in client.entries("/run/nix-offload/down").iter().filter(|file| file.ends_with(".down")) {
+        let path = format!("/run/nix-offload/down/{file}");
+        let mut note: Value = serde_json::from_str(&client.read(&path)).unwrap();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+        note["next"] = (now + seconds).into();
+        client.write(&path, &note.to_string());
+    }
+}
+
+#[test]
+fn many_dead_machines_hold_nix_up_once_and_are_used_when_they_are_well_again() {
+    const DEAD: usize = 12;
+    const TIMEOUT: Duration = Duration::from_secs(8);
+    // One after the other in fours they took three times as long, and more.
+    const BUSY: Duration = Duration::from_secs(12);
+    let world = World::new();
+    let late = world.builder("late").start();
+    let (doors, config, list) = doors(DEAD, &late);
+    let client = plan(&world).ssh_config(&config).machines(&list).knows(&late).start();
+    client.write("/etc/nix/offload.toml", &format!("[ssh]\nconnect-timeout = {}\n", TIMEOUT.as_secs()));
+    let first = client.nix_build(&drv::where_built("first"), &["-j1"]);
+    assert_built_on(&client, &first, "client");
+    assert!(first.took() < TIMEOUT + BUSY, "{first}");
+    assert_eq!(all_knocks(&doors), [1; DEAD], "{first}");
+
+    // Another process of Nix, which has no slot for most of its builds, asks nobody again: because of what is noted of each
+    // machine, or, where that is not enough, because somebody has just waited for nothing.
+    pause_all(&client, 200.0);
+    for name in ["second", "third"] {
+        let built = client.nix_build(&many(name, 3), &["-j1"]);
+        assert_built_on(&client, &built, "client");
+        assert_eq!(all_knocks(&doors), [1; DEAD], "{built}");
+        client.run("rm -f /run/nix-offload/in-vain");
+    }
+
+    let is_noted = |number: usize| note(&client, &format!("//hole{number}\0")).is_some();
+    assert!((0..DEAD).all(is_noted));
+    doors.iter().for_each(|door| door.open_to(&late));
+    pause_all(&client, -1.0);
+    // Nobody waits for the attempts.
+    let built = client.nix_build(&drv::where_built("knock"), &["-j1"]);
+    assert_built_on(&client, &built, "client");
+    // Some of so many at once may be turned away.
+    wait_until("one is seen to be well", SOON, || !(0..DEAD).all(is_noted));
+    let built = client.nix_build(&drv::where_built("back"), &["-j1"]);
+    assert_built_on(&client, &built, "late");
+}
+
+#[test]
+fn many_dead_machines_do_not_hide_the_one_that_answers_and_are_told_if_there_is_none() {
+    const DEAD: usize = 12;
+    // Nix asks again five seconds after it was told to. In fours they took three times the timeout, and more.
+    const LIMIT: Duration = Duration::from_secs(22);
+    let world = World::new();
+    let late = world.builder("late").start();
+    let (doors, config, list) = doors(DEAD, &late);
+    let client = plan(&world).ssh_config(&config).machines(&list).knows(&late).start();
+    let none = client.nix_build(&drv::where_built("none"), &["-j0"]);
+    none.assert_failure().assert_stderr_has("nothing can build").assert_stderr_has("ssh-ng://hole");
+    assert!(none.took() < LIMIT, "{none}");
+    assert_eq!(all_knocks(&doors), [1; DEAD], "{none}");
+    // What Nix cannot do itself is tried all the same, by those who have not tried.
+    let refused = client.nix_build(&drv::where_built("again"), &["-j0"]);
+    refused.assert_failure();
+    assert!(all_knocks(&doors).iter().sum::<usize>() > DEAD, "{refused}");
+    // With nothing noted of them, they are all asked before the one that answers.
+    client.run("rm -r /run/nix-offload/down");
+    client.set_machines(&format!("{list}ssh-ng://late x86_64-linux - 1 1\n"));
+    let built = client.nix_build(&drv::where_built("last"), &["-j0"]);
+    assert_built_on(&client, &built, "late");
+    assert!(built.took() < LIMIT, "{built}");
+}

@@ -80,7 +80,7 @@ pub enum Health {
     #[default]
     Well,
     /// It failed a short while ago. It is left alone until that time, or for now where it is not known, but only while
-    /// there is another machine: memory alone never rules out the last one.
+    /// there is another machine or Nix could build by itself: memory alone never leaves a build to nobody.
     CoolDown {
         /// When it may be tried again.
         until: Option<SystemTime>,
@@ -89,6 +89,9 @@ pub enum Health {
     },
     /// It sleeps and has been told to wake up. It gets nothing yet, but is worth waiting for.
     Waking,
+    /// It is not known to answer, and Nix has been kept waiting for answers for long enough, or it is being asked already. It
+    /// gets nothing yet.
+    Unasked,
     /// It failed for this very request; the text says how.
     Failed(String),
     /// It cannot be used for this, as if its store URI is of a kind that cannot be reached; the text says why.
@@ -133,6 +136,9 @@ pub struct Work {
     /// ([`Decision::obstructed_since`](super::Decision::obstructed_since)). Waiting for that has a bound too, and time
     /// spent in a queue is not to count.
     pub obstructed_since: Option<SystemTime>,
+    /// Since when no machine was known to answer, for this build or those before it in the same process, without a pause
+    /// ([`Decision::silent_since`](super::Decision::silent_since)).
+    pub silent_since: Option<SystemTime>,
 }
 
 impl Known {

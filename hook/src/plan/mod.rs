@@ -32,6 +32,11 @@ use verdict::{Resource, Standing};
 /// running builds will take is a guess.
 const HOLD_BACK_MARGIN: f64 = 1.5;
 
+/// How long builds that Nix could do itself, but has no slot for, wait for machines none of which is known to answer: long
+/// enough for one that failed once to be tried again. Then Nix may queue them here, where they
+/// follow each other without a pause.
+const SILENT_BOUND: Duration = Duration::from_secs(20);
+
 /// One `try` of Nix: may this derivation be built elsewhere?
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
@@ -123,14 +128,21 @@ pub struct Question<'a> {
 impl Question<'_> {
     /// How long the build has been waiting.
     fn waited(&self) -> Duration {
-        let since = self.work.waiting_since;
-        since.and_then(|since| self.now.duration_since(since).ok()).unwrap_or_default()
+        self.elapsed(self.work.waiting_since)
     }
 
     /// How long obstacles have kept it from every machine.
     fn obstructed(&self) -> Duration {
-        let since = self.work.obstructed_since;
+        self.elapsed(self.work.obstructed_since)
+    }
+
+    fn elapsed(&self, since: Option<SystemTime>) -> Duration {
         since.and_then(|since| self.now.duration_since(since).ok()).unwrap_or_default()
+    }
+
+    /// Whether it has waited for long enough for machines none of which is known to answer, or those before it have.
+    fn has_heard_nothing(&self) -> bool {
+        self.waited().max(self.elapsed(self.work.silent_since)) >= SILENT_BOUND
     }
 
     /// Whether Nix could build it itself at once.
@@ -145,7 +157,7 @@ pub fn obstacle(known: &Known, rules: &Rules, now: SystemTime) -> Option<Refusal
         Health::Failed(why) => return Some(Refusal::Failed(why.clone())),
         Health::Unreachable(why) => return Some(Refusal::Unreachable(why.clone())),
         Health::CutOff => return Some(Refusal::CutOff),
-        Health::Well | Health::CoolDown { .. } | Health::Waking => {}
+        Health::Well | Health::CoolDown { .. } | Health::Waking | Health::Unasked => {}
     }
     if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(now)) {
         return Some(Refusal::Withheld(withheld.clone()));
@@ -185,7 +197,9 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     let mut standings = vec![Standing { place: None, estimate: None, refusal: None }; machines.len()];
     let mut candidates = Vec::new();
     let mut ailing = Vec::new();
+    // Those that get nothing now but are worth waiting for.
     let mut waking = Vec::new();
+    let mut unasked = Vec::new();
     for (index, machine) in machines.iter().enumerate() {
         if let Err(refusal) = suits(machine, request) {
             standings[index].refusal = Some(refusal);
@@ -205,16 +219,22 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
             Health::CoolDown { until, .. } => until.is_some_and(|until| until <= now),
             _ => true,
         };
-        let is_waking = known.health == Health::Waking;
         let candidate = Candidate { index, machine, known, weight, is_free };
-        match (is_waking, is_cool) {
-            (true, _) => waking.push(candidate),
-            (false, true) => candidates.push(candidate),
-            (false, false) => ailing.push(candidate),
+        match candidate.known.health {
+            Health::Waking => waking.push(candidate),
+            Health::Unasked => unasked.push(candidate),
+            _ if is_cool => candidates.push(candidate),
+            _ => ailing.push(candidate),
         }
     }
-    // A machine without slots is no other one: it gets nothing.
-    if !candidates.iter().chain(&waking).any(|candidate| candidate.machine.max_jobs > 0) {
+    let could_build = question.local.could_build(request);
+    // A machine without slots is no other one: it gets nothing. Nix itself is one.
+    let has_slots = |candidate: &Candidate<'_>| candidate.machine.max_jobs > 0;
+    let is_other = candidates.iter().chain(&waking).chain(&unasked).any(has_slots);
+    let mut silent: Vec<usize> =
+        unasked.iter().chain(&ailing).filter(|silent| has_slots(silent)).map(|silent| silent.index).collect();
+    silent.sort_unstable();
+    if !could_build && !is_other {
         candidates.extend(ailing);
         candidates.sort_by_key(|candidate| candidate.index);
     } else {
@@ -226,6 +246,9 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     }
     for waking in &waking {
         standings[waking.index].refusal = Some(Refusal::Waking);
+    }
+    for unasked in &unasked {
+        standings[unasked.index].refusal = Some(Refusal::Unasked);
     }
 
     let missing = candidates.iter().filter_map(|candidate| candidate.known.link.missing).max();
@@ -246,12 +269,14 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     let here = (rules.policy == Policy::Cost && question.can_build_now())
         .then(|| estimate_here(question.here, question.local.max_jobs, &basis));
 
+    // Whoever waits for others takes one of these as soon as it is seen to answer.
+    let is_any_known = ranked.iter().map(|(candidate, _)| candidate).chain(&waking).any(has_slots);
     let mut worth_waiting: Vec<usize> = ranked
         .iter()
         .map(|(candidate, _)| candidate)
-        .chain(&waking)
+        .chain(waking.iter().chain(&unasked))
         // A machine without slots will never have a free one, so nobody is to wait for it.
-        .filter(|candidate| candidate.machine.max_jobs > 0 && (!candidate.is_free || free.is_none()))
+        .filter(|candidate| has_slots(candidate) && (!candidate.is_free || free.is_none()))
         .map(|candidate| candidate.index)
         .collect();
     worth_waiting.sort_unstable();
@@ -262,7 +287,6 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
         .map(|(index, _)| index)
         .collect();
 
-    let could_build = question.local.could_build(request);
     let sooner_here = |best: &Estimate| here.as_ref().is_some_and(|here| here.total < best.total);
     let (verdict, because) = if request.is_builtin() && could_build {
         (Verdict::Decline, Because::Builtin)
@@ -276,6 +300,15 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
                 (wait, Because::HeldBack)
             }
             Some((best, _)) => (Verdict::Accept(best.index), Because::Best),
+            // Nobody is known to answer. Somebody may be by the time that Nix asks again.
+            None if !is_any_known && !silent.is_empty() => {
+                let is_left_to_nix = could_build && question.has_heard_nothing();
+                let verdict = match question.can_build_now() || is_left_to_nix {
+                    true => Verdict::Decline,
+                    false => Verdict::Postpone(silent),
+                };
+                (verdict, Because::Silent)
+            }
             // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
             None if question.can_build_now() && !(worth_waiting.is_empty() && passing.is_empty()) => {
                 (Verdict::Decline, Because::LocalFree)

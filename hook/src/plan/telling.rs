@@ -36,7 +36,9 @@ pub fn gist(decision: &Decision, request: &Request) -> String {
             Refusal::Short { of, .. } => write!(gist, " {index} {of}"),
             Refusal::Full { slots: 0, .. } => write!(gist, " {index} no slots"),
             // How it failed may be told in ever new words.
-            Refusal::Failed(_) | Refusal::CoolDown { .. } | Refusal::Waking => write!(gist, " {index} down"),
+            Refusal::Failed(_) | Refusal::CoolDown { .. } | Refusal::Waking | Refusal::Unasked => {
+                write!(gist, " {index} down")
+            }
             Refusal::Full { .. } | Refusal::Outranked { .. } | Refusal::HeldBack | Refusal::Local => Ok(()),
         };
     }
@@ -145,6 +147,7 @@ pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
         },
         Because::HeldBack => "full, but still done sooner than any machine with a free slot",
         Because::Full => "all suitable machines are full or about to wake up",
+        Because::Silent => "no suitable machine is known to answer",
         Because::Obstacles => "no suitable machine can take it at present",
         Because::ObstaclesTooLong => "no suitable machine could take it for too long",
         Because::Builtin => "it is done by Nix itself",

@@ -35,6 +35,8 @@ pub enum Because {
     HeldBack,
     /// All suitable machines are full or about to wake up.
     Full,
+    /// Of no suitable machine it is known that it answers, and Nix is not to wait until one has.
+    Silent,
     /// All suitable machines are short of something, inhibited, out of service for a time or cut off.
     Obstacles,
     /// The same, for longer than is waited for that.
@@ -103,6 +105,12 @@ impl Decision {
         is_obstructed.then(|| before.unwrap_or(self.at))
     }
 
+    /// Since when no machine was known to answer, if it was `before` until now: to be told to the next decision
+    /// ([`Work::silent_since`](super::Work)).
+    pub fn silent_since(&self, before: Option<SystemTime>) -> Option<SystemTime> {
+        (self.because == Because::Silent).then(|| before.unwrap_or(self.at))
+    }
+
     /// How many seconds of an idle machine of speed factor 1 a second of this machine is worth to the build.
     pub fn pace(&self, index: usize) -> f64 {
         let estimate = self.standings.get(index).and_then(|standing| standing.estimate.as_ref());
@@ -149,9 +157,11 @@ pub enum Refusal {
     },
     /// It is being woken.
     Waking,
+    /// It is not known to answer, and it was not to be waited for.
+    Unasked,
     /// It failed when it was last tried; the text says how.
     Failed(String),
-    /// It failed a short while ago, and another one will do.
+    /// It failed a short while ago, and another one will do, or Nix itself.
     CoolDown {
         /// When it may be tried again.
         until: Option<SystemTime>,
@@ -236,6 +246,7 @@ impl Refusal {
             }
             Self::Full { taken, slots, .. } => format!("full: {taken} of {slots} slots taken"),
             Self::Waking => "is being woken".into(),
+            Self::Unasked => "is not known to answer, and Nix has waited for answers for long enough".into(),
             Self::Failed(why) => format!("failed: {}", first_line(why)),
             Self::CoolDown { until, why } => match until.and_then(|until| seconds_until(until, now)) {
                 Some(seconds) => {

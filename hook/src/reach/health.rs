@@ -2,7 +2,7 @@
 //!
 //! Must never decide whether a machine that is to be left alone is used all the same.
 
-use super::{Reach, ReachError, endpoint};
+use super::{Reach, ReachError, endpoint, note, noted_lately};
 use crate::builder::Ahead;
 use crate::config;
 use crate::plan::machine::Machine;
@@ -20,11 +20,14 @@ use std::time::{Duration, SystemTime};
 /// How long a machine is left alone after its first failure; doubled with each that follows. Long enough for a crowd of
 /// builds to take no notice of it. Since nobody waits for the attempt that follows, it may come soon: a machine that was
 /// started again is not to stand idle for long.
-const FIRST_PAUSE: Duration = Duration::from_secs(10);
+pub const FIRST_PAUSE: Duration = Duration::from_secs(10);
 
 /// How long ssh may be asked, all in all, which machines need a network while there is none. What is not known by then is
 /// found out for the next decision.
 const LEARNING: Duration = Duration::from_millis(200);
+
+/// In the runtime directory: when somebody waited for machines in vain.
+const IN_VAIN: &str = "in-vain";
 
 /// How all machines are, as noted at one moment. Where nothing is amiss that costs two looks, however many there are, and
 /// nothing for each.
@@ -80,6 +83,16 @@ impl Reach {
         if health.failed(&format!("no answer within {} s", bound.as_secs_f32()), SystemTime::now()) {
             health.take_news();
         }
+    }
+
+    /// Notes that somebody who could do without has waited for machines for as long as he may, and none has answered.
+    pub fn note_in_vain(&self) {
+        note(&self.pool.directory().join(IN_VAIN), "");
+    }
+
+    /// Whether that was within [`FIRST_PAUSE`].
+    pub fn was_in_vain(&self) -> bool {
+        noted_lately(&self.pool.directory().join(IN_VAIN), FIRST_PAUSE).is_some()
     }
 
     /// Notes that the machine loses the builds that it takes, and how it lost the last one. That it can be connected to says

@@ -13,7 +13,7 @@ mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
-pub use health::{Ailing, Vitals};
+pub use health::{Ailing, FIRST_PAUSE, Vitals};
 pub use seen::{Seen, Wanted};
 pub use shell::{Beside, Open};
 pub use speed::Speed;

@@ -9,6 +9,9 @@ use crate::reach::ReachError;
 use crate::wire::hook::Verbosity;
 use std::time::SystemTime;
 
+/// So many machines that Nix could not wait for are asked at a time; each takes a process.
+const MOST_ASKED: usize = 16;
+
 impl Hook<'_> {
     /// A machine could not be used for a reason that is its own.
     pub(super) fn note_failure(&self, index: usize, error: &ReachError) {
@@ -51,19 +54,28 @@ impl Hook<'_> {
     }
 
     /// When the last decision has been answered: tells what is new of the machines that it left alone, and has those
-    /// tried again for which it is time. Those that are short of something are to be looked at further.
+    /// tried again for which it is time, or asked that Nix could not wait for. Those that are short of something are to be looked at further.
     pub(super) fn attend(&self, failed: &Failed) {
         self.tell_of_network();
         for index in self.memory.short() {
             self.reach.note_wanted(&self.machines[index]);
         }
+        let unasked = self.memory.unasked();
         let mut ailing = self.memory.left_alone();
         ailing.extend(failed.keys());
+        ailing.extend(&unasked);
         ailing.sort_unstable();
         ailing.dedup();
+        let mut most = MOST_ASKED;
         for index in ailing {
             let machine = &self.machines[index];
-            let Some(known) = self.reach.ailing(machine, SystemTime::now()) else { continue };
+            let Some(known) = self.reach.ailing(machine, SystemTime::now()) else {
+                if most > 0 && unasked.contains(&index) && !self.asking.is_under_way(index) {
+                    most -= 1;
+                    self.reach.try_again(machine);
+                }
+                continue;
+            };
             if let Some(text) = self.reach.take_news(machine) {
                 self.tell(index, &text);
             }

@@ -85,6 +85,13 @@ impl Memory {
         ailing.map(|(index, _)| index).collect()
     }
 
+    /// Machines that the last decision left out because they were not to be waited for.
+    pub(super) fn unasked(&self) -> HashSet<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(|decision| decision.refusals());
+        refusals.filter(|(_, refusal)| **refusal == Refusal::Unasked).map(|(index, _)| index).collect()
+    }
+
     /// Machines that the last decision passed over for what they said of themselves.
     pub(super) fn short(&self) -> Vec<usize> {
         let latest = self.latest.borrow();
@@ -121,7 +128,13 @@ impl Hook<'_> {
         let obstructed = candidate.obstructed.get();
         let obstructed = missed.map_or(obstructed, |missed| obstructed.map(|since| missed.after(since)));
         let waiting = Some(candidate.since());
-        let work = Work { obstructed_since: obstructed, waiting_since: waiting, ..candidate.work };
+        let silent = self.asking.silent.get();
+        let work = Work {
+            obstructed_since: obstructed,
+            waiting_since: waiting,
+            silent_since: silent,
+            ..candidate.work
+        };
         let unfit = candidate.unfit.borrow();
         let health = |index: usize| {
             let reason = failed.get(&index).or_else(|| unfit.get(&index));
@@ -130,6 +143,7 @@ impl Hook<'_> {
         };
         let decided = self.decide_if((candidate, &work), stage, health, |_| true)?;
         candidate.obstructed.set(decided.0.obstructed_since(work.obstructed_since));
+        self.asking.silent.set(decided.0.silent_since(work.silent_since));
         Ok(decided)
     }
 
@@ -149,7 +163,7 @@ impl Hook<'_> {
             .for_build(self.machines, &candidate.request, &needs);
         // What is new does not overtake those that wait.
         let (survey, local) = match stage {
-            Stage::New => (survey, &self.local),
+            Stage::New { .. } => (survey, &self.local),
             Stage::Again => (survey.at_its_turn(None), &NOWHERE),
             Stage::Waited(wish) => (survey.at_its_turn(wish), &NOWHERE),
         };
@@ -165,6 +179,7 @@ impl Hook<'_> {
         };
         let mut free: Vec<Option<u64>> = vec![None; self.machines.len()];
         let mut fault = None;
+        let unasked = self.not_to_be_asked(candidate, stage);
         let _choosing = self.slots.lock("main-lock")?;
         let decision = plan::decide(&question, |index| {
             let unused = Known::ready(Load::default());
@@ -174,6 +189,10 @@ impl Hook<'_> {
             match survey.look(&self.machines[index]) {
                 Ok(look) => {
                     free[index] = look.free;
+                    let is_to_be_asked = matches!(look.known.health, Health::Well | Health::CoolDown { .. });
+                    if is_to_be_asked && unasked.contains(&index) {
+                        return look.known.with_health(Health::Unasked);
+                    }
                     look.known
                 }
                 Err(error) => {

@@ -3,6 +3,7 @@
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
 mod ailing;
+mod asking;
 mod attempts;
 mod deciding;
 mod handover;
@@ -33,6 +34,7 @@ use crate::store::{Location, LocationError};
 use crate::survey;
 use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
+use asking::Asking;
 use deciding::Memory;
 use handover::{Among, Handover};
 use moment::Moment;
@@ -54,7 +56,7 @@ use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
 /// So many machines more are asked at once, when it is not known of the best one that it answers.
-const MOST_RIVALS: usize = 3;
+const MOST_RIVALS: usize = 15;
 
 /// How long connecting may take before the reply to a machine that was down a moment ago and is being woken.
 const WAKING_BOUND: Duration = Duration::from_millis(1500);
@@ -222,8 +224,8 @@ enum Accepted {
 /// How far a build has come that a machine is chosen for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage<'w> {
-    /// Nix waits for the answer.
-    New,
+    /// Nix waits for the answer. Whether it may wait until machines have answered that are not known to.
+    New { may_ask: bool },
     /// It was accepted, and its machine was given up.
     Again,
     /// It has waited for a slot, and it is its turn among those that wish the same, unless it waits beside them.
@@ -245,6 +247,7 @@ struct Hook<'a> {
     reach: Reach,
     memory: Memory,
     interest: Interest<'a>,
+    asking: Asking,
     offload: Offload,
 }
 
@@ -288,6 +291,7 @@ impl<'a> Hook<'a> {
             reach,
             memory,
             interest,
+            asking: Asking::default(),
             offload,
         })
     }
@@ -299,6 +303,7 @@ impl<'a> Hook<'a> {
         let mut first_asked: HashMap<String, (Times, Moment)> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
+            self.hear_of_late(&mut failed);
             self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();
             let is_first = !first_asked.contains_key(&drv_path);
@@ -370,7 +375,7 @@ impl<'a> Hook<'a> {
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
-        let choice = self.choose(&candidate, Stage::New, failed).unwrap_or_else(|error| {
+        let choice = self.choose(&candidate, Stage::New { may_ask: true }, failed).unwrap_or_else(|error| {
             self.tell_error(&error, Verbosity::Error);
             (Verdict::Decline, None)
         });
@@ -435,7 +440,8 @@ impl<'a> Hook<'a> {
 
     /// Chooses until a machine is found that is known or seen to answer.
     ///
-    /// A machine that has not answered lately is connected to first, unless the build has waited for this one already.
+    /// A machine that has not answered lately is connected to first, unless the build has waited for this one already. Nix
+    /// waits for that no longer than `connect-timeout`, however many machines there are.
     ///
     /// # Errors
     /// If slots cannot be counted or taken.
@@ -447,7 +453,10 @@ impl<'a> Hook<'a> {
     ) -> Result<(Verdict, Option<Chosen>), SlotError> {
         let mut cut_off = HashSet::new();
         let mut woken = HashSet::new();
+        let end = matches!(stage, Stage::New { .. }).then(|| self.end_of_patience(candidate));
         loop {
+            let is_over = end.is_some_and(|end| Instant::now() >= end);
+            let stage = if is_over { Stage::New { may_ask: false } } else { stage };
             let (decision, slot) = self.decide(candidate, stage, failed, &cut_off)?;
             let decision = Rc::new(decision);
             self.log_decision(candidate, &decision);
@@ -473,8 +482,10 @@ impl<'a> Hook<'a> {
             if warm.is_none() {
                 runners.extend(outranked.into_iter().take(MOST_RIVALS).map(|index| self.runner(index)));
             }
-            let good = |index: usize, reached| self.check(&self.machines[index], reached, candidate);
-            let raced = race(&self.reach, &self.location.store_dir, &runners, warm.is_some(), good);
+            let good = |index: usize, reached| {
+                self.check_within(&self.machines[index], reached, candidate, self.time_to_check(end))
+            };
+            let raced = race(&self.reach, &self.location.store_dir, &runners, warm.is_some(), end, good);
             for (index, error) in raced.failed {
                 let machine = &self.machines[index];
                 let text = error.describe();
@@ -514,6 +525,9 @@ impl<'a> Hook<'a> {
             }
             for index in raced.slow {
                 self.reach.note_slow(&self.machines[index], STAGGER);
+            }
+            if raced.winner.is_none() && warm.is_none() && end.is_some_and(|end| Instant::now() >= end) {
+                self.note_in_vain(raced.late);
             }
             let (winner, reached) = match raced.winner {
                 Some((winner, reached)) => (winner, reached.map(|reached| *reached)),

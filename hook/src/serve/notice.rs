@@ -53,7 +53,8 @@ impl Hook<'_> {
 
 /// How important it is; none if there is nothing to tell.
 fn level(decision: &Decision, could_build: bool) -> Option<Verbosity> {
-    let nobody_can = matches!(decision.because, Because::NothingFits | Because::ObstaclesTooLong);
+    let nobody_can =
+        matches!(decision.because, Because::NothingFits | Because::ObstaclesTooLong | Because::Silent);
     match decision.verdict {
         Verdict::Decline if nobody_can && !could_build => Some(Verbosity::Warn),
         // That machines for other systems do not build it is what they are for.

@@ -6,7 +6,8 @@ use crate::plan::machine::Machine;
 use crate::reach::{Reach, ReachError, Reached};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::master::OpenError;
-use std::sync::mpsc::{self, Sender};
+use std::collections::HashSet;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,8 +15,18 @@ use std::time::{Duration, Instant};
 /// with several that are well the choice is not left to chance.
 pub(super) const STAGGER: Duration = Duration::from_millis(1500);
 
+/// It has no more than this share of its time for itself.
+const FIRST_SHARE: f64 = 0.3;
+
+/// When one has not answered, those behind it follow in these parts of that time: the next one so that it has a start, and
+/// when that is silent too, all others soon.
+const NEXT: [u32; 2] = [3, 15];
+
 /// Each keeps its own time limit, give or take this.
 const GRACE: Duration = Duration::from_secs(3);
+
+/// When nobody is to wait any longer, those whose time is over by then have this long to say how they failed.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// One machine, and how long it may take.
 pub(super) struct Runner<'a> {
@@ -36,24 +47,55 @@ pub(super) struct Raced {
     pub(super) slow: Vec<usize>,
     /// Those that failed before that.
     pub(super) failed: Vec<(usize, ReachError)>,
+    /// Those that were still being asked when nobody was to wait any longer.
+    pub(super) late: Option<Late>,
+}
+
+/// Machines that are still being asked while nobody waits for their answer.
+pub(super) struct Late {
+    /// Their places in the list.
+    pub(super) asked: HashSet<usize>,
+    results: Receiver<Arrival>,
+}
+
+impl Late {
+    /// What has come of one of them, if anything has by now.
+    pub(super) fn hear(&mut self) -> Option<Arrival> {
+        match self.results.try_recv() {
+            Ok(arrival) => {
+                self.asked.remove(&arrival.0);
+                Some(arrival)
+            }
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                // A fault of ours.
+                self.asked.clear();
+                None
+            }
+        }
+    }
 }
 
 /// Connects to them in their order, to the next one when those before it have failed or taken too long, until one is
-/// reached that is `good`. If there is another one that is known to answer (`has_other`), it stands behind the first.
+/// reached that is `good`. If there is another one that is known to answer (`has_other`), it stands behind the first. `until`
+/// is when nobody is to wait any longer, whoever has had no time then.
 pub(super) fn race(
     reach: &Reach,
     store_dir: &StoreDir,
     runners: &[Runner<'_>],
     has_other: bool,
+    until: Option<Instant>,
     good: impl Fn(usize, Reached) -> Result<Option<Reached>, ReachError>,
 ) -> Raced {
-    let mut raced = Raced { winner: None, slow: Vec::new(), failed: Vec::new() };
+    let mut raced = Raced { winner: None, slow: Vec::new(), failed: Vec::new(), late: None };
     let (done, results) = mpsc::channel();
     let longest = runners.iter().map(|runner| runner.bound).max().unwrap_or_default() + GRACE;
     let mut waiting = runners.iter();
     let mut running: Vec<(&Runner<'_>, Instant)> = Vec::new();
     loop {
-        let next = if has_other && running.len() + raced.failed.len() > 0 { None } else { waiting.next() };
+        let is_begun = running.len() + raced.failed.len() > 0;
+        let is_closed = is_begun && (has_other || until.is_some_and(|until| Instant::now() >= until));
+        let next = if is_closed { None } else { waiting.next() };
         match next {
             Some(runner) => {
                 running.push((runner, Instant::now()));
@@ -63,23 +105,28 @@ pub(super) fn race(
             None => {}
         }
         let is_followed = has_other || waiting.len() > 0;
-        let (index, reached): Arrival =
-            match results.recv_timeout(if is_followed { STAGGER } else { longest }) {
-                Ok(arrival) => arrival,
-                Err(_) if is_followed && !has_other => continue,
-                Err(_) => {
-                    if has_other {
-                        raced.slow = running.iter().map(|(runner, _)| runner.index).collect();
-                    } else {
-                        // They had their time, or met with a fault of ours.
-                        raced.failed.extend(running.iter().map(|(runner, _)| {
-                            let late = OpenError::TimedOut { bound: runner.bound, master_answers: false };
-                            (runner.index, late.into())
-                        }));
-                    }
-                    return raced;
+        let pause = if has_other { STAGGER } else { pause(&running) };
+        let end = until.map(|until| until + last_words(&running, until));
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let bound = if is_followed { pause } else { longest };
+        let (index, reached): Arrival = match results.recv_timeout(left.map_or(bound, |left| left.min(bound)))
+        {
+            Ok(arrival) => arrival,
+            Err(_) if end.is_some_and(|end| Instant::now() >= end) => {
+                raced.end(&running, results);
+                return raced;
+            }
+            Err(_) if is_followed && !has_other => continue,
+            Err(_) => {
+                if has_other {
+                    raced.slow = running.iter().map(|(runner, _)| runner.index).collect();
+                } else {
+                    // They had their time, or met with a fault of ours.
+                    raced.failed.extend(running.iter().map(|(runner, _)| runner.timed_out()));
                 }
-            };
+                return raced;
+            }
+        };
         running.retain(|(runner, _)| runner.index != index);
         match reached.and_then(|reached| good(index, reached)) {
             Ok(reached) => {
@@ -91,6 +138,47 @@ pub(super) fn race(
             Err(error) => raced.failed.push((index, error)),
         }
     }
+}
+
+impl Raced {
+    /// Nobody waits any longer.
+    fn end(&mut self, running: &[(&Runner<'_>, Instant)], results: Receiver<Arrival>) {
+        let mut asked = HashSet::new();
+        for (runner, begin) in running {
+            let ran = begin.elapsed();
+            if ran >= runner.bound {
+                self.failed.push(runner.timed_out());
+                continue;
+            }
+            if ran >= STAGGER {
+                self.slow.push(runner.index);
+            }
+            asked.insert(runner.index);
+        }
+        self.late = (!asked.is_empty()).then_some(Late { asked, results });
+    }
+}
+
+impl Runner<'_> {
+    fn timed_out(&self) -> (usize, ReachError) {
+        (self.index, OpenError::TimedOut { bound: self.bound, master_answers: false }.into())
+    }
+}
+
+/// How long those that run are left alone.
+fn pause(running: &[(&Runner<'_>, Instant)]) -> Duration {
+    let first = running.first().map_or(STAGGER, |(runner, _)| STAGGER.min(runner.bound.mul_f64(FIRST_SHARE)));
+    match running.len() {
+        0 | 1 => first,
+        2 => first / NEXT[0],
+        _ => first / NEXT[1],
+    }
+}
+
+/// Whether, and for how long, to wait for those whose own time ends `until` then.
+fn last_words(running: &[(&Runner<'_>, Instant)], until: Instant) -> Duration {
+    let ends = |(runner, begin): &(&Runner<'_>, Instant)| *begin + runner.bound <= until + LAST_WORDS;
+    if running.iter().any(ends) { LAST_WORDS } else { Duration::ZERO }
 }
 
 /// Nobody waits for those that come too late; what they learn of their machine is noted all the same, if this process lives

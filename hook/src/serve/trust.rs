@@ -42,11 +42,25 @@ impl Hook<'_> {
     pub(super) fn check(
         &self,
         machine: &Machine,
-        mut reached: Reached,
+        reached: Reached,
         candidate: &Candidate,
     ) -> Result<Option<Reached>, ReachError> {
+        self.check_within(machine, reached, candidate, self.reach.connect_timeout())
+    }
+
+    /// The same within `bound`.
+    ///
+    /// # Errors
+    /// As for [`check`](Hook::check).
+    pub(super) fn check_within(
+        &self,
+        machine: &Machine,
+        mut reached: Reached,
+        candidate: &Candidate,
+        bound: Duration,
+    ) -> Result<Option<Reached>, ReachError> {
         log_way(machine, &reached);
-        let deadline = Instant::now() + self.reach.connect_timeout();
+        let deadline = Instant::now() + bound;
         let left = || deadline.saturating_duration_since(Instant::now()).max(LEAST);
         let (trusted, reached) = match self.reach.trust(machine, &mut reached.builder) {
             None => self.reach.find_trust(machine, reached, left())?,

@@ -61,6 +61,7 @@ impl World<'_> {
             output: (built > 0 && is_learning).then(|| bytes / built),
             waiting_since: self.jobs[job].asked.map(clock),
             obstructed_since: None,
+            silent_since: None,
         };
         let request = any_request();
         let local = Local::default();

@@ -3,6 +3,7 @@ use super::*;
 mod estimating;
 mod obstacles;
 mod properties;
+mod silent;
 mod telling;
 mod waiting;
 

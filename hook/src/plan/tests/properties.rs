@@ -69,6 +69,7 @@ fn any_health() -> impl Strategy<Value = Health> {
         6 => Just(Health::Well),
         2 => until.prop_map(|until| Health::CoolDown { until, why: "x".into() }),
         1 => Just(Health::Waking),
+        1 => Just(Health::Unasked),
         1 => Just(Health::Failed("x".into())),
         1 => Just(Health::Unreachable("x".into())),
         1 => Just(Health::CutOff),
@@ -133,11 +134,11 @@ prop_compose! {
 prop_compose! {
     fn any_work()(
         duration in of(0.1_f64..1e4), usual in of(0.1_f64..1e4), output in of(0_u64..1 << 32),
-        since in of(0..LATER), obstructed in of(0..LATER),
+        since in of(0..LATER), obstructed in of(0..LATER), silent in of(0..LATER),
     ) -> Work {
-        let [waiting_since, obstructed_since] =
-            [since, obstructed].map(|since| since.map(|at| NOW + Duration::from_secs(at)));
-        Work { duration, usual, output, waiting_since, obstructed_since }
+        let [waiting_since, obstructed_since, silent_since] =
+            [since, obstructed, silent].map(|since| since.map(|at| NOW + Duration::from_secs(at)));
+        Work { duration, usual, output, waiting_since, obstructed_since, silent_since }
     }
 }
 
@@ -226,6 +227,17 @@ proptest! {
             let is_reachable = matches!(known.health, Health::Well | Health::CoolDown { .. });
             prop_assert!(is_reachable);
             prop_assert_eq!(&decision.standings[index].refusal, &None);
+        }
+    }
+
+    #[test]
+    fn nobody_who_failed_lately_is_asked_for_what_nix_could_build(case in any_case()) {
+        if let Verdict::Accept(index) = case.decide().verdict && case.local.could_build(&case.request) {
+            let is_left_alone = match &case.fleet[index].1.health {
+                Health::CoolDown { until, .. } => until.is_none_or(|until| until > time()),
+                _ => false,
+            };
+            prop_assert!(!is_left_alone);
         }
     }
 
