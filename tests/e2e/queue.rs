@@ -398,19 +398,22 @@ fn the_time_that_a_build_ran_is_no_time_that_it_waited() {
     wait_for_begin(&client, "gate", &["mac"]);
     let runs = client.spawn_nix_build(&gated("runs"), &["-j0"]);
     wait_for_begin(&client, "runs", &["tin"]);
-    // Nix asks for this one later, but it is the first to wait.
+    // Whoever has the turn keeps it. Nix asks for the one behind it later than for the one that runs, but it waits first.
+    let turn = client.spawn_nix_build(&special("turn"), &["-j0"]);
+    wait_until("one has the turn", SOON, || waiting(&client, "") == 1);
     let waits = client.spawn_nix_build(&special("waits"), &["-j0"]);
-    wait_until("it waits", SOON, || waiting(&client, "") == 1);
+    wait_until("one waits behind it", SOON, || waiting(&client, "") == 2);
     tin.stop();
-    wait_until("the other one waits, too", SOON, || waiting(&client, "") == 2);
+    wait_until("the one that ran waits, too", SOON, || waiting(&client, "") == 3);
     open(&client, "gate");
-    gate.wait().assert_success();
+    wait_for_begin(&client, "turn", &["mac"]);
+    open(&client, "turn");
     wait_for_begin(&client, "waits", &["mac"]);
     assert_eq!(begun_on(&client, "runs"), ["tin"]);
     open(&client, "waits");
     wait_for_begin(&client, "runs", &["tin", "mac"]);
     open(&client, "runs");
-    for build in [waits, runs] {
+    for build in [gate, turn, waits, runs] {
         let output = build.wait();
         assert_eq!(client.read(&output.assert_success().out_path()), "mac\n", "{output}");
     }
