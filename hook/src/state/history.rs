@@ -12,6 +12,10 @@ const NEWEST_OF_ALL: f64 = 1.0 / 64.0;
 /// After so many builds one that was like them is not written down.
 const SETTLED: u64 = 3;
 
+/// A build takes at least so many seconds, which is as exact as they are kept. One that was over before its hook looked at
+/// the clock is noted as 0, with which all machines would be done at the same time, however crowded they are.
+const LEAST: f64 = 0.001;
+
 /// Where the average of all builds is. No derivation can have this name.
 const ALL: &str = "*";
 
@@ -94,7 +98,7 @@ impl Record {
         let mut words = text.split(' ');
         let mut number = || words.next()?.parse::<f64>().ok().filter(|n| n.is_finite() && *n >= 0.0);
         let (seconds, output) = (number()?, number()?);
-        Some(Self { seconds, output, builds: words.next()?.parse().ok()? })
+        Some(Self { seconds: seconds.max(LEAST), output, builds: words.next()?.parse().ok()? })
     }
 }
 
@@ -163,6 +167,8 @@ mod tests {
         assert_eq!(history.of("a-2"), Some(Record { seconds: 10.0, output: 1000.0, builds: 1 }));
         history.note("a-2", 20.0, 2000);
         assert_eq!(history.of("a"), Some(Record { seconds: 15.0, output: 1500.0, builds: 2 }));
+        history.note("c", 0.0, 1);
+        assert_eq!(history.of("c").unwrap().seconds, LEAST);
         history.note("a-2", f64::NAN, 1);
         history.note("a-2", -1.0, 1);
         assert_eq!(history.of("a").unwrap().builds, 2);

@@ -22,11 +22,12 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// Stdout is the connection. Without a word from us, because we died or gave up, it is held until the
-/// confirmation must have come, or the master must have given its silent link up (`LINK_INTERVAL` in `start`). Once the
-/// channel is open its closing packet is known, and sent if we go without another word. If we have ended our side it
-/// cannot be sent, which the shell has to bear: then it is there to read. After a refusal the connection is held until the
-/// master ends. The descriptors that we may have inherited are closed, because others wait for their last holder.
+/// Stdout is the connection. Without a word from us, because we died or gave up, it is held until the confirmation must
+/// have come, or the master must have given its silent link up (`LINK_INTERVAL` in `start`). Once the channel is open its
+/// closing packet is known, and sent if we go without another word; the master has little left to say then. If we have
+/// ended our side it cannot be sent, which the shell has to bear: we gave up waiting for a master that is busy, and what it
+/// says has to be read until it parts. After a refusal the connection is held until the master ends. The descriptors that
+/// we may have inherited are closed, because others wait for their last holder.
 const SCRIPT: &str = r#"exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 read -r word packet
 case $word in
@@ -34,7 +35,10 @@ open)
     read -r word
     case $word in
     release) ;;
-    *) trap '' PIPE; printf "$packet"; exec timeout 60 cat <&1 >/dev/null ;;
+    *)
+        trap '' PIPE
+        if printf "$packet"; then limit=5; else limit=60; fi
+        exec timeout $limit cat <&1 >/dev/null ;;
     esac ;;
 keep) while read -r word <&1; do :; done ;;
 *) exec sleep 60 ;;
