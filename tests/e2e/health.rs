@@ -424,11 +424,7 @@ fn many_dead_machines_hold_nix_up_once_and_are_used_when_they_are_well_again() {
     assert!((0..DEAD).all(is_noted));
     doors.iter().for_each(|door| door.open_to(&late));
     pause_all(&client, -1.0);
-    // Nobody waits for the attempts.
-    let built = client.nix_build(&drv::where_built("knock"), &["-j1"]);
-    assert_built_on(&client, &built, "client");
-    // Some of so many at once may be turned away.
-    wait_until("one is seen to be well", SOON, || !(0..DEAD).all(is_noted));
+    // Their pauses are over, and there is no other machine.
     let built = client.nix_build(&drv::where_built("back"), &["-j1"]);
     assert_built_on(&client, &built, "late");
 }

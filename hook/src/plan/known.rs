@@ -79,10 +79,10 @@ pub enum Health {
     /// Nothing speaks against it.
     #[default]
     Well,
-    /// It failed a short while ago. It is left alone until that time, or for now where it is not known, but only while
-    /// there is another machine or Nix could build by itself: memory alone never leaves a build to nobody.
+    /// It failed a short while ago. It is left alone until that time while there is another machine or Nix could build by
+    /// itself, and after that time while there is another machine: memory alone never leaves a build to nobody.
     CoolDown {
-        /// When it may be tried again.
+        /// When it may be tried again; none if that was before now, and nobody has seen yet that it is well.
         until: Option<SystemTime>,
         /// How it failed.
         why: String,

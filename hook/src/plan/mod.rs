@@ -234,14 +234,17 @@ pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) ->
     let mut silent: Vec<usize> =
         unasked.iter().chain(&ailing).filter(|silent| has_slots(silent)).map(|silent| silent.index).collect();
     silent.sort_unstable();
-    if !could_build && !is_other {
-        candidates.extend(ailing);
-        candidates.sort_by_key(|candidate| candidate.index);
-    } else {
-        for ailing in ailing {
-            if let Health::CoolDown { until, why } = ailing.known.health {
-                standings[ailing.index].refusal = Some(Refusal::CoolDown { until, why });
-            }
+    // Without another one those are asked whose pause is over, and all of them for what Nix could not build.
+    let is_asked = |ailing: &Candidate<'_>| {
+        let is_paused = matches!(ailing.known.health, Health::CoolDown { until: Some(_), .. });
+        !(is_other || could_build && is_paused)
+    };
+    let (asked, left_alone): (Vec<_>, Vec<_>) = ailing.into_iter().partition(is_asked);
+    candidates.extend(asked);
+    candidates.sort_by_key(|candidate| candidate.index);
+    for ailing in left_alone {
+        if let Health::CoolDown { until, why } = ailing.known.health {
+            standings[ailing.index].refusal = Some(Refusal::CoolDown { until, why });
         }
     }
     for waking in &waking {

@@ -234,7 +234,7 @@ proptest! {
     fn nobody_who_failed_lately_is_asked_for_what_nix_could_build(case in any_case()) {
         if let Verdict::Accept(index) = case.decide().verdict && case.local.could_build(&case.request) {
             let is_left_alone = match &case.fleet[index].1.health {
-                Health::CoolDown { until, .. } => until.is_none_or(|until| until > time()),
+                Health::CoolDown { until, .. } => until.is_some_and(|until| until > time()),
                 _ => false,
             };
             prop_assert!(!is_left_alone);

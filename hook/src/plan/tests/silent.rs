@@ -33,22 +33,39 @@ fn ask(waited: u64, silent: u64, am_willing: bool, local: &Local, known: &[Known
     decide(&question, |index| known[index].clone())
 }
 
+/// Its pause lasts a minute more.
+fn paused(why: &str) -> Known {
+    let until = Some(NOW + Duration::from_secs(1060));
+    busy(0).with_health(Health::CoolDown { until, why: why.into() })
+}
+
 #[test]
 fn machines_that_all_failed_are_asked_for_what_nix_cannot_build() {
-    let all = [cooling("no route"), cooling("no answer")];
+    let all = [paused("no route"), paused("no answer")];
     let nowhere = Local::default();
     for am_willing in [false, true] {
         assert_eq!(after(0, am_willing, &nowhere, &all).verdict, Verdict::Accept(0));
     }
     let decision = after(0, true, &here(), &all);
     assert_eq!((&decision.verdict, decision.because), (&Verdict::Decline, Because::Silent));
-    let left_alone = |why: &str| Refusal::CoolDown { until: None, why: why.into() };
-    assert_eq!(refusals(&decision), [(0, left_alone("no route")), (1, left_alone("no answer"))]);
+    let left_alone: Vec<bool> =
+        refusals(&decision).iter().map(|(_, why)| matches!(why, Refusal::CoolDown { .. })).collect();
+    assert_eq!(left_alone, [true, true]);
+}
+
+#[test]
+fn a_machine_whose_pause_is_over_is_asked_if_there_is_no_other_one() {
+    for local in [here(), Local::default()] {
+        let all = [paused("no route"), cooling("no answer")];
+        let expected = if local.max_jobs > 0 { 1 } else { 0 };
+        assert_eq!(after(0, true, &local, &all).verdict, Verdict::Accept(expected));
+        assert_eq!(after(0, true, &local, &[cooling("no answer"), busy(0)]).verdict, Verdict::Accept(1));
+    }
 }
 
 #[test]
 fn what_nix_could_build_later_waits_until_a_failed_machine_can_have_been_tried_again() {
-    for all in [[cooling("no route"), cooling("no answer")], [unasked(), unasked()]] {
+    for all in [[paused("no route"), paused("no answer")], [unasked(), unasked()]] {
         let at = |waited| after(waited, false, &here(), &all);
         assert_eq!((at(0).verdict, at(0).because), (Verdict::Postpone(vec![0, 1]), Because::Silent));
         assert_eq!(at(19).verdict, Verdict::Postpone(vec![0, 1]));
