@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::{Client, ClientPlan, Hook, Output, World, drv, wait_until};
 
 use crate::support::{
-    NO_SAMPLES, OFTEN, SOON, begun, gated, held_locks, open, pretend, sleeping, wait_for_begin,
+    NO_SAMPLES, OFTEN, SOON, begun, gated, held_locks, open, picky, pretend, sleeping, wait_for_begin,
 };
 
 /// A build is looked at when it has run for 20 seconds, and every 10 seconds from then on.
@@ -23,15 +23,6 @@ fn endless_but_on(machine: &str, name: &str, seconds: &str) -> String {
          until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; echo $here > $out"
     );
     drv::script(name, &script)
-}
-
-/// A build that waits for [`open`], on a machine with this feature.
-fn picky(name: &str, feature: &str) -> String {
-    let script = drv::quote(&format!(
-        "cat /etc/machine-name >> /mnt/share/{name}.begun; \
-         until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; echo > $out"
-    ));
-    drv::expression(&format!(r#"d "{name}" {script} {{ requiredSystemFeatures = [ "{feature}" ]; }}"#))
 }
 
 /// Why builds that run were left where they are.

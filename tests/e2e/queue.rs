@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::support::{
     NO_SAMPLES, SOON, UNANSWERED, assert_only_masters_left, assert_only_masters_left_after,
-    begun as begun_on, gated, held_locks, open, wait_for_begin,
+    begun as begun_on, gated, held_locks, open, picky, wait_for_begin,
 };
 
 const OTHER_USER: &str = "1001";
@@ -387,13 +387,7 @@ fn the_time_that_a_build_ran_is_no_time_that_it_waited() {
         .machines("ssh-ng://mac x86_64-linux - 1 1 special\nssh-ng://tin x86_64-linux - 1 1\n")
         .start();
     client.write("/etc/nix/offload.toml", NO_SAMPLES);
-    let special = |name: &str| {
-        let script = drv::quote(&format!(
-            "cat /etc/machine-name >> /mnt/share/{name}.begun; \
-             until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"
-        ));
-        drv::expression(&format!(r#"d "{name}" {script} {{ requiredSystemFeatures = [ "special" ]; }}"#))
-    };
+    let special = |name: &str| picky(name, "special");
     let gate = client.spawn_nix_build(&special("gate"), &["-j0"]);
     wait_for_begin(&client, "gate", &["mac"]);
     let runs = client.spawn_nix_build(&gated("runs"), &["-j0"]);

@@ -19,15 +19,23 @@ pub(crate) const UNANSWERED: Duration = Duration::from_secs(65);
 /// How long hooks and their helpers may take to go when their work is over.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
+/// Notes where it was begun, waits for [`open`] and then writes where it was built.
+fn gate(name: &str) -> String {
+    format!(
+        "cat /etc/machine-name >> /mnt/share/{name}.begun; \
+         until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"
+    )
+}
+
 /// A derivation that notes where it was begun, waits for [`open`] and then writes where it was built.
 pub(crate) fn gated(name: &str) -> String {
-    drv::script(
-        name,
-        &format!(
-            "cat /etc/machine-name >> /mnt/share/{name}.begun; \
-             until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"
-        ),
-    )
+    drv::script(name, &gate(name))
+}
+
+/// The same for a machine with this feature.
+pub(crate) fn picky(name: &str, feature: &str) -> String {
+    let script = drv::quote(&gate(name));
+    drv::expression(&format!(r#"d "{name}" {script} {{ requiredSystemFeatures = [ "{feature}" ]; }}"#))
 }
 
 /// The machines on which a gated build was begun so far, in their order.
