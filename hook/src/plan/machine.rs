@@ -93,7 +93,8 @@ pub enum Scheme {
 pub struct StoreUri {
     /// How it is reached.
     pub scheme: Scheme,
-    /// `[user@]host` as ssh takes it, brackets of an IPv6 address removed; empty for other schemes.
+    /// `[user@]host` as ssh takes it: percent escapes read, as Nix does from 2.31 on (`ParsedURL::Authority::parse` in
+    /// `src/libutil/url.cc` of 2.34), brackets of an IPv6 address removed; empty for other schemes.
     pub destination: String,
     /// The port, if the URI names one.
     pub port: Option<u16>,
@@ -158,9 +159,11 @@ impl StoreUri {
         if host.is_empty() || user == Some("") {
             return Err(UriError::NoHost(text.to_owned()));
         }
+        // Looked at afterwards, for `%2d` is a dash.
+        let host = if host.contains(':') { host.replace("%25", "%") } else { unescaped(host) };
         let destination = match user {
-            Some(user) => format!("{user}@{host}"),
-            None => host.to_owned(),
+            Some(user) => format!("{}@{host}", unescaped(user)),
+            None => host.clone(),
         };
         if destination.starts_with('-') || host.starts_with('-') {
             return Err(UriError::DashHost(destination));
@@ -201,10 +204,10 @@ impl StoreUri {
             }
         };
         let (user, host) = match self.destination.rsplit_once('@') {
-            Some((user, host)) => (format!("{user}@"), host),
+            Some((user, host)) => (format!("{}@", escaped(user, b"")), host),
             None => (String::new(), self.destination.as_str()),
         };
-        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        let host = if host.contains(':') { format!("[{}]", escaped(host, b":")) } else { escaped(host, b"") };
         let port = self.port.map(|port| format!(":{port}")).unwrap_or_default();
         Some(format!("{scheme}://{user}{host}{port}{query}"))
     }
@@ -254,8 +257,18 @@ fn parse_query(query: &str) -> Result<BTreeMap<String, String>, UriError> {
 }
 
 pub(super) fn percent_encode(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~:@/?".contains(&b);
+    escaped(text, b":@/?")
+}
+
+/// With escapes for all but letters, digits, `-._~` and these.
+fn escaped(text: &str, others: &[u8]) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b) || others.contains(&b);
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}
+
+/// A user or a host without its escapes, or as it is: until 2.31 Nix knew none there.
+fn unescaped(text: &str) -> String {
+    percent_decode(text).unwrap_or_else(|_| text.to_owned())
 }
 
 fn percent_decode(text: &str) -> Result<String, UriError> {
@@ -319,6 +332,26 @@ mod tests {
         assert_eq!(parse("ssh://root@[::1]:22").unwrap().port, Some(22));
         let bare = parse("ssh://root@::1").unwrap();
         assert_eq!((bare.destination.as_str(), bare.port), ("root@::1", None));
+    }
+
+    #[test]
+    fn users_and_hosts_may_have_escapes() {
+        for (text, destination, rendered) in [
+            ("ssh-ng://joe%40corp.example@mac", "joe@corp.example@mac", "ssh-ng://joe%40corp.example@mac"),
+            ("ssh://CORP%5Cjoe@mac", "CORP\\joe@mac", "ssh://CORP%5Cjoe@mac"),
+            ("ssh://[fe80::1%25ed0]:22", "fe80::1%ed0", "ssh://[fe80::1%25ed0]:22"),
+            ("ssh://fe80::1%eth0", "fe80::1%eth0", "ssh://[fe80::1%25eth0]"),
+            ("ssh://50%@mac", "50%@mac", "ssh://50%25@mac"),
+        ] {
+            let uri = parse(text).unwrap();
+            assert_eq!(uri.destination, destination);
+            assert_eq!(uri.render().as_deref(), Some(rendered));
+            assert_eq!(parse(rendered).unwrap().destination, destination);
+        }
+        assert_eq!(parse("ssh://%2doProxyCommand=x"), Err(UriError::DashHost("-oProxyCommand=x".into())));
+        assert_eq!(parse("ssh://a@%2db"), Err(UriError::DashHost("a@-b".into())));
+        assert_eq!(parse("ssh://a%0a@b"), Err(UriError::BadHost("a\n@b".into())));
+        assert_eq!(parse("ssh://a%2fb"), Err(UriError::BadHost("a/b".into())));
     }
 
     #[test]
