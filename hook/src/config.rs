@@ -40,7 +40,7 @@ pub struct Problem {
     pub line: String,
     /// Length of the culprit in characters.
     pub width: usize,
-    /// What is wrong.
+    /// What is wrong, and what is lost by it.
     pub message: String,
     /// What to do about it.
     pub cure: String,
@@ -50,7 +50,7 @@ impl fmt::Display for Problem {
     /// Several lines: place and message, the line itself, a caret under the culprit, the cure.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Place { source, line, column } = &self.place;
-        writeln!(f, "{source}:{line}:{column}: {}; this machine is left out", self.message)?;
+        writeln!(f, "{source}:{line}:{column}: {}", self.message)?;
         let shown: String = self.line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
         writeln!(f, "  {shown}")?;
         let indent = " ".repeat(column.saturating_sub(1));
@@ -131,7 +131,7 @@ impl Reader<'_> {
 
     fn entry(&mut self, source: &str, entry: &Entry<'_>, depth: usize) {
         let Some(&(start, first)) = entry.words.first() else { return };
-        let fault = |at: Word<'_>, message: String, cure: &str| Problem {
+        let problem = |at: Word<'_>, message: String, cure: &str| Problem {
             place: Place { source: source.to_owned(), line: entry.number, column: at.0 + 1 },
             line: entry.line.trim_end().to_owned(),
             width: at.1.chars().count(),
@@ -142,12 +142,15 @@ impl Reader<'_> {
             // Blanks in a file name are kept, as in Nix: all of the entry is the name.
             let file = entry.text.trim().strip_prefix('@').map_or(file, str::trim);
             if let Err(problem) =
-                self.include(file, depth, |message, cure| fault((start, first), message, cure))
+                self.include(file, depth, |message, cure| problem((start, first), message, cure))
             {
                 self.fleet.problems.push(problem);
             }
             return;
         }
+        let fault = |at: Word<'_>, message: String, cure: &str| {
+            problem(at, format!("{message}; this machine is left out"), cure)
+        };
         let place = Place { source: source.to_owned(), line: entry.number, column: start + 1 };
         match machine(&entry.words, place, self.default_systems, fault) {
             Ok(machine) => self.fleet.machines.push(machine),
@@ -177,7 +180,8 @@ impl Reader<'_> {
                 Ok(())
             }
             Err(error) => {
-                Err(fault(format!("cannot read '{file}': {error}"), "name a readable text file behind '@'"))
+                let message = format!("cannot read '{file}': {error}; its machines are left out");
+                Err(fault(message, "name a readable file behind '@'"))
             }
         }
     }

@@ -89,7 +89,6 @@ impl Finding {
 impl From<Problem> for Finding {
     fn from(problem: Problem) -> Self {
         let Problem { place, line, width, message, cure } = problem;
-        let message = format!("{message}; this machine is left out");
         Self { severity: Severity::Error, spot: Spot { place, line, width }, message, cure }
     }
 }

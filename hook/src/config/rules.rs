@@ -4,7 +4,7 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use crate::plan::machine::Machine;
+use crate::plan::machine::{Machine, StoreUri};
 use crate::plan::rules::{Floors, stale_after};
 use crate::plan::{Policy, Rules};
 use nix_offload_proxy::settings::{Elsewhere, matches, names, time};
@@ -128,7 +128,10 @@ impl Offload {
 }
 
 fn is_meant(pattern: &str, machine: &Machine) -> bool {
-    matches(pattern, machine.host()) || matches(pattern, &machine.name)
+    // Newer Nix calls a machine otherwise than its list does.
+    let is_its_uri =
+        || pattern.contains("://") && StoreUri::parse(pattern).is_ok_and(|uri| uri == machine.uri);
+    matches(pattern, machine.host()) || matches(pattern, &machine.name) || is_its_uri()
 }
 
 fn some_factor<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
@@ -240,6 +243,22 @@ mod tests {
         assert_eq!((slots("ssh-ng://nix@mac"), slots("ssh://a.example")), (Some(3), Some(1)));
         let machines = [Machine::for_uri("ssh-ng://nix@mac", BTreeSet::new()).unwrap()];
         assert_eq!(offload.without_machine(&machines).collect::<Vec<_>>(), ["other", "x"]);
+    }
+
+    #[test]
+    fn a_block_is_of_its_uri_whatever_nix_makes_of_it() {
+        let offload =
+            read("[[machine]]\nname = 'ssh-ng://mac?ssh-key=/k%20y&compress=true'\nshared-slots = 4\n")
+                .unwrap();
+        let named = |name: &str, uri: &str| Machine {
+            name: name.into(),
+            ..Machine::for_uri(uri, BTreeSet::new()).unwrap()
+        };
+        let rendered = "ssh-ng://mac?compress=true&ssh-key=/k%20y";
+        let slots = |machine: &Machine| offload.of_machine(machine).shared_slots;
+        assert_eq!(slots(&named(rendered, rendered)), Some(4));
+        assert_eq!(slots(&named(rendered, "ssh-ng://mac?ssh-key=/k%20y")), None);
+        assert_eq!(offload.without_machine(&[named(rendered, rendered)]).count(), 0);
     }
 
     #[test]

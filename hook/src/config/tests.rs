@@ -57,7 +57,7 @@ fn dashes_mean_the_default_in_every_column_but_the_first() {
     });
     let fleet = parse("- - - 1");
     assert_eq!(fleet.machines, []);
-    assert_eq!(fleet.problems[0].message, "the first column must be a store URI");
+    assert_eq!(fleet.problems[0].message, "the first column must be a store URI; this machine is left out");
 }
 
 #[test]
@@ -110,7 +110,10 @@ fn a_bad_line_is_shown_with_place_caret_and_cure_and_only_it_is_left_out() {
 fn a_bad_uri_is_a_fault_of_its_line() {
     let fleet = parse("ssh://mac:99999 ; ssh://ok");
     assert_eq!(names(&fleet), ["ssh://ok"]);
-    assert_eq!(fleet.problems[0].message, "the port '99999' is not a number from 1 to 65535");
+    assert_eq!(
+        fleet.problems[0].message,
+        "the port '99999' is not a number from 1 to 65535; this machine is left out"
+    );
 }
 
 #[test]
@@ -128,6 +131,7 @@ fn included_files_may_include_files_and_faults_name_the_file() {
     assert_eq!(fleet.problems[0].place, Place { source: "/etc/nix/machines".into(), line: 2, column: 24 });
     let fleet = parse_with("@ /etc/nix/more ; @/none ; @/dir ; d", &read);
     assert_eq!(names(&fleet), ["ssh://c", "ssh://d"]);
+    assert!(fleet.problems[0].message.ends_with("; its machines are left out"), "{fleet:?}");
     assert_eq!(fleet.missing_files, ["/none"]);
     assert!(fleet.problems[0].message.starts_with("cannot read '/dir'"), "{fleet:?}");
 }
