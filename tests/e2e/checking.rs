@@ -163,6 +163,7 @@ fn a_list_with_many_faults_is_told_all_of_them_in_order() {
     client.write("/etc/hosts", HOSTS);
     client.write_mode("/root/open", "-----BEGIN", 0o644);
     client.write_mode("/root/good", "-----BEGIN", 0o600);
+    client.write_mode("/root/key.pub", "ssh-ed25519 A", 0o644);
     client.write_mode("/etc/more", "ssh-ng://two - /root/absent\n", 0o666);
     client.write(
         "/etc/list",
@@ -176,7 +177,7 @@ fn a_list_with_many_faults_is_told_all_of_them_in_order() {
         ("error /etc/list 1 21 others can read the key file /root/open", "chmod 600 /root/open"),
         ("warning /etc/list 1 33 lines end in carriage returns", "sed -i"),
         ("error /etc/list 2 40 the speed factor", "left out"),
-        ("error /etc/list 3 7 this is the public half", "'/root/key'"),
+        ("warning /etc/list 3 7 this is the public half", "'/root/key'"),
         ("warning /etc/list 4 1 there is no file '/etc/nothing'", "correct the name"),
         ("warning /etc/more - - others can write it", "chmod go-w /etc/more"),
         ("error /etc/more 1 16 there is no key file /root/absent", "ssh-keygen"),
@@ -201,8 +202,8 @@ fn a_list_with_many_faults_is_told_all_of_them_in_order() {
     let lines = "warning: /etc/list:1:14: 'x86_64' is no system that Nix knows (column 2)\n  \
                  ssh-ng://one x86_64 /root/open 4\n               ^^^^^^\n  did you mean 'x86_64-linux'?\n\n";
     assert!(text.stdout().contains(lines), "{text}");
-    assert!(text.stdout().ends_with("\n3 machines: 4 errors, 4 warnings\n"), "{text}");
-    assert_eq!(found.iter().filter(|line| line.starts_with("error")).count(), 4);
+    assert!(text.stdout().ends_with("\n3 machines: 3 errors, 5 warnings\n"), "{text}");
+    assert_eq!(found.iter().filter(|line| line.starts_with("error")).count(), 3);
     let absent = check(&client, &["/etc/absent"]);
     assert_eq!(absent.code(), 1, "{absent}");
     assert!(absent.stdout().starts_with("error: /etc/absent: it cannot be read: No such file"), "{absent}");
@@ -239,6 +240,30 @@ fn machines_are_pointed_at_in_the_line_of_nix_conf() {
         let place = format!("warning {CONF} {} 35 'x86_64'", line_of(&client, CONF, "builders"));
         assert_one(&lines(&told(&client.nix_offload(&["check", "--json"]))), &[&place]);
     }
+}
+
+#[test]
+fn the_ssh_options_of_the_daemon_count() {
+    let world = World::new();
+    let with = |name: &str, options: &str| {
+        let client = plan(&world)
+            .named(name)
+            .mode(Mode::Daemon)
+            .daemon_env("NIX_SSHOPTS", options)
+            .machines("ssh-ng://inside x86_64-linux - 2")
+            .start();
+        client.write("/etc/hosts", HOSTS);
+        client.write("/etc/nsswitch.conf", NO_DNS);
+        client.write("/etc/inside", "Host inside\n HostName one\n");
+        // Who calls has others.
+        let output = client.command(OURS).args(["check", "--json"]).env("NIX_SSHOPTS", "-F none").run();
+        lines(&told(&output))
+    };
+    assert_eq!(with("well", "-F /etc/inside"), [""; 0]);
+    assert_one(
+        &with("open", "-F '/etc/inside"),
+        &["error ", "NIX_SSHOPTS cannot be split", "close the quote"],
+    );
 }
 
 #[test]

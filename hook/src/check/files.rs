@@ -64,14 +64,15 @@ impl Runner {
             return error(format!("the key file '{file}' is no absolute path"), cure.into());
         }
         let shown = path.display();
-        let private = path.extension() == Some(OsStr::new("pub"));
-        let is_public = "this is the public half of a key, and ssh needs the private one";
-        if private {
-            return error(
-                format!("{is_public}: {shown}"),
-                format!("did you mean '{}'?", path.with_extension("").display()),
+        // With it ssh picks one of an agent's keys (`pubkey_prepare` in OpenSSH's sshconnect2.c).
+        let public = |private: String| {
+            let message = format!(
+                "this is the public half of a key, which is enough only if an agent has the other: {shown}"
             );
-        }
+            let cure =
+                format!("did you mean {private}? If not, see that an agent has the key for {}", self.name);
+            Ok(Some(Finding::warning(spot, message, cure)))
+        };
         let metadata = match fs::metadata(&path) {
             Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied && !self.is_us() => {
                 return Err(NotSeen);
@@ -93,6 +94,9 @@ impl Runner {
             }
             Ok(metadata) => metadata,
         };
+        if path.extension() == Some(OsStr::new("pub")) {
+            return public(format!("'{}'", path.with_extension("").display()));
+        }
         let mode = metadata.mode() & 0o7777;
         // As `sshkey_perm_ok` in OpenSSH's authfile.c: of a file that belongs to somebody else it does not mind.
         if metadata.uid() == self.uid && mode & 0o077 != 0 {
@@ -110,7 +114,7 @@ impl Runner {
                 error(format!("{} cannot read the key file {shown}: {cause}", self.name), self.allow(&path))
             }
             Ok(_) if head.starts_with(b"ssh-") || head.starts_with(b"ecdsa-") => {
-                error(format!("{is_public}: {shown}"), "name the file with the private key".into())
+                public("the file with the private key".into())
             }
             Ok(_) => Ok(None),
         }

@@ -115,7 +115,8 @@ pub(super) enum Word {
 
 /// Judges the name of a system; `own` are those of this machine.
 pub(super) fn system<'a>(name: &str, own: impl IntoIterator<Item = &'a str>) -> Word {
-    if own.into_iter().any(|own| own == name) {
+    // Every machine can do `builtin` (`Machine::systemSupported`), and a list may say so.
+    if name == "builtin" || own.into_iter().any(|own| own == name) {
         return Word::Known;
     }
     // Nix has names such as x86_64-v3-linux for what newer processors can do.

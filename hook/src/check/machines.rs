@@ -392,11 +392,15 @@ impl Judged {
         };
         if let Some(first) = earlier.iter().find(overlaps) {
             let Place { source, line: number, column } = &first.place;
+            // Slots are counted by the name.
+            let slots = if first.name == machine.name || first.uri == machine.uri {
+                "the two share their slots"
+            } else {
+                "each has slots of its own, so it gets the builds of both"
+            };
             self.warn(
                 &line.column(0),
-                format!(
-                    "this machine is there already: {source}:{number}:{column}; the two share their slots"
-                ),
+                format!("this machine is there already: {source}:{number}:{column}; {slots}"),
                 "make one line of the two, or take one out",
             );
         }

@@ -157,19 +157,22 @@ impl Report {
 fn look(subject: &Subject) -> Report {
     let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET));
     let runner = Runner::new(daemon.as_ref().map_or_else(|| geteuid().as_raw(), |daemon| daemon.uid));
-    let mut look = Look { report: Report::default(), runner, unseen: BTreeSet::new() };
+    let mut look = Look { report: Report::default(), runner, view: View::own(), unseen: BTreeSet::new() };
     match subject {
         Subject::Configured => look.configured(daemon.as_ref()),
         Subject::Builders(text) => look.list("--builders", text, &Own::default(), &[]),
         Subject::Input => {
-            let mut text = String::new();
-            match io::stdin().take(MOST_INPUT).read_to_string(&mut text) {
-                Ok(_) => look.list("(standard input)", &text, &Own::default(), &[]),
+            let mut text = Vec::new();
+            match io::stdin().take(MOST_INPUT).read_to_end(&mut text) {
+                Ok(_) => {
+                    look.list("(standard input)", &String::from_utf8_lossy(&text), &Own::default(), &[]);
+                }
                 Err(error) => look.unreadable("(standard input)", &error),
             }
         }
-        Subject::File(file) => match fs::read_to_string(file) {
-            Ok(text) => {
+        Subject::File(file) => match fs::read(file) {
+            Ok(bytes) => {
+                let text = String::from_utf8_lossy(&bytes);
                 look.report.findings.extend(look.runner.writable(Path::new(file)));
                 look.list(file, &text, &Own::default(), &[]);
             }
@@ -183,6 +186,8 @@ fn look(subject: &Subject) -> Report {
 struct Look {
     report: Report,
     runner: Runner,
+    /// Whose environment counts.
+    view: View,
     /// What only the user whom builds are run by can see.
     unseen: BTreeSet<String>,
 }
@@ -196,7 +201,7 @@ impl Look {
         self.find(Finding::error(
             &Spot::file(source),
             format!("it cannot be read: {error}"),
-            "name a readable text file",
+            "name a readable file",
         ));
     }
 
@@ -250,8 +255,15 @@ impl Look {
     }
 
     fn hosts(&mut self, targets: Vec<Target>, findings: &mut Vec<Finding>) {
-        let options =
-            env::var("NIX_SSHOPTS").ok().and_then(|options| shlex::split(&options)).unwrap_or_default();
+        let options = self.view.variable("NIX_SSHOPTS").unwrap_or_default().to_string_lossy().into_owned();
+        let Some(options) = shlex::split(&options) else {
+            findings.push(Finding::error(
+                &Spot::default(),
+                format!("NIX_SSHOPTS cannot be split into words: {options}; nothing is built remotely"),
+                "close the quote, or put a backslash before it",
+            ));
+            return;
+        };
         let hosts = targets.iter().map(|target| target.host.clone()).collect();
         let LookedUp { found, trouble } = hosts::look_up(&hosts, &options, LOOKUP_BOUND);
         if let Some(trouble) = trouble {
@@ -312,6 +324,7 @@ impl Look {
             (Some(_), Some(view)) => (view, Reader::Daemon),
             (Some(_), None) => (View::everybody(), Reader::UnseenDaemon),
         };
+        self.view = view.clone();
         let written = self.written(&view, true);
         let offload = self.offload_toml(&view, reader);
         let effective = match view.ask() {
@@ -334,7 +347,8 @@ impl Look {
         let own = Own { systems: local.systems, features: local.features, ..Own::default() };
         let builders = effective.settings.get("builders").unwrap_or_default().to_owned();
         self.list("builders", &builders, &own, &written);
-        let machines = self.read_list("builders", &builders).1.machines;
+        let machines =
+            config::fleet(&effective.settings, "builders", &builders, &read_machines_file).machines;
         for name in offload.without_machine(&machines) {
             self.find(Finding::warning(
                 &Spot::default(),

@@ -68,10 +68,24 @@ fn a_list_as_it_should_be_has_no_findings() {
     assert_none(&format!(
         "# comment; with 'quotes'\n\
          ssh-ng://nix@mac x86_64-darwin,aarch64-darwin - 4 1.5 kvm,big-parallel,cuda,mine benchmark {key}\n\
-         ssh://pi:2222?compress=true&remote-store=/x x86_64-linux,i686-linux,x86_64-v3-linux,my-own /k 1 1\n\
+         ssh://pi:2222?compress=true&remote-store=/x x86_64-linux,i686-linux,x86_64-v3-linux,my-own,builtin /k 1 1\n\
          big ; unix:///run/other ; /srv/store ; ssh-ng://localhost?remote-store=/x ; auto?root=/x\n\
          mounted-ssh-ng://x ; plugin://y armv7l-linux,riscv64-linux,wasm32-wasi,x86_64-freebsd - 2"
     ));
+}
+
+#[test]
+fn two_lines_for_one_machine() {
+    for (list, shared) in [
+        ("ssh-ng://mac - - 2\nssh-ng://MAC - - 2", false),
+        ("ssh-ng://mac - - 2\nssh-ng://mac?compress=true - - 2", false),
+        ("ssh-ng://mac - - 2\nssh-ng://mac - - 2", true),
+        ("ssh-ng://mac?ssh-key=/k&compress=true\nssh-ng://mac?compress=true&ssh-key=/k", true),
+    ] {
+        let slots = if shared { "the two share their slots" } else { "each has slots of its own" };
+        assert_one(list, &["warning: this machine is there already: m:1:1; ", slots]);
+    }
+    assert_none("ssh-ng://mac x86_64-linux - 2\nssh-ng://mac i686-linux - 2");
 }
 
 #[test]
