@@ -3,13 +3,15 @@
 //! Owns the order of asking and the report's form. Must never connect in any other way than `reach` does.
 
 use crate::builder::Ahead;
-use crate::cli::Targets;
+use crate::cli::{Meant, Targets};
 use crate::config::{self, Fleet};
 use crate::fds;
 use crate::files::read_machines_file;
+use crate::nix_here::AskError;
 use crate::plan::machine::{Machine, UriError};
 use crate::plan::trust::Account;
 use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError, Way};
+use crate::vantage::{self, Vantage, VantageError};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use serde_json::{Value, json};
@@ -17,7 +19,6 @@ use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,15 +27,15 @@ use thiserror::Error;
 /// Machines asked at the same time.
 const AT_ONCE: usize = 32;
 
-/// The list of machines Nix uses when nobody says otherwise.
-const DEFAULT_BUILDERS: &str = "@/etc/nix/machines";
-
 /// Why `ping-store` cannot begin.
 #[derive(Debug, Error)]
 pub enum PingError {
     /// Nothing can be reached from here.
     #[error(transparent)]
     Setup(#[from] ReachSetupError),
+    /// What the hook has before it is not known.
+    #[error(transparent)]
+    Vantage(#[from] VantageError),
     /// A URI that cannot be read.
     #[error(transparent)]
     Uri(#[from] UriError),
@@ -61,6 +62,10 @@ impl PingError {
                 Some("write the store as ssh-ng://[user@]host[:port] or ssh://[user@]host[:port]".into())
             }
             Self::Setup(error) => error.cure(),
+            Self::Vantage(VantageError::Location(_)) => {
+                Some("name the machine with --store, or a list with --builders".into())
+            }
+            Self::Vantage(error) => error.cure(),
             Self::Output(_) => None,
         }
     }
@@ -69,6 +74,7 @@ impl PingError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Uri(_) => exit::USAGE,
+            Self::Vantage(error) => error.exit_code(),
             Self::Setup(_) | Self::NoMachines(_) => exit::CONFIG,
             Self::Output(_) => exit::FAILURE,
         }
@@ -92,7 +98,7 @@ struct Answer {
 /// # Errors
 /// If there is nothing to ask or no way to begin.
 pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, PingError> {
-    let Fleet { machines, problems, missing_files } = fleet(targets)?;
+    let (Fleet { machines, problems, missing_files }, reach) = find(targets)?;
     let mut code = exit::OK;
     for problem in &problems {
         code = exit::CONFIG;
@@ -104,7 +110,6 @@ pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, Pin
     }
     // A master and what goes with it outlive this command, and are not to hold a caller's locks and pipes.
     let _ = fds::keep_from_children();
-    let reach = Reach::new(|name| std::env::var_os(name))?;
     let answers = ask_all(&reach, &machines, bound);
     let mut report = String::new();
     let mut list = Vec::new();
@@ -136,38 +141,34 @@ pub fn ping(targets: &Targets, bound: Duration, as_json: bool) -> Result<u8, Pin
     Ok(code)
 }
 
-fn fleet(targets: &Targets) -> Result<Fleet, PingError> {
-    let systems = BTreeSet::new();
-    match targets {
+/// The machines, and the way to them that the hook has.
+fn find(targets: &Targets) -> Result<(Fleet, Reach), PingError> {
+    let builders = match targets {
         Targets::Stores(stores) => {
-            let machines = stores.iter().map(|uri| Machine::for_uri(uri, systems.clone()));
-            Ok(Fleet { machines: machines.collect::<Result<_, _>>()?, ..Fleet::default() })
+            let machines = stores.iter().map(|uri| Machine::for_uri(uri, BTreeSet::new()));
+            let fleet = Fleet { machines: machines.collect::<Result<_, _>>()?, ..Fleet::default() };
+            return Ok((fleet, own_reach()?));
         }
-        Targets::Builders(text) => {
-            Ok(config::parse_machines("--builders", text, &systems, &read_machines_file))
+        Targets::Builders(text) => Some(text),
+        Targets::Configured => None,
+    };
+    let vantage = match Vantage::find(&Meant { store: None, builders: builders.cloned() }) {
+        Ok(vantage) => vantage,
+        // A list that is given needs nothing of Nix.
+        Err(VantageError::Nix(AskError::NoNix)) if let Some(text) = builders => {
+            let fleet = config::parse_machines("--builders", text, &BTreeSet::new(), &read_machines_file);
+            return Ok((fleet, own_reach()?));
         }
-        Targets::Configured => {
-            let text = configured_builders().unwrap_or_else(|| DEFAULT_BUILDERS.into());
-            Ok(config::parse_machines("builders", &text, &systems, &read_machines_file))
-        }
-    }
+        Err(error) => return Err(error.into()),
+    };
+    let reach = if vantage.ours().is_ok() { vantage.reach()? } else { own_reach()? };
+    Ok((vantage.fleet(), reach))
 }
 
-/// Nix's setting `builders`, as Nix itself reads its configuration.
-fn configured_builders() -> Option<String> {
-    // The second form is that of Nix before 2.20.
-    [&["config", "show", "--json"][..], &["show-config", "--json"]].into_iter().find_map(|words| {
-        let output = Command::new("nix")
-            .args(["--extra-experimental-features", "nix-command"])
-            .args(words)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .output()
-            .ok()
-            .filter(|output| output.status.success())?;
-        let settings: Value = serde_json::from_slice(&output.stdout).ok()?;
-        settings["builders"]["value"].as_str().map(str::to_owned)
-    })
+/// Our own variables count, or else those of the daemon whose hook has the same masters and the same memory.
+fn own_reach() -> Result<Reach, ReachSetupError> {
+    let daemons = vantage::of_daemon();
+    Reach::new(|name| std::env::var_os(name).or_else(|| daemons.as_ref()?.variable(name)))
 }
 
 fn ask_all(reach: &Reach, machines: &[Machine], bound: Duration) -> Vec<Result<Answer, ReachError>> {

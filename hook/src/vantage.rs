@@ -79,6 +79,13 @@ impl VantageError {
     }
 }
 
+/// What the daemon of this machine has in its environment, if its hook runs as we do.
+pub fn of_daemon() -> Option<View> {
+    let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET))?;
+    let is_ours = daemon.uid == geteuid().as_raw();
+    daemon.process.as_ref().filter(|_| is_ours).and_then(View::of)
+}
+
 /// What the hook has before it.
 #[derive(Debug)]
 pub struct Vantage {
@@ -98,11 +105,14 @@ impl Vantage {
     /// # Errors
     /// If Nix cannot be asked, or its builds are not for a local store.
     pub fn find(meant: &Meant) -> Result<Self, VantageError> {
-        let own = View::own();
+        let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET));
+        let process = daemon.as_ref().and_then(|daemon| daemon.process.as_ref());
+        let daemons = process.and_then(View::of).unwrap_or_else(View::everybody);
+        // sudo's PATH may have no Nix.
+        let own = View::own().or_program_of(&daemons);
         let asked = own.ask()?;
         let setting = meant.store.as_deref().or(asked.settings.get("store")).unwrap_or("auto");
         let is_usual = matches!(setting, "" | "auto");
-        let daemon = nix_here::find_daemon(Path::new(DAEMON_SOCKET));
         let found = Location::find(setting, |name| own.variable(name));
         let is_daemons = match &found {
             Ok(_) => is_usual && daemon.as_ref().is_some_and(|daemon| daemon.uid == geteuid().as_raw()),
@@ -116,12 +126,10 @@ impl Vantage {
             return Ok(Self { settings: asked.settings, location: found?, builders, view: own, owner: None });
         }
         let owner = Uid::from_raw(daemon.as_ref().map_or(0, |daemon| daemon.uid));
-        let process = daemon.as_ref().and_then(|daemon| daemon.process.as_ref());
-        let view = process.and_then(View::of).unwrap_or_else(View::everybody);
-        let settings = view.ask()?.settings;
-        let location = Location::parse("auto", |name| view.variable(name))?;
+        let settings = daemons.ask()?.settings;
+        let location = Location::parse("auto", |name| daemons.variable(name))?;
         let owner = (owner != geteuid()).then_some(owner);
-        Ok(Self { settings, location, builders, view, owner })
+        Ok(Self { settings, location, builders, view: daemons, owner })
     }
 
     /// Refuses to go on if the hook runs as another user: its state is not ours to see or change.

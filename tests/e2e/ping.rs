@@ -106,6 +106,44 @@ fn every_configured_machine_is_asked_when_none_is_named() {
 }
 
 #[test]
+fn the_configuration_is_that_of_the_daemons_hook() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world)
+        .mode(harness::Mode::Daemon)
+        .knows(&mac)
+        .machines("ssh-ng://inside x86_64-linux - 2")
+        .daemon_env("NIX_SSHOPTS", "-F /etc/inside")
+        .start();
+    client.run("sed 's/^Host mac/Host inside/' /root/.ssh/config > /etc/inside");
+    // As under a sudo that knows no Nix.
+    client.run("mkdir /opt/few && ln -s $(command -v ssh) /opt/few/");
+    let ping = |args: &[&str]| {
+        let ping = client.command(harness::OURS).arg("ping-store").args(args);
+        ping.env("PATH", "/opt/few").run()
+    };
+    assert_answers(&ping(&[]), "ssh-ng://inside");
+    assert_answers(&ping(&["--builders", "ssh-ng://inside"]), "ssh-ng://inside");
+    assert_answers(&ping(&["--store", "ssh-ng://inside"]), "ssh-ng://inside");
+    client.run("echo 'cores = many' >> /etc/nix/nix.conf");
+    for args in [&[][..], &["--builders", "ssh-ng://inside"]] {
+        let output = ping(args);
+        assert_eq!((output.code(), output.stdout()), (78, ""), "{output}");
+        output.assert_stderr_has("'cores'").assert_stderr_has("hint: correct what Nix complains of");
+    }
+    assert_answers(&ping(&["--store", "ssh-ng://inside"]), "ssh-ng://inside");
+}
+
+#[test]
+fn a_list_with_a_comment_that_is_no_utf_8_works() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).knows(&mac).start();
+    client.run(r"printf '# B\374ro\nssh-ng://mac\n' > /etc/nix/latin");
+    assert_answers(&ping(&client, &["--builders", "@/etc/nix/latin"]), "ssh-ng://mac");
+}
+
+#[test]
 fn without_machines_it_says_what_to_do() {
     let world = World::new();
     let client = plan(&world).nix_conf("builders = @/etc/nix/absent").start();

@@ -65,6 +65,12 @@ impl View {
         Some(Self { nix, environment: Some(environment), options })
     }
 
+    /// With the program of another view, if this one has none.
+    #[must_use]
+    pub fn or_program_of(self, other: &Self) -> Self {
+        Self { nix: self.nix.or_else(|| other.nix.clone()), ..self }
+    }
+
     /// A variable as Nix finds it.
     pub fn variable(&self, name: &str) -> Option<OsString> {
         match &self.environment {
