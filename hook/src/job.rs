@@ -3,6 +3,7 @@
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
 mod inputs;
+mod results;
 
 use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Review, Store as Builder};
 use crate::config::Settings;
@@ -12,9 +13,7 @@ use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
 use crate::sending::{Mark, Sending};
 use crate::slots::Held;
-use crate::store::{
-    self, CycleError, DatabaseError, Durability, Expected, Location, Query, Registrar, RestoreError,
-};
+use crate::store::{CycleError, DatabaseError, Location, Query, RestoreError};
 use crate::wire::hook::{Job, Verbosity, activity};
 use crate::wire::worker::{BuildResult, Options, Outcome};
 use nix_derivation::{Derivation, StorePath};
@@ -31,7 +30,7 @@ const LOG_BOUND: Duration = Duration::from_secs(10);
 pub enum JobError {
     /// The builder or the way to it failed.
     #[error(transparent)]
-    Builder(#[from] BuilderError),
+    Builder(BuilderError),
     /// The build itself failed.
     #[error("{message}")]
     Failed {
@@ -78,6 +77,19 @@ pub enum Blame {
     Nobody,
 }
 
+impl From<BuilderError> for JobError {
+    /// What failed here while the builder was listened to is told apart from what failed over there.
+    fn from(error: BuilderError) -> Self {
+        match error {
+            BuilderError::Receive(cause) => match cause.downcast() {
+                Ok(error) => Self::Restore(*error),
+                Err(cause) => Self::Builder(BuilderError::Receive(cause)),
+            },
+            other => Self::Builder(other),
+        }
+    }
+}
+
 impl JobError {
     /// Who is to blame.
     pub fn blame(&self) -> Blame {
@@ -88,7 +100,10 @@ impl JobError {
             Self::Builder(BuilderError::CalledOff) => Blame::Nobody,
             Self::Builder(BuilderError::Refused { .. } | BuilderError::Protocol { .. })
             | Self::Failed { outcome: Outcome::NotThere, .. }
-            | Self::Output(OutputError::Missing(_) | OutputError::Reference { .. }) => Blame::Machine,
+            | Self::Output(
+                OutputError::Missing(_) | OutputError::Reference { .. } | OutputError::FixedReference { .. },
+            ) => Blame::Machine,
+            Self::Restore(error) if error.is_builders() => Blame::Machine,
             _ => Blame::Build,
         }
     }
@@ -169,6 +184,8 @@ pub struct Prepared {
     guessed: bool,
     /// What else the derivation refers to, itself included, if the machine is to have that.
     closure: Option<Vec<StorePath>>,
+    /// Outputs that are valid here and stay as they are.
+    kept: BTreeSet<StorePath>,
     /// What had been sent to the machine before it was asked anything.
     mark: Mark,
     /// What the connection is to be sent without waiting.
@@ -198,7 +215,7 @@ impl Task<'_> {
     /// fails with [`Blame::Guess`].
     ///
     /// # Errors
-    /// If Nix named something that is no path, or the derivation's closure cannot be looked up.
+    /// If Nix named something that is no path, or the local store cannot be asked.
     pub fn prepare(
         &self,
         job: &Job,
@@ -225,8 +242,9 @@ impl Task<'_> {
             Way::Derivation => None,
             Way::Closure => Some(self.closure(&inputs)?),
         };
+        let kept = self.kept(job)?;
         let mark = self.sending.mark();
-        let mut prepared = Prepared { inputs, direct, guessed, closure, mark, ahead: Ahead::default() };
+        let mut prepared = Prepared { inputs, direct, guessed, closure, kept, mark, ahead: Ahead::default() };
         let mut ahead = Ahead::default();
         let substitute = self.settings.flag("builders-use-substitutes");
         ahead.hold_and_query(&self.location.store_dir, prepared.asked(), substitute);
@@ -297,7 +315,7 @@ impl Task<'_> {
         *lease = None;
         (self.ended)();
         let clock = Instant::now();
-        self.fetch_outputs(builder, job, &prepared.inputs, registrar, relay, &mut report)?;
+        self.fetch_outputs(builder, job, prepared, registrar, relay, &mut report)?;
         report.outputs = clock.elapsed();
         Ok(report)
     }
@@ -333,21 +351,6 @@ impl Task<'_> {
             }
         }
         Ok(())
-    }
-
-    /// The requests behind those for the inputs.
-    fn build_and_fetch(&self, ahead: &mut Ahead, prepared: &Prepared, job: &Job) -> Result<(), JobError> {
-        let store_dir = &self.location.store_dir;
-        ahead.build(store_dir, self.drv_path, self.drv, &prepared.direct);
-        let paths: Vec<StorePath> = self.wanted(job)?.iter().map(|output| output.path.clone()).collect();
-        ahead.fetch(store_dir, &paths);
-        Ok(())
-    }
-
-    fn wanted(&self, job: &Job) -> Result<Vec<&Wanted>, JobError> {
-        let find =
-            |name: &String| self.outputs.get(name).ok_or_else(|| OutputError::NoSuchOutput(name.clone()));
-        Ok(job.wanted_outputs.iter().map(find).collect::<Result<_, _>>()?)
     }
 
     fn build(
@@ -387,67 +390,6 @@ impl Task<'_> {
                 Err(JobError::Failed { message: result.message, outcome })
             }
         }
-    }
-
-    fn fetch_outputs(
-        &self,
-        builder: &mut Builder,
-        job: &Job,
-        inputs: &[StorePath],
-        registrar: Option<Registrar>,
-        relay: &mut Relay<'_>,
-        report: &mut Report,
-    ) -> Result<(), JobError> {
-        let wanted = self.wanted(job)?;
-        let paths: Vec<StorePath> = wanted.iter().map(|output| output.path.clone()).collect();
-        let claims = builder.path_infos(&paths, &mut |e| relay.pass(e))?;
-        let inputs: BTreeSet<StorePath> = inputs.iter().cloned().collect();
-        let mut infos = Vec::new();
-        for (output, claim) in wanted.iter().zip(claims) {
-            let missing = || OutputError::Missing(self.location.render(&output.path));
-            let claim = claim.ok_or_else(missing)?;
-            infos.push(outputs::accept(output, claim, &inputs, self.outputs, &self.location.store_dir)?);
-        }
-        report.fetched_paths = infos.len();
-        report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
-        let durability = Durability::from_settings(|name| self.settings.get(name));
-        let all = Copying::begin(self.nix, "fetching outputs", infos.len());
-        let clock = Instant::now();
-        builder.nars(
-            &infos,
-            |info, nar| {
-                let path = self.location.render(&info.path);
-                let copy = self.nix.start_copy(&path, self.machine, "local");
-                let content_address =
-                    wanted.iter().find(|o| o.path == info.path).and_then(|o| o.content_address.as_ref());
-                let expected =
-                    Expected { nar_size: info.nar_size, nar_hash: Some(info.nar_hash), content_address };
-                let restored = store::restore(self.location, &info.path, nar, &expected, &durability);
-                self.nix.stop(copy);
-                all.one_done();
-                restored.map(drop)
-            },
-            &mut |e| relay.pass(e),
-        )?;
-        report.fetching = clock.elapsed();
-        if self.settings.flag("auto-optimise-store") {
-            for info in &infos {
-                // It saves space only, so that it fails is no reason to fail the build.
-                if let Err(error) = store::optimise(self.location, &info.path) {
-                    tracing::warn!(path = %self.location.render(&info.path), %error, "cannot optimise");
-                }
-            }
-        }
-        let mut registrar = match registrar.filter(Registrar::is_fresh) {
-            Some(registrar) => registrar,
-            None => self.registrar()?,
-        };
-        registrar.register(&infos)?;
-        Ok(())
-    }
-
-    fn registrar(&self) -> Result<Registrar, DatabaseError> {
-        Registrar::open(self.location, &Durability::from_settings(|name| self.settings.get(name)))
     }
 }
 
@@ -527,5 +469,33 @@ impl Relay<'_> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    fn blame_of_receiving(error: RestoreError) -> Blame {
+        JobError::from(BuilderError::Receive(Box::new(error))).blame()
+    }
+
+    #[test]
+    fn what_a_builder_sent_is_its_fault_and_our_disk_is_not() {
+        let path = || "/nix/store/x".to_owned();
+        let (specified, got) = (path(), path());
+        let wrong = RestoreError::NarHash { path: path(), specified, got };
+        assert_eq!(blame_of_receiving(wrong), Blame::Machine);
+        let short = RestoreError::Size { path: path(), nar_size: 1, longer: false };
+        assert_eq!(blame_of_receiving(short), Blame::Machine);
+        let refers = OutputError::FixedReference { path: path(), reference: path() };
+        assert_eq!(JobError::from(refers).blame(), Blame::Machine);
+        let source = || io::Error::from(io::ErrorKind::StorageFull);
+        let full = RestoreError::Write { file: path().into(), action: "write", source: source() };
+        assert_eq!(blame_of_receiving(full), Blame::Build);
+        assert_eq!(blame_of_receiving(RestoreError::Valid { path: path() }), Blame::Build);
+        let other = JobError::from(BuilderError::Receive(Box::new(source())));
+        assert!(matches!(other, JobError::Builder(BuilderError::Receive(_))), "{other:?}");
     }
 }

@@ -16,6 +16,7 @@ crate::theirs_and_ours!(
     a_killed_client_ends_its_build,
     every_release_builds_on_every_release,
     one_slot_is_enough_for_all,
+    a_check_that_is_done_elsewhere_leaves_what_is_here_alone,
 );
 
 fn a_private_store_gets_the_result(hook: Hook) {
@@ -193,4 +194,29 @@ fn one_slot_is_enough_for_all(hook: Hook) {
     let client = world.client().hook(hook).uses(&mac, "ssh-ng", 1).start();
     let built = client.nix_build(&drv::independent(5), &["-j0"]);
     assert_eq!(built.assert_success().out_paths().len(), 5);
+}
+
+/// Nix up to 2.33 asks its hook even for a check, if it may not build by itself.
+fn a_check_that_is_done_elsewhere_leaves_what_is_here_alone(hook: Hook) {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for release in [Release::Bookworm, Release::Trixie] {
+        let name = release.name();
+        let client =
+            world.client().named(name).release(release).hook(hook.clone()).uses(&mac, "ssh-ng", 1).start();
+        let random = drv::script(&format!("random-{name}"), "od -An -N16 -tx1 /dev/urandom > $out");
+        let path = client.nix_build(&random, &["-j0"]).assert_success().out_path();
+        let text = client.read(&path);
+        let identity = || client.run(&format!("stat -c '%i %Z' {path}"));
+        let before = identity();
+        for is_there in [true, false] {
+            if !is_there {
+                mac.run(&format!("nix-store --delete {path}"));
+            }
+            client.nix_build(&random, &["-j0", "--check"]).assert_success();
+            assert_eq!((identity(), client.read(&path)), (before.clone(), text.clone()));
+        }
+        assert_ne!(mac.read(&path), text, "it was not built again");
+        client.verify_store();
+    }
 }

@@ -1,6 +1,6 @@
 //! Outputs arrive as they are, and are registered as the stock hook would.
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, World, drv};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, World, drv};
 
 /// Everything a file system can hold that a store path may.
 const ZOO: &str = r#"d "zoo" ''
@@ -306,5 +306,110 @@ fn an_output_that_was_there_but_broken_is_replaced() {
     let built = client.nix_build(&drv::where_built("a"), &["-j0"]);
     assert_eq!(built.assert_success().out_path(), path);
     assert_eq!(client.read(path), "mac\n");
+    client.verify_store();
+}
+
+/// Its output is another one each time.
+const RANDOM: &str = "mkdir $out; od -An -N16 -tx1 /dev/urandom > $out/number";
+
+/// What of a path would change if it were replaced by an equal one.
+fn identity(client: &Client, path: &str) -> String {
+    client.run(&format!("find {path} -printf '%P %i %C@ %s\\n' | sort"))
+}
+
+/// Nix up to 2.33 asks its hook even where it only checks or repairs a build, if it may not build by itself.
+#[test]
+fn a_check_replaces_nothing_and_says_what_it_found() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for release in [Release::Bookworm, Release::Trixie] {
+        for protocol in ["ssh", "ssh-ng"] {
+            let name = format!("{}-{protocol}", release.name());
+            let client =
+                world.client().named(&name).release(release).hook(Hook::Ours).uses(&mac, protocol, 1).start();
+            let random = drv::script(&name, RANDOM);
+            let path = client.nix_build(&random, &["-j0"]).assert_success().out_path();
+            let before = (identity(&client, &path), client.read(&format!("{path}/number")));
+
+            let idle = client.nix_build(&random, &["-j0", "--check"]);
+            idle.assert_success()
+                .assert_stderr_has("did not build them again")
+                .assert_stderr_lacks("deterministic");
+            mac.run(&format!("nix-store --delete {path}"));
+            let other = client.nix_build(&random, &["-j0", "--check"]);
+            other
+                .assert_success()
+                .assert_stderr_has(&format!("may not be deterministic: output '{path}' differs"))
+                .assert_stderr_lacks("did not build them again");
+            assert_ne!(mac.read(&format!("{path}/number")), before.1, "it was not built again");
+            assert_eq!((identity(&client, &path), client.read(&format!("{path}/number"))), before);
+            client.verify_store();
+        }
+    }
+}
+
+#[test]
+fn a_damaged_output_is_repaired_with_what_is_registered_and_with_nothing_else() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    for release in [Release::Bookworm, Release::Trixie] {
+        let client = world
+            .client()
+            .named(release.name())
+            .release(release)
+            .hook(Hook::Ours)
+            .uses(&mac, "ssh-ng", 1)
+            .start();
+        for (name, make) in [("equal", "mkdir $out; echo right > $out/number"), ("random", RANDOM)] {
+            let expression = drv::script(&format!("{name}-{}", release.name()), make);
+            let path = client.nix_build(&expression, &["-j0"]).assert_success().out_path();
+            let text = client.read(&format!("{path}/number"));
+            mac.run(&format!("nix-store --delete {path}"));
+            client.run(&format!("chmod u+w {path}/number; echo wrong > {path}/number"));
+            let repaired = client.nix_build(&expression, &["-j0", "--repair"]);
+            if name == "equal" {
+                // What this Nix says of it is what it found before.
+                assert_eq!(client.read(&format!("{path}/number")), text, "{repaired}");
+                client.verify_store();
+            } else {
+                repaired
+                    .assert_failure()
+                    .assert_stderr_has("may not be deterministic")
+                    .assert_stderr_has("--repair");
+                assert!(!client.exists(&path), "{repaired}");
+                client.nix_build(&expression, &["--builders", "", "--repair"]).assert_success();
+                client.verify_store();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_machine_whose_copy_is_rotten_does_not_fail_the_build() {
+    let world = World::new();
+    let [rotten, sound] = ["rotten", "sound"].map(|name| world.builder(name).start());
+    let first = world.client().named("first").hook(Hook::Ours).uses(&rotten, "ssh-ng", 1).start();
+    let fixed = drv::fixed_flat(
+        "fixed",
+        "printf hello > $out",
+        "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",
+    );
+    let expressions = [drv::trivial("plain"), fixed];
+    for expression in &expressions {
+        let path = first.nix_build(expression, &["-j0"]).assert_success().out_path();
+        rotten.run(&format!("chmod u+w {path}; printf jelly | dd of={path} conv=notrunc 2>/dev/null"));
+    }
+    let client = world
+        .client()
+        .hook(Hook::Ours)
+        .knows(&rotten)
+        .knows(&sound)
+        .machines("ssh-ng://rotten x86_64-linux - 1 9\nssh-ng://sound x86_64-linux - 1 1")
+        .start();
+    for expression in &expressions {
+        let built = client.nix_build(expression, &["-j0"]);
+        let path = built.assert_success().assert_stderr_has("hash mismatch").out_path();
+        assert_eq!(client.read(&path), sound.read(&path), "{built}");
+    }
     client.verify_store();
 }

@@ -35,10 +35,10 @@ impl Ahead {
         worker::put_build_derivation(&mut self.0, store_dir, drv_path, drv, inputs.iter());
     }
 
-    /// [`super::Builder::path_infos`] and [`super::Builder::nars`] of the same paths.
-    pub fn fetch(&mut self, store_dir: &StoreDir, paths: &[StorePath]) {
-        put_path_infos(&mut self.0, store_dir, paths.iter());
-        put_nars(&mut self.0, store_dir, paths.iter());
+    /// [`super::Builder::path_infos`] of the first ones and [`super::Builder::nars`] of the others.
+    pub fn fetch(&mut self, store_dir: &StoreDir, infos: &[StorePath], nars: &[StorePath]) {
+        put_path_infos(&mut self.0, store_dir, infos.iter());
+        put_nars(&mut self.0, store_dir, nars.iter());
     }
 
     /// Nothing, if it is too much to be sent at once.
@@ -112,7 +112,7 @@ mod tests {
         let (store_dir, paths) = (StoreDir::default(), [path("a"), path("b")]);
         let mut ahead = Ahead::default();
         assert!(!ahead.take("asking", b"x").unwrap(), "nothing was sent");
-        ahead.fetch(&store_dir, &paths);
+        ahead.fetch(&store_dir, &paths, &paths);
         let mut infos = Vec::new();
         put_path_infos(&mut infos, &store_dir, paths.iter());
         let mut nars = Vec::new();
@@ -129,7 +129,8 @@ mod tests {
         let path = StorePath::from_basename(format!("{}-x", "0".repeat(32)).as_bytes()).unwrap();
         let with = |count: usize| {
             let mut ahead = Ahead::default();
-            ahead.fetch(&StoreDir::default(), &vec![path.clone(); count]);
+            let paths = vec![path.clone(); count];
+            ahead.fetch(&StoreDir::default(), &paths, &paths);
             ahead.if_small().bytes().len()
         };
         assert!(with(10) > 0 && with(10_000) == 0);

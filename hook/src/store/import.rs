@@ -6,7 +6,7 @@ use super::{DatabaseError, Location};
 use crate::path_info::PathInfo;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use nix_derivation::{CAHash, NixHash, StoreDir};
+use nix_derivation::{CAHash, NixHash, StoreDir, StorePath};
 use rusqlite::{OptionalExtension, Transaction, TransactionBehavior, params};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -76,6 +76,17 @@ impl Registrar {
     /// Whether it was opened so lately that nobody can have replaced the database since.
     pub fn is_fresh(&self) -> bool {
         self.since.elapsed() < FRESH
+    }
+
+    /// The hash of a path's NAR in Nix's base 16 form with its kind; none if the path is not valid.
+    ///
+    /// # Errors
+    /// If the database cannot be read.
+    pub fn registered_hash(&self, path: &StorePath) -> Result<Option<String>, DatabaseError> {
+        let failed = self.database.failed("look up a path");
+        let mut statement = self.database.connection.prepare_cached(FIND_HASH).map_err(&failed)?;
+        let path = self.store_dir.render_path(path);
+        statement.query_row([path], |row| row.get(0)).optional().map_err(&failed)
     }
 
     /// Makes paths valid, all or none of them.

@@ -1,8 +1,8 @@
 //! A NAR stream as files of the store, with the metadata that Nix gives them.
 
-use super::Location;
-use super::import::Durability;
+use super::import::{Durability, Registrar};
 use super::remove::{RemoveError, remove_tree};
+use super::{DatabaseError, Location};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, UtimensatFlags, fchmod, futimens, mkdirat, utimensat};
 use nix::sys::time::TimeSpec;
@@ -49,6 +49,29 @@ pub enum RestoreError {
         #[source]
         source: io::Error,
     },
+    /// The output is valid and its files are there: they are what others use.
+    #[error("'{path}' is valid in the local store and is not replaced")]
+    Valid {
+        /// The output.
+        path: String,
+    },
+    /// The output is valid, its files are gone, and the builder has others.
+    #[error(
+        "'{path}' is gone from the local store, and what the builder has in its place is something else, so it is not put \
+         there:\n  registered: {registered}\n  got:        {got}\nthe derivation may not be deterministic; \
+         with max-jobs above 0 `--repair` builds it here and registers what comes of that"
+    )]
+    ValidOtherwise {
+        /// The output.
+        path: String,
+        /// The hash in the local database.
+        registered: String,
+        /// The hash the builder told, in the same form.
+        got: String,
+    },
+    /// Whether the output is valid cannot be told.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
     /// Something is at the place of the output and cannot be deleted.
     #[error("cannot make room for '{path}'")]
     Remove {
@@ -145,9 +168,32 @@ pub enum RestoreError {
     },
 }
 
+impl RestoreError {
+    /// Whether what the builder sent is to blame, so that another one may do better.
+    pub fn is_builders(&self) -> bool {
+        match self {
+            Self::Truncated { .. }
+            | Self::Size { .. }
+            | Self::Archive { .. }
+            | Self::NarHash { .. }
+            | Self::FixedOutput { .. }
+            | Self::NotFlat { .. } => true,
+            Self::Store { .. }
+            | Self::Valid { .. }
+            | Self::ValidOtherwise { .. }
+            | Self::Database(_)
+            | Self::Remove { .. }
+            | Self::Read { .. }
+            | Self::Write { .. }
+            | Self::Git { .. } => false,
+        }
+    }
+}
+
 /// Puts the NAR of `path` in its place, with canonical metadata, and checks all that `expected` tells.
 ///
-/// What is there is deleted first: the caller knows that `path` is not valid, and holds its lock (in a
+/// What is there is deleted first, but a path that is valid is not touched: it is put back only where its files are gone, and
+/// with the registered contents. The caller holds the path's lock (in a
 /// hook: through the Nix that waits). Nothing is registered. Reads `expected.nar_size` bytes of `nar` at
 /// most, and on success exactly so many. Memory use does not depend on sizes.
 ///
@@ -155,6 +201,7 @@ pub enum RestoreError {
 /// attributes are not removed: new files have none, unless the store directory has default ACLs.
 pub fn restore(
     location: &Location,
+    registrar: &Registrar,
     path: &StorePath,
     nar: &mut dyn Read,
     expected: &Expected<'_>,
@@ -170,6 +217,16 @@ pub fn restore(
         .map_err(|errno| RestoreError::Store { path: store.clone(), source: errno.into() })?;
     let name = path.to_basename();
     let place = location.real_path(path);
+    if let Some(registered) = registrar.registered_hash(path)? {
+        if place.symlink_metadata().is_ok() {
+            return Err(RestoreError::Valid { path: rendered });
+        }
+        let got = expected.nar_hash.map(|hash| NixHash::Sha256(hash).to_nix_base16_string());
+        if got.as_ref() != Some(&registered) {
+            let got = got.unwrap_or_else(|| "unknown".to_owned());
+            return Err(RestoreError::ValidOtherwise { path: rendered, registered, got });
+        }
+    }
     remove_tree(&parent, Path::new(&name), &place)
         .map_err(|source| RestoreError::Remove { path: rendered.clone(), source })?;
 

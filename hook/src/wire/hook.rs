@@ -107,7 +107,9 @@ pub fn put_request(buffer: &mut Vec<u8>, request: &Request) {
 pub struct Job {
     /// The closure of the derivation's inputs, as full paths.
     pub inputs: Vec<String>,
-    /// Names of the outputs that are not valid in the local store.
+    /// Names of the outputs that are not valid in the local store. Where Nix (up to 2.33) checks a build, with `--check`, or
+    /// `--rebuild`, of all outputs; where it repairs one, also of those whose files it has just deleted (`tryBuildHook`
+    /// in `src/libstore/build/derivation-goal.cc`).
     pub wanted_outputs: BTreeSet<String>,
 }
 

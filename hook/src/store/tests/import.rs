@@ -161,10 +161,11 @@ fn another_writer_is_waited_for() {
 #[test]
 fn stores_without_write_ahead_log_have_locks_of_their_own() {
     let world = World::with_config("use-sqlite-wal = false");
+    let path = store_path("out");
+    // Before the lock: it is asked first whether the path is valid.
+    let restored = world.restore(&path, &file_nar(b"x", false), None).unwrap();
     let lock = world.location.state_dir.join("db/db.sqlite.lock");
     fs::create_dir(&lock).unwrap();
-    let path = store_path("out");
-    let restored = world.restore(&path, &file_nar(b"x", false), None).unwrap();
     let done = register_elsewhere(&world, info(&path, &restored, &[]));
     assert!(done.recv_timeout(Duration::from_millis(300)).is_err(), "ignored Nix's lock");
     fs::remove_dir(&lock).unwrap();

@@ -12,6 +12,7 @@ use crate::path_info::PathInfo;
 use nix_derivation::{CAHash, NixHash, StorePath};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -100,11 +101,24 @@ impl World {
         content_address: Option<&CAHash>,
     ) -> Result<Restored, RestoreError> {
         let expected = Expected { nar_size: nar.len() as u64, nar_hash: None, content_address };
-        restore(&self.location, path, &mut nar, &expected, &Durability::default())
+        self.restore_from(path, &mut nar, &expected)
+    }
+
+    fn restore_from(
+        &self,
+        path: &StorePath,
+        nar: &mut dyn Read,
+        expected: &Expected<'_>,
+    ) -> Result<Restored, RestoreError> {
+        restore(&self.location, &self.registrar(), path, nar, expected, &Durability::default())
+    }
+
+    fn registrar(&self) -> Registrar {
+        Registrar::open(&self.location, &Durability::default()).unwrap()
     }
 
     fn register(&self, infos: &[PathInfo]) -> Result<(), DatabaseError> {
-        Registrar::open(&self.location, &Durability::default())?.register(infos)
+        self.registrar().register(infos)
     }
 
     fn query(&self) -> Query {

@@ -24,6 +24,7 @@ fn a_nasty_tree_is_as_nix_makes_it() {
     for fsync_store_paths in [false, true] {
         let restored = restore(
             &ours.location,
+            &ours.registrar(),
             &path,
             &mut nar.as_slice(),
             &Expected {
@@ -102,8 +103,7 @@ fn a_broken_stream_leaves_nothing_behind() {
     let nar_size = nar.len() as u64;
     let expected = Expected { nar_size, nar_hash: None, content_address: None };
     for length in [0, 3, 20, 24, 100, 5000, nar.len() / 2, nar.len() - 9, nar.len() - 1] {
-        let error = restore(&world.location, &path, &mut &nar[..length], &expected, &Durability::default())
-            .unwrap_err();
+        let error = world.restore_from(&path, &mut &nar[..length], &expected).unwrap_err();
         assert!(
             matches!(error, RestoreError::Truncated { got, .. } if got == length as u64),
             "{length}: {error:?}"
@@ -111,7 +111,7 @@ fn a_broken_stream_leaves_nothing_behind() {
         assert!(fs::symlink_metadata(world.location.real_path(&path)).is_err());
     }
     let mut breaks = (&nar[..70_000]).chain(Broken);
-    let error = restore(&world.location, &path, &mut breaks, &expected, &Durability::default()).unwrap_err();
+    let error = world.restore_from(&path, &mut breaks, &expected).unwrap_err();
     assert!(
         matches!(&error, RestoreError::Read { source, .. } if source.to_string() == "the link died"),
         "{error:?}"
@@ -137,7 +137,7 @@ fn the_announced_size_must_be_right_and_no_byte_more_is_read() {
     let go = |nar_size| {
         let mut rest = stream.as_slice();
         let expected = Expected { nar_size, nar_hash: None, content_address: None };
-        let result = restore(&world.location, &path, &mut rest, &expected, &Durability::default());
+        let result = world.restore_from(&path, &mut rest, &expected);
         (result, rest.len())
     };
     let (restored, rest) = go(size);
@@ -156,8 +156,7 @@ fn a_wrong_nar_hash_is_refused() {
     let path = store_path("out");
     let nar = file_nar(b"contents", false);
     let expected = Expected { nar_size: nar.len() as u64, nar_hash: Some([1; 32]), content_address: None };
-    let error =
-        restore(&world.location, &path, &mut nar.as_slice(), &expected, &Durability::default()).unwrap_err();
+    let error = world.restore_from(&path, &mut nar.as_slice(), &expected).unwrap_err();
     let text = error.to_string();
     assert!(text.starts_with(&format!("hash mismatch importing path '{path}'")), "{text}");
     assert!(text.contains(&sha256(&nar).to_sri_string()), "{text}");
@@ -298,4 +297,35 @@ fn a_missing_store_directory_is_named() {
     fs::rename(store, store.with_extension("gone")).unwrap();
     let error = world.restore(&store_path("out"), &file_nar(b"", false), None).unwrap_err();
     assert!(error.to_string().contains(store.to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn what_is_valid_is_never_replaced() {
+    let world = World::new();
+    let path = store_path("out");
+    let nar = file_nar(b"ours", false);
+    let info = world.import(&path, &nar, &[]);
+    let before = metadata(&world.location.real_path(&path));
+    let inode = fs::symlink_metadata(world.location.real_path(&path)).unwrap().ino();
+    let take = |nar: &[u8]| {
+        let nar_hash = hash_bytes(HashAlgorithm::Sha256, nar).digest_as_bytes().try_into().unwrap();
+        let expected =
+            Expected { nar_size: nar.len() as u64, nar_hash: Some(nar_hash), content_address: None };
+        world.restore_from(&path, &mut &nar[..], &expected)
+    };
+    for nar in [&nar, &file_nar(b"other", false)] {
+        let error = take(nar).unwrap_err();
+        assert!(matches!(error, RestoreError::Valid { .. }), "{error:?}");
+    }
+    assert_eq!(metadata(&world.location.real_path(&path)), before);
+    assert_eq!(fs::symlink_metadata(world.location.real_path(&path)).unwrap().ino(), inode);
+
+    fs::remove_file(world.location.real_path(&path)).unwrap();
+    let error = take(&file_nar(b"other", false)).unwrap_err();
+    assert!(matches!(error, RestoreError::ValidOtherwise { .. }), "{error:?}");
+    let unknown = world.restore(&path, &nar, None).unwrap_err();
+    assert!(matches!(unknown, RestoreError::ValidOtherwise { .. }), "{unknown:?}");
+    assert!(!world.location.real_path(&path).exists());
+    assert_eq!(take(&nar).unwrap().nar_hash, info.nar_hash);
+    world.verify();
 }
