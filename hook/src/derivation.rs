@@ -49,7 +49,12 @@ pub enum Unfit {
 impl Unfit {
     /// Whether it is of a kind that Nix's own hook may know how to build.
     pub fn is_for_stock(&self) -> bool {
-        matches!(self, Self::Dynamic | Self::Unparsable(_) | Self::Output(OutputError::UnknownPath(_)))
+        matches!(
+            self,
+            Self::Dynamic
+                | Self::Unparsable(_)
+                | Self::Output(OutputError::UnknownPath(_) | OutputError::Experimental(..))
+        )
     }
 }
 
@@ -76,6 +81,7 @@ pub fn subject(location: &Location, drv_path: &str) -> Result<Subject, Unfit> {
         return Err(Unfit::Dynamic);
     }
     let outputs = outputs::output_paths(&drv, &location.store_dir)?;
+    outputs::check_kinds(&outputs)?;
     Ok(Subject { path, drv, outputs })
 }
 

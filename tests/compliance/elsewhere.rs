@@ -11,6 +11,7 @@ crate::theirs_and_ours!(
     a_store_that_is_mounted_builds,
     outputs_known_by_their_content_only_are_built,
     derivations_that_are_made_by_builds_are_built,
+    outputs_fixed_in_experimental_ways_are_built,
     a_binary_cache_as_store_gets_what_a_machine_built,
     a_user_without_rights_can_use_another_store,
     the_users_post_build_hook_runs_where_stock_runs_it,
@@ -186,6 +187,40 @@ fn derivations_that_are_made_by_builds_are_built(hook: Hook) {
     );
     let built = client.nix_build(&expression, &["-j0"]);
     assert_eq!(client.read(&built.assert_success().out_path()), "mac\n", "{built}");
+    client.verify_store();
+}
+
+fn outputs_fixed_in_experimental_ways_are_built(hook: Hook) {
+    let world = World::new();
+    let features = "extra-experimental-features = git-hashing dynamic-derivations";
+    // 2.26 cannot build the first kind at all.
+    let mac = world.builder("mac").release(Release::Sid).nix_conf(features).start();
+    let client =
+        world.client().release(Release::Sid).hook(hook).nix_conf(features).uses(&mac, "ssh-ng", 1).start();
+    // What `git hash-object` says of it.
+    let git = drv::expression(
+        r#"d "git" "cat /etc/machine-name >&2; echo hello > $out" {
+              outputHashMode = "git"; outputHashAlgo = "sha1"; outputHash = "ce013625030ba8dba906f756967f9e9ca394464a";
+            }"#,
+    );
+    let built = client.nix_build(&git, &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "hello\n", "{built}");
+    built.assert_stderr_has(mac.name());
+    // What is built is a derivation, as one file with a known hash.
+    let inner = drv::trivial("inner");
+    let made = client.run(&format!(
+        "drv=$(nix-instantiate -E '{inner}' 2>/dev/null); sha256sum < $drv | cut -d ' ' -f 1; base64 -w0 $drv; \
+         nix-store --delete $drv > /dev/null 2>&1"
+    ));
+    let (hash, text) = made.split_once('\n').unwrap();
+    let outer = drv::expression(&format!(
+        r#"d "inner.drv" "cat /etc/machine-name >&2; echo {text} | base64 -d > $out" {{
+          outputHashMode = "text"; outputHashAlgo = "sha256"; outputHash = "{hash}";
+        }}"#
+    ));
+    let built = client.nix_build(&outer, &["-j0"]);
+    assert!(client.read(&built.assert_success().out_path()).starts_with("Derive("), "{built}");
+    built.assert_stderr_has(mac.name());
     client.verify_store();
 }
 

@@ -19,6 +19,9 @@ pub enum OutputError {
     /// output of, upon which Nix gives up the whole command (2.26 and 2.34).
     #[error("the output '{0}' is impure, which no hook can bring home")]
     Impure(String),
+    /// The output is fixed in a way of which Nix's own hook knows more than we do.
+    #[error("the output '{0}' is {1} (an experimental kind of derivation)")]
+    Experimental(String, &'static str),
     /// The derivation's output cannot be made into a path.
     #[error("the derivation's output '{0}' has no valid path")]
     BadPath(String),
@@ -76,6 +79,24 @@ pub fn output_paths(drv: &Derivation, store_dir: &StoreDir) -> Result<BTreeMap<S
         paths.insert(name.clone(), Wanted { path, content_address });
     }
     Ok(paths)
+}
+
+/// Refuses outputs that could be built, and then not be taken over: those whose hash is that of a Git tree, which nothing here
+/// computes, and derivations, whose own outputs Nix writes down when it registers them.
+///
+/// # Errors
+/// If one of them is of that kind.
+pub fn check_kinds(outputs: &BTreeMap<String, Wanted>) -> Result<(), OutputError> {
+    for (name, Wanted { path, content_address }) in outputs {
+        let refused = |kind| Err(OutputError::Experimental(name.clone(), kind));
+        if matches!(content_address, Some(CAHash::Git(_))) {
+            return refused("fixed by a Git hash");
+        }
+        if path.name().ends_with(".drv") {
+            return refused("itself a derivation");
+        }
+    }
+    Ok(())
 }
 
 /// Whether all outputs are fixed by their content.
@@ -175,5 +196,16 @@ mod tests {
     fn a_fixed_output_refers_to_nothing() {
         let ca = CAHash::Text([7; 32]);
         assert!(matches!(take(&["out"], Some(ca)), Err(OutputError::FixedReference { .. })));
+    }
+
+    #[test]
+    fn git_hashes_and_derivations_as_outputs_are_experimental() {
+        let kinds = |name: &str, content_address| {
+            check_kinds(&[("out".to_owned(), Wanted { path: path(name), content_address })].into())
+        };
+        let git = CAHash::Git(nix_derivation::NixHash::Sha256([7; 32]));
+        assert!(matches!(kinds("x", Some(git)), Err(OutputError::Experimental(..))));
+        assert!(matches!(kinds("x.drv", Some(CAHash::Text([7; 32]))), Err(OutputError::Experimental(..))));
+        assert!(kinds("x", Some(CAHash::Text([7; 32]))).is_ok() && kinds("x", None).is_ok());
     }
 }
