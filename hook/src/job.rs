@@ -495,6 +495,7 @@ mod tests {
         let full = RestoreError::Write { file: path().into(), action: "write", source: source() };
         assert_eq!(blame_of_receiving(full), Blame::Build);
         assert_eq!(blame_of_receiving(RestoreError::Valid { path: path() }), Blame::Build);
+        assert_eq!(blame_of_receiving(RestoreError::TooDeep { path: path(), limit: 64 }), Blame::Build);
         let other = JobError::from(BuilderError::Receive(Box::new(source())));
         assert!(matches!(other, JobError::Builder(BuilderError::Receive(_))), "{other:?}");
     }

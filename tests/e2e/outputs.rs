@@ -413,3 +413,42 @@ fn a_machine_whose_copy_is_rotten_does_not_fail_the_build() {
     }
     client.verify_store();
 }
+
+#[test]
+fn directories_nested_too_deeply_are_named_as_our_limit() {
+    let world = World::new();
+    let [mac, other] = ["mac", "other"].map(|name| world.builder(name).start());
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).uses(&other, "ssh-ng", 1).start();
+    let nested = |name: &str, depth: u32| {
+        drv::script(
+            name,
+            &format!(
+                "echo x >> /mnt/share/{name}; mkdir -p $out/$(seq -s / {depth}); : > $out/$(seq -s / {depth})/x"
+            ),
+        )
+    };
+    client.nix_build(&nested("shallow", 62), &["-j0"]).assert_success();
+    let built = client.nix_build(&nested("deep", 63), &["-j0"]);
+    built
+        .assert_failure()
+        .assert_stderr_has("64 directories or more")
+        .assert_stderr_has("more than nix-offload brings home");
+    assert_eq!(client.read("/mnt/share/deep"), "x\n", "another machine was asked: {built}");
+
+    client.nix_build(&nested("input", 63), &["--builders", ""]).assert_success();
+    let needs = |name: &str| {
+        format!(
+            "let input = {}; in {}",
+            nested("input", 63),
+            drv::expression(&format!(r#"d "{name}" "ls ${{input}} > $out" {{ }}"#))
+        )
+    };
+    let built = client.nix_build(&needs("user"), &["-j0"]);
+    built
+        .assert_failure()
+        .assert_stderr_has("more than nix-offload sends")
+        .assert_stderr_lacks("could not be built on any");
+    // The cure.
+    client.nix_build(&needs("user"), &["--builders", ""]).assert_success();
+    client.verify_store();
+}

@@ -130,6 +130,18 @@ pub enum RestoreError {
         #[source]
         source: nar::Error,
     },
+    /// Directories in directories, too many. The archive reader has this limit for the sake of its stack, and so has Nix
+    /// itself by now (`narMaxDepth` in `src/libutil/archive.cc`, from 2.34.7 on).
+    #[error(
+        "'{path}' has files inside of {limit} directories or more, which is more than nix-offload brings home, and more \
+         than Nix takes from 2.34.7 on; nest them less deeply, or build it without other machines (`--builders ''`)"
+    )]
+    TooDeep {
+        /// The output.
+        path: String,
+        /// How many enclosing directories are too many.
+        limit: usize,
+    },
     /// The archive is not the one the builder registered.
     #[error("hash mismatch importing path '{path}':\n  specified: {specified}\n  got:       {got}")]
     NarHash {
@@ -185,6 +197,7 @@ impl RestoreError {
             | Self::Remove { .. }
             | Self::Read { .. }
             | Self::Write { .. }
+            | Self::TooDeep { .. }
             | Self::Git { .. } => false,
         }
     }
@@ -342,6 +355,7 @@ impl Job<'_> {
                 RestoreError::Truncated { path: self.rendered, got: nar_size - missing, nar_size }
             }
             nar::Error::TrailingBytes => RestoreError::Size { path: self.rendered, nar_size, longer: false },
+            nar::Error::MaxDepth(limit) => RestoreError::TooDeep { path: self.rendered, limit },
             source => RestoreError::Archive { path: self.rendered, source },
         }
     }
