@@ -447,3 +447,44 @@ fn the_builders_own_words_and_log_are_shown_when_a_build_fails() {
         client.verify_store();
     }
 }
+
+/// No Nix older than 2.8 is at hand, but this one still speaks as older ones did if both sides are told that the other is
+/// as old: 1.26 is what Nix 2.3 speaks.
+#[test]
+fn a_daemon_of_nix_2_3_is_asked_in_its_own_form_and_loses_no_connection() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let told =
+        "head -c 8; head -c 8 > /dev/null; printf '\\032\\001\\000\\000\\000\\000\\000\\000'; exec cat";
+    mac.write_mode(
+        "/opt/old-daemon",
+        &format!("#!/bin/sh\necho x >> /mnt/share/conversations\n({told}) | nix-daemon --stdio | ({told})\n"),
+        0o755,
+    );
+    let client = plan(&world)
+        .journald()
+        .knows(&mac)
+        .machines("ssh-ng://mac?remote-program=/opt/old-daemon x86_64-linux - 1 1")
+        .start();
+    let source = |text: &str| {
+        drv::expression(&format!(
+            r#"d "{text}" "cat ${{builtins.toFile "source" "words"}} > $out; echo {text} >> $out" {{ }}"#
+        ))
+    };
+    for (builds, name) in ["first", "second", "third"].into_iter().enumerate() {
+        let built = client.nix_build(&source(name), &["-j0"]);
+        let path = built.assert_success().assert_stderr_lacks("lost").out_path();
+        assert_eq!(client.read(&path), format!("words{name}\n"));
+        assert_eq!(mac.read("/mnt/share/conversations").lines().count(), builds + 1, "{built}");
+    }
+    // A note that is gone costs one conversation, and nothing that is known of the machine.
+    client.run("rm $(find /run/nix-offload -name '*.old')");
+    client.nix_build(&source("fourth"), &["-j0"]).assert_success().assert_stderr_lacks("lost");
+    client.nix_build(&source("fifth"), &["-j0"]).assert_success();
+    assert_eq!(mac.read("/mnt/share/conversations").lines().count(), 6);
+    let said = client.journal("-t nix-offload");
+    let guesses = said.iter().filter(|entry| entry["MESSAGE"] == "inputs are not there any more");
+    assert_eq!(guesses.count(), 0, "{said:#?}");
+    assert_only_masters_left(&client, 1);
+    client.verify_store();
+}

@@ -416,6 +416,12 @@ impl Builder {
         Ok(begin.elapsed())
     }
 
+    /// Whether the daemon reads requests in the form in which they are sent ahead, that of the newest version. Before 1.27
+    /// (Nix 2.4) the question which paths are valid was shorter: it would take the rest for another request and close.
+    pub fn takes_ahead(&self) -> bool {
+        self.peer.version.minor() >= 27
+    }
+
     /// Sends requests whose answers will be asked for by later verbs.
     ///
     /// # Errors

@@ -50,6 +50,14 @@ impl Store {
         }
     }
 
+    /// See [`Builder::takes_ahead`]. With the serve protocol nothing is sent ahead, so nothing goes wrong.
+    pub fn takes_ahead(&self) -> bool {
+        match self {
+            Self::Daemon(builder) => builder.takes_ahead(),
+            Self::Serve(_) => true,
+        }
+    }
+
     /// See [`Builder::send_ahead`]. The serve protocol is asked step by step.
     ///
     /// # Errors

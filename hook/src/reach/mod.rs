@@ -49,6 +49,9 @@ const SOCKET_AGAIN: Duration = Duration::from_secs(600);
 /// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
 const DAEMON_AGAIN: Duration = Duration::from_secs(600);
 
+/// How long a machine is taken to have an old Nix.
+const OLD: Duration = Duration::from_secs(600);
+
 /// Channels to one daemon's socket that hooks open at a time; a keeper opens three beside them. Daemons up to 2.8 let five
 /// wait, and each one refused for that costs a small process.
 const OPENING: u64 = 2;
@@ -174,6 +177,23 @@ impl Reach {
     /// Forgets that the machine answered.
     pub fn forget(&self, machine: &Machine) {
         let _ = fs::remove_file(self.stamp(machine));
+    }
+
+    /// Whether the machine's Nix was lately found too old for requests that are sent before it has said its version.
+    pub fn is_old(&self, machine: &Machine) -> bool {
+        noted_lately(&self.old(machine), OLD).is_some()
+    }
+
+    /// Notes that for other hooks.
+    pub fn note_old(&self, machine: &Machine) {
+        let old = self.old(machine);
+        if noted_lately(&old, OLD / 4).is_none() {
+            note(&old, "has an old Nix");
+        }
+    }
+
+    fn old(&self, machine: &Machine) -> PathBuf {
+        self.stamp(machine).with_extension("old")
     }
 
     /// Which paths the machine was seen to have lately.

@@ -180,6 +180,9 @@ impl Hook<'_> {
             Ok(prepared) => prepared,
             Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
         };
+        if self.reach.is_old(machine) {
+            prepared = prepared.step_by_step();
+        }
         let mut slot = Some(slot);
         let begin = Instant::now();
         let mut lost = String::new();
@@ -207,6 +210,15 @@ impl Hook<'_> {
             };
             had_connection = true;
             candidate.has_run.set(true);
+            if !connection.builder.takes_ahead() {
+                self.reach.note_old(machine);
+                prepared = prepared.step_by_step();
+                if sent {
+                    // It has misread that. Nobody is to blame, and it happens once.
+                    attempt -= 1;
+                    continue;
+                }
+            }
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);
             let seen_way = if refused { Way::Closure } else { seen_way };
@@ -293,7 +305,7 @@ impl Hook<'_> {
                     guessed_wrong = true;
                     lost = one_report(&error);
                     prepared = match task.prepare(job, direct.clone(), way, |_| false) {
-                        // Step by step: an old daemon may have another form even for the first question.
+                        // Step by step, so that no guess is wrong again.
                         Ok(prepared) => prepared.step_by_step(),
                         Err(error) => return Attempt::Final(error.exit_status(), one_report(&error)),
                     };
