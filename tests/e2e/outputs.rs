@@ -408,7 +408,8 @@ fn a_machine_whose_copy_is_rotten_does_not_fail_the_build() {
         .start();
     for expression in &expressions {
         let built = client.nix_build(expression, &["-j0"]);
-        let path = built.assert_success().assert_stderr_has("hash mismatch").out_path();
+        built.assert_success().assert_stderr_has("hash mismatch").assert_stderr_has("--repair-path");
+        let path = built.out_path();
         assert_eq!(client.read(&path), sound.read(&path), "{built}");
     }
     client.verify_store();

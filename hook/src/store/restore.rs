@@ -143,7 +143,10 @@ pub enum RestoreError {
         limit: usize,
     },
     /// The archive is not the one the builder registered.
-    #[error("hash mismatch importing path '{path}':\n  specified: {specified}\n  got:       {got}")]
+    #[error(
+        "hash mismatch importing path '{path}':\n  specified: {specified}\n  got:       {got}\n\
+         the copy there is damaged; `nix-store --repair-path {path}` on that machine mends it"
+    )]
     NarHash {
         /// The output.
         path: String,
