@@ -18,7 +18,7 @@ pub mod trust;
 pub mod turn;
 pub mod verdict;
 
-use estimate::{Basis, Estimate, estimate, estimate_here, is_measured};
+use estimate::{Basis, Estimate, estimate_here, is_measured};
 pub use known::{Health, Known, Load, Sample, Work};
 use machine::Machine;
 pub use rules::{Policy, Rules};
@@ -149,6 +149,14 @@ impl Question<'_> {
     fn can_build_now(&self) -> bool {
         self.request.am_willing && self.local.could_build(self.request)
     }
+
+    /// The build waits for one of these: in the hook if only they could do it, else in Nix, which may have a slot sooner.
+    fn wait_for(&self, machines: Vec<usize>) -> Verdict {
+        match self.local.could_build(self.request) {
+            true => Verdict::Postpone(machines),
+            false => Verdict::Wait(machines),
+        }
+    }
 }
 
 /// What keeps a machine of which this is known from getting anything, whoever else there is.
@@ -178,6 +186,31 @@ pub fn obstacle(known: &Known, rules: &Rules, now: SystemTime) -> Option<Refusal
     })
 }
 
+/// Chooses among the machines of the list. Numbers in here are those of the points in `docs/choosing.md`.
+///
+/// `known` is asked once for each machine whose line suits the request, with its index. Machines with a free slot are
+/// put in the order of their estimated finish (see [`mod@estimate`]), equal ones in that of the stock hook of Nix 2.20 and
+/// newer. If nothing is measured of any of them, that order alone counts.
+pub fn decide(question: &Question<'_>, known: impl FnMut(usize) -> Known) -> Decision {
+    let mut standings =
+        vec![Standing { place: None, estimate: None, refusal: None }; question.machines.len()];
+    let mut field = look_round(question, known, &mut standings);
+    field.admit_ailing(question.local.could_build(question.request));
+    field.refuse_absent(&mut standings);
+
+    let basis = field.basis(question);
+    let order = field.order(&basis);
+    field.estimate(&basis);
+    let ranked = rank(&field, order);
+    let here = (question.rules.policy == Policy::Cost && question.can_build_now())
+        .then(|| estimate_here(question.here, question.local.max_jobs, &basis));
+
+    let (verdict, because) = answer(question, &field, &ranked, order, here.as_ref(), &standings);
+    let slots = best_free(&ranked).map_or(1, |best| best.candidate.weight);
+    stand(&ranked, order, &verdict, because, &mut standings);
+    Decision { verdict, because, order, slots, standings, here, at: question.now }
+}
+
 /// A machine that could do it, now or when a slot is free.
 struct Candidate<'a> {
     index: usize,
@@ -185,228 +218,306 @@ struct Candidate<'a> {
     known: Known,
     weight: u64,
     is_free: bool,
+    /// None before all candidates are known: what is assumed of one depends on the others.
+    estimate: Option<Estimate>,
 }
 
-/// Chooses among the machines of the list.
-///
-/// `known` is asked once for each machine whose line suits the request, with its index. Machines with a free slot are
-/// put in the order of their estimated finish (see [`mod@estimate`]), equal ones in that of the stock hook. If nothing is
-/// measured of any of them, the stock hook's order alone counts.
-pub fn decide(question: &Question<'_>, mut known: impl FnMut(usize) -> Known) -> Decision {
-    let Question { machines, rules, request, work, now, .. } = *question;
-    let mut standings = vec![Standing { place: None, estimate: None, refusal: None }; machines.len()];
-    let mut candidates = Vec::new();
-    let mut ailing = Vec::new();
-    // Those that get nothing now but are worth waiting for.
-    let mut waking = Vec::new();
-    let mut unasked = Vec::new();
-    for (index, machine) in machines.iter().enumerate() {
-        if let Err(refusal) = suits(machine, request) {
-            standings[index].refusal = Some(refusal);
-            continue;
-        }
+impl<'a> Candidate<'a> {
+    /// The machine of this index, or what keeps it from the build whoever else there is.
+    fn new(
+        question: &Question<'a>,
+        index: usize,
+        known: &mut impl FnMut(usize) -> Known,
+    ) -> Result<Self, Refusal> {
+        let Question { machines, rules, request, now, .. } = *question;
+        let machine = &machines[index];
+        // 1. Who may.
+        suits(machine, request)?;
+        // 2. Who is out.
         let known = known(index);
         if let Some(refusal) = obstacle(&known, rules, now) {
-            standings[index].refusal = Some(refusal);
-            continue;
+            return Err(refusal);
         }
+        // 3. Who has room. One who has waited for several slots for long is content with those that are free.
         let weight = request.weight(rules, machine);
-        // One who has waited for several slots for long is content with those that are free.
         let left = machine.max_jobs.saturating_sub(known.load.taken);
         let weight = if question.waited() >= rules.hold_back { weight.min(left.max(1)) } else { weight };
         let is_free = left >= weight && known.waiting == 0;
-        let is_cool = match &known.health {
-            Health::CoolDown { until, .. } => until.is_some_and(|until| until <= now),
-            _ => true,
-        };
-        let candidate = Candidate { index, machine, known, weight, is_free };
-        match candidate.known.health {
-            Health::Waking => waking.push(candidate),
-            Health::Unasked => unasked.push(candidate),
-            _ if is_cool => candidates.push(candidate),
-            _ => ailing.push(candidate),
-        }
-    }
-    let could_build = question.local.could_build(request);
-    // A machine without slots is no other one: it gets nothing. Nix itself is one.
-    let has_slots = |candidate: &Candidate<'_>| candidate.machine.max_jobs > 0;
-    let is_other = candidates.iter().chain(&waking).chain(&unasked).any(has_slots);
-    let mut silent: Vec<usize> =
-        unasked.iter().chain(&ailing).filter(|silent| has_slots(silent)).map(|silent| silent.index).collect();
-    silent.sort_unstable();
-    // Without another one those are asked whose pause is over, and all of them for what Nix could not build.
-    let is_asked = |ailing: &Candidate<'_>| {
-        let is_paused = matches!(ailing.known.health, Health::CoolDown { until: Some(_), .. });
-        !(is_other || could_build && is_paused)
-    };
-    let (asked, left_alone): (Vec<_>, Vec<_>) = ailing.into_iter().partition(is_asked);
-    candidates.extend(asked);
-    candidates.sort_by_key(|candidate| candidate.index);
-    for ailing in left_alone {
-        if let Health::CoolDown { until, why } = ailing.known.health {
-            standings[ailing.index].refusal = Some(Refusal::CoolDown { until, why });
-        }
-    }
-    for waking in &waking {
-        standings[waking.index].refusal = Some(Refusal::Waking);
-    }
-    for unasked in &unasked {
-        standings[unasked.index].refusal = Some(Refusal::Unasked);
+        Ok(Self { index, machine, known, weight, is_free, estimate: None })
     }
 
-    let missing = candidates.iter().filter_map(|candidate| candidate.known.link.missing).max();
-    let basis = Basis { rules, work, now, missing };
-    let is_any_measured = candidates.iter().any(|candidate| is_measured(&candidate.known, rules, now));
-    let order = if is_any_measured { Order::Estimate } else { Order::Stock };
-    let candidates: Vec<(Candidate<'_>, Estimate)> = candidates
-        .into_iter()
-        .map(|candidate| {
-            let estimate = estimate(candidate.machine, &candidate.known, candidate.weight, &basis);
-            (candidate, estimate)
-        })
-        .collect();
-    let mut ranked: Vec<&(Candidate<'_>, Estimate)> = candidates.iter().collect();
-    ranked.sort_by(|a, b| compare(order, a, b));
-    let free = ranked.first().copied().filter(|(candidate, _)| candidate.is_free);
-    let awaited = if order == Order::Estimate { worth_holding_back(question, &ranked) } else { Vec::new() };
-    let here = (rules.policy == Policy::Cost && question.can_build_now())
-        .then(|| estimate_here(question.here, question.local.max_jobs, &basis));
-
-    // Whoever waits for others takes one of these as soon as it is seen to answer.
-    let is_any_known = ranked.iter().map(|(candidate, _)| candidate).chain(&waking).any(has_slots);
-    let mut worth_waiting: Vec<usize> = ranked
-        .iter()
-        .map(|(candidate, _)| candidate)
-        .chain(waking.iter().chain(&unasked))
-        // A machine without slots will never have a free one, so nobody is to wait for it.
-        .filter(|candidate| has_slots(candidate) && (!candidate.is_free || free.is_none()))
-        .map(|candidate| candidate.index)
-        .collect();
-    worth_waiting.sort_unstable();
-    let passing: Vec<usize> = standings
-        .iter()
-        .enumerate()
-        .filter(|(_, standing)| standing.refusal.as_ref().is_some_and(Refusal::passes))
-        .map(|(index, _)| index)
-        .collect();
-
-    let sooner_here = |best: &Estimate| here.as_ref().is_some_and(|here| here.total < best.total);
-    let (verdict, because) = if request.is_builtin() && could_build {
-        (Verdict::Decline, Because::Builtin)
-    } else if rules.policy == Policy::LocalFirst && question.can_build_now() {
-        (Verdict::Decline, Because::LocalFirst)
-    } else {
-        match free {
-            Some((_, best)) if sooner_here(best) => (Verdict::Decline, Because::LocalSooner),
-            Some(_) if !awaited.is_empty() => {
-                let wait = if could_build { Verdict::Postpone(awaited) } else { Verdict::Wait(awaited) };
-                (wait, Because::HeldBack)
-            }
-            Some((best, _)) => (Verdict::Accept(best.index), Because::Best),
-            // Nobody is known to answer. Somebody may be by the time that Nix asks again.
-            None if !is_any_known && !silent.is_empty() => {
-                let is_left_to_nix = could_build && question.has_heard_nothing();
-                let verdict = match question.can_build_now() || is_left_to_nix {
-                    true => Verdict::Decline,
-                    false => Verdict::Postpone(silent),
-                };
-                (verdict, Because::Silent)
-            }
-            // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
-            None if question.can_build_now() && !(worth_waiting.is_empty() && passing.is_empty()) => {
-                (Verdict::Decline, Because::LocalFree)
-            }
-            None if !worth_waiting.is_empty() && could_build => {
-                (Verdict::Postpone(worth_waiting), Because::Full)
-            }
-            None if !worth_waiting.is_empty() => (Verdict::Wait(worth_waiting), Because::Full),
-            None if passing.is_empty() || could_build => (Verdict::Decline, Because::NothingFits),
-            None if question.obstructed() >= rules.obstacle_patience => {
-                (Verdict::Decline, Because::ObstaclesTooLong)
-            }
-            None => (Verdict::Postpone(passing), Because::Obstacles),
-        }
-    };
-    let slots = free.map_or(1, |(candidate, _)| candidate.weight);
-    let ranks: Vec<usize> = ranked.iter().map(|(candidate, _)| candidate.index).collect();
-    for (place, index) in ranks.iter().enumerate() {
-        standings[*index].place = Some(place + 1);
+    /// Whether it has slots, taken or not. One without will never have a free one: it is nobody to wait for, and no other
+    /// one beside those that failed.
+    fn has_slots(&self) -> bool {
+        self.machine.max_jobs > 0
     }
-    stand(&mut standings, candidates, order, &verdict, because);
-    Decision { verdict, because, order, slots, standings, here, at: now }
 }
 
-/// Gives everyone who could do it their estimate, and a reason to all but the one who does.
-fn stand(
+/// The machines to which nothing is an obstacle, by how they are, each in the order of the list.
+#[derive(Default)]
+struct Field<'a> {
+    /// They may get the build.
+    ready: Vec<Candidate<'a>>,
+    /// They failed a short while ago, and are left alone while there is another one.
+    ailing: Vec<Candidate<'a>>,
+    /// They get nothing yet, but are worth waiting for.
+    waking: Vec<Candidate<'a>>,
+    /// They are not known to answer, and get nothing yet.
+    unasked: Vec<Candidate<'a>>,
+}
+
+/// Sees who there is. Those with an obstacle get their reasons.
+fn look_round<'a>(
+    question: &Question<'a>,
+    mut known: impl FnMut(usize) -> Known,
     standings: &mut [Standing],
-    candidates: Vec<(Candidate<'_>, Estimate)>,
-    order: Order,
-    verdict: &Verdict,
-    because: Because,
-) {
-    let is_local =
-        matches!(because, Because::Builtin | Because::LocalFirst | Because::LocalSooner | Because::LocalFree);
-    let is_first = |candidate: &Candidate<'_>| standings[candidate.index].place == Some(1);
-    let first = candidates.iter().find(|(candidate, _)| is_first(candidate));
-    let first = first.map(|(best, estimate)| (best.index, estimate.total));
-    for (candidate, estimate) in candidates {
-        let Candidate { index, machine, known, weight, is_free } = candidate;
-        let standing = &mut standings[index];
-        standing.refusal = if !is_free {
-            let (taken, slots, waiting) = (known.load.taken, machine.max_jobs, known.waiting);
-            Some(Refusal::Full { taken, slots, needed: weight, waiting })
-        } else if is_local {
-            Some(Refusal::Local)
-        } else if *verdict == Verdict::Accept(index) {
-            None
-        } else {
-            let (by, total) = first.unwrap_or((index, estimate.total));
-            let later = (order == Order::Estimate).then_some(estimate.total - total);
-            Some(if by == index { Refusal::HeldBack } else { Refusal::Outranked { by, later } })
+) -> Field<'a> {
+    // Mostly all are ready.
+    let mut field = Field { ready: Vec::with_capacity(standings.len()), ..Field::default() };
+    for (index, standing) in standings.iter_mut().enumerate() {
+        match Candidate::new(question, index, &mut known) {
+            Ok(candidate) => field.add(candidate, question.now),
+            Err(refusal) => standing.refusal = Some(refusal),
+        }
+    }
+    field
+}
+
+impl<'a> Field<'a> {
+    fn add(&mut self, candidate: Candidate<'a>, now: SystemTime) {
+        let group = match &candidate.known.health {
+            Health::Waking => &mut self.waking,
+            Health::Unasked => &mut self.unasked,
+            Health::CoolDown { until, .. } if until.is_none_or(|until| until > now) => &mut self.ailing,
+            _ => &mut self.ready,
         };
-        standing.estimate = Some(estimate);
+        group.push(candidate);
+    }
+
+    /// 2. Without another machine those that failed are asked: all of them for what Nix could not build, else those whose
+    /// pause is over.
+    fn admit_ailing(&mut self, could_build: bool) {
+        let mut others = self.ready.iter().chain(&self.waking).chain(&self.unasked);
+        if others.any(Candidate::has_slots) {
+            return;
+        }
+        let is_paused = |c: &Candidate<'_>| matches!(c.known.health, Health::CoolDown { until: Some(_), .. });
+        let ailing = std::mem::take(&mut self.ailing).into_iter();
+        let (left_alone, asked): (Vec<_>, Vec<_>) = ailing.partition(|c| could_build && is_paused(c));
+        self.ailing = left_alone;
+        self.ready.extend(asked);
+        self.ready.sort_by_key(|candidate| candidate.index);
+    }
+
+    /// Gives their reasons to those that may not get it now.
+    fn refuse_absent(&self, standings: &mut [Standing]) {
+        for Candidate { index, known, .. } in self.ailing.iter().chain(&self.waking).chain(&self.unasked) {
+            standings[*index].refusal = match &known.health {
+                Health::CoolDown { until, why } => {
+                    Some(Refusal::CoolDown { until: *until, why: why.clone() })
+                }
+                Health::Waking => Some(Refusal::Waking),
+                _ => Some(Refusal::Unasked),
+            };
+        }
+    }
+
+    /// 5. What is not known is assumed: as many missing bytes as the machine that lacks most.
+    fn basis<'q>(&self, question: &Question<'q>) -> Basis<'q> {
+        let Question { rules, work, now, .. } = *question;
+        let missing = self.ready.iter().filter_map(|candidate| candidate.known.link.missing).max();
+        Basis { rules, work, now, missing }
+    }
+
+    /// 5. Where nothing is measured, estimates say nothing.
+    fn order(&self, basis: &Basis<'_>) -> Order {
+        let is_any_measured = self.ready.iter().any(|c| is_measured(&c.known, basis.rules, basis.now));
+        if is_any_measured { Order::Estimate } else { Order::Stock }
+    }
+
+    /// 4. When each would be done.
+    fn estimate(&mut self, basis: &Basis<'_>) {
+        for Candidate { machine, known, weight, estimate, .. } in &mut self.ready {
+            *estimate = Some(estimate::estimate(machine, known, *weight, basis));
+        }
+    }
+
+    /// Whether any machine is known to answer, or will be. Whoever waits for others takes such a one as soon as it does.
+    fn is_any_known(&self) -> bool {
+        self.ready.iter().chain(&self.waking).any(Candidate::has_slots)
+    }
+
+    /// Indexes of those that are not known to answer.
+    fn silent(&self) -> Vec<usize> {
+        indexes(self.unasked.iter().chain(&self.ailing))
+    }
+
+    /// Indexes of those that are worth waiting for while nobody has a free slot.
+    fn worth_waiting_for(&self) -> Vec<usize> {
+        indexes(self.ready.iter().chain(&self.waking).chain(&self.unasked))
     }
 }
 
-/// Machines that are full, and yet would be done with the build so much sooner than any with a free slot that it is
-/// held back for them.
-fn worth_holding_back(question: &Question<'_>, ranked: &[&(Candidate<'_>, Estimate)]) -> Vec<usize> {
-    let Some((_, best)) = ranked.first().copied().filter(|(candidate, _)| candidate.is_free) else {
-        return Vec::new();
-    };
-    let left = question.rules.hold_back.saturating_sub(question.waited()).as_secs_f64();
-    if question.can_build_now() {
-        return Vec::new();
-    }
-    let mut sooner: Vec<usize> = ranked
-        .iter()
-        .filter(|(candidate, estimate)| {
-            !candidate.is_free
-                && candidate.known.slot_wait.is_some()
-                && estimate.wait < left
-                && estimate.total * HOLD_BACK_MARGIN < best.total
-        })
-        .map(|(candidate, _)| candidate.index)
-        .collect();
-    sooner.sort_unstable();
-    sooner
+/// Indexes of those of them that have slots, in the order of the list.
+fn indexes<'c, 'a: 'c>(candidates: impl Iterator<Item = &'c Candidate<'a>>) -> Vec<usize> {
+    let mut indexes: Vec<usize> = candidates.filter(|c| c.has_slots()).map(|c| c.index).collect();
+    indexes.sort_unstable();
+    indexes
+}
+
+/// A candidate with its estimate.
+#[derive(Clone, Copy)]
+struct Ranked<'f> {
+    candidate: &'f Candidate<'f>,
+    estimate: &'f Estimate,
+}
+
+/// 4. Who is soonest. The better ones come first.
+fn rank<'f>(field: &'f Field<'f>, order: Order) -> Vec<Ranked<'f>> {
+    let ranked =
+        |candidate: &'f Candidate<'f>| Some(Ranked { candidate, estimate: candidate.estimate.as_ref()? });
+    let mut ranked: Vec<Ranked<'f>> = field.ready.iter().filter_map(ranked).collect();
+    ranked.sort_by(|a, b| compare(order, *a, *b));
+    ranked
 }
 
 /// Who comes first: those with a free slot, then the sooner finish, then the rule of the stock hook
 /// (`src/nix/build-remote/build-remote.cc` in Nix 2.34): the lowest load in relation to the speed factor, the higher speed
-/// factor, the lower load, the earlier place in the list.
-fn compare(order: Order, a: &(Candidate<'_>, Estimate), b: &(Candidate<'_>, Estimate)) -> Ordering {
-    let relative = |(c, _): &(Candidate<'_>, Estimate)| c.known.load.taken as f32 / c.machine.speed_factor;
+/// factor, the lower load, the earlier place in the list. Before Nix 2.20 speed factors are integers there
+/// (`src/libstore/machines.hh`), and the remainder of the division by them is dropped; that is not followed.
+fn compare(order: Order, a: Ranked<'_>, b: Ranked<'_>) -> Ordering {
+    let relative = |c: &Candidate<'_>| c.known.load.taken as f32 / c.machine.speed_factor;
     let estimated = match order {
-        Order::Estimate => a.1.total.total_cmp(&b.1.total),
+        Order::Estimate => a.estimate.total.total_cmp(&b.estimate.total),
         Order::Stock => Ordering::Equal,
     };
-    (b.0.is_free.cmp(&a.0.is_free))
+    let (a, b) = (a.candidate, b.candidate);
+    (b.is_free.cmp(&a.is_free))
         .then(estimated)
         .then(relative(a).total_cmp(&relative(b)))
-        .then(b.0.machine.speed_factor.total_cmp(&a.0.machine.speed_factor))
-        .then(a.0.known.load.taken.cmp(&b.0.known.load.taken))
-        .then(a.0.index.cmp(&b.0.index))
+        .then(b.machine.speed_factor.total_cmp(&a.machine.speed_factor))
+        .then(a.known.load.taken.cmp(&b.known.load.taken))
+        .then(a.index.cmp(&b.index))
+}
+
+/// The best one, if it has a free slot: those that have are before those that have not.
+fn best_free<'f>(ranked: &[Ranked<'f>]) -> Option<Ranked<'f>> {
+    ranked.first().copied().filter(|best| best.candidate.is_free)
+}
+
+/// What to say to Nix, and why.
+fn answer(
+    question: &Question<'_>,
+    field: &Field<'_>,
+    ranked: &[Ranked<'_>],
+    order: Order,
+    here: Option<&Estimate>,
+    standings: &[Standing],
+) -> (Verdict, Because) {
+    let Question { rules, local, request, .. } = *question;
+    let (could_build, can_build_now) = (local.could_build(request), question.can_build_now());
+    // What stays here, whatever the machines are like, stands below the points.
+    if request.is_builtin() && could_build {
+        return (Verdict::Decline, Because::Builtin);
+    }
+    if rules.policy == Policy::LocalFirst && can_build_now {
+        return (Verdict::Decline, Because::LocalFirst);
+    }
+    // 4. Who is soonest.
+    if let Some(best) = best_free(ranked) {
+        if here.is_some_and(|here| here.total < best.estimate.total) {
+            return (Verdict::Decline, Because::LocalSooner);
+        }
+        // 6. Holding back.
+        let awaited = worth_holding_back(question, ranked, order, best);
+        if !awaited.is_empty() {
+            return (question.wait_for(awaited), Because::HeldBack);
+        }
+        return (Verdict::Accept(best.candidate.index), Because::Best);
+    }
+    // 7. Nobody free. If nobody is known to answer either, somebody may be by the time that Nix asks again.
+    let silent = field.silent();
+    if !field.is_any_known() && !silent.is_empty() {
+        let is_left_to_nix = can_build_now || could_build && question.has_heard_nothing();
+        let verdict = if is_left_to_nix { Verdict::Decline } else { Verdict::Postpone(silent) };
+        return (verdict, Because::Silent);
+    }
+    let awaited = field.worth_waiting_for();
+    let passing = passing(standings);
+    // As in the stock hook: when a local build can start at once there is no reason to wait for a machine.
+    if can_build_now && !(awaited.is_empty() && passing.is_empty()) {
+        return (Verdict::Decline, Because::LocalFree);
+    }
+    if !awaited.is_empty() {
+        return (question.wait_for(awaited), Because::Full);
+    }
+    if passing.is_empty() || could_build {
+        return (Verdict::Decline, Because::NothingFits);
+    }
+    if question.obstructed() >= rules.obstacle_patience {
+        return (Verdict::Decline, Because::ObstaclesTooLong);
+    }
+    (Verdict::Postpone(passing), Because::Obstacles)
+}
+
+/// Machines that are full, and yet would be done with the build so much sooner than the best one with a free slot that it
+/// is held back for them.
+fn worth_holding_back(
+    question: &Question<'_>,
+    ranked: &[Ranked<'_>],
+    order: Order,
+    best: Ranked<'_>,
+) -> Vec<usize> {
+    if order == Order::Stock || question.can_build_now() {
+        return Vec::new();
+    }
+    let left = question.rules.hold_back.saturating_sub(question.waited()).as_secs_f64();
+    let is_worth_it = |Ranked { candidate, estimate }: &Ranked<'_>| {
+        !candidate.is_free
+            && candidate.known.slot_wait.is_some()
+            && estimate.wait < left
+            && estimate.total * HOLD_BACK_MARGIN < best.estimate.total
+    };
+    let mut sooner: Vec<usize> =
+        ranked.iter().filter(|ranked| is_worth_it(ranked)).map(|ranked| ranked.candidate.index).collect();
+    sooner.sort_unstable();
+    sooner
+}
+
+/// Indexes of those whose obstacles may pass.
+fn passing(standings: &[Standing]) -> Vec<usize> {
+    let passes = |standing: &Standing| standing.refusal.as_ref().is_some_and(Refusal::passes);
+    standings.iter().enumerate().filter(|(_, standing)| passes(standing)).map(|(index, _)| index).collect()
+}
+
+/// Gives everyone who could do it their place and estimate, and a reason to all but the one who does.
+fn stand(
+    ranked: &[Ranked<'_>],
+    order: Order,
+    verdict: &Verdict,
+    because: Because,
+    standings: &mut [Standing],
+) {
+    let Some(first) = ranked.first() else { return };
+    let is_local =
+        matches!(because, Because::Builtin | Because::LocalFirst | Because::LocalSooner | Because::LocalFree);
+    for (place, Ranked { candidate, estimate }) in (1..).zip(ranked) {
+        let Candidate { index, machine, known, weight, is_free, .. } = candidate;
+        let refusal = if !is_free {
+            let (taken, slots, waiting) = (known.load.taken, machine.max_jobs, known.waiting);
+            Some(Refusal::Full { taken, slots, needed: *weight, waiting })
+        } else if is_local {
+            Some(Refusal::Local)
+        } else if *verdict == Verdict::Accept(*index) {
+            None
+        } else if place == 1 {
+            Some(Refusal::HeldBack)
+        } else {
+            let later = (order == Order::Estimate).then_some(estimate.total - first.estimate.total);
+            Some(Refusal::Outranked { by: first.candidate.index, later })
+        };
+        standings[*index] = Standing { place: Some(place), estimate: Some((*estimate).clone()), refusal };
+    }
 }
 
 #[cfg(test)]
