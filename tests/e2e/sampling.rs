@@ -162,6 +162,56 @@ fn machines_that_are_short_of_room_get_no_builds() {
 }
 
 #[test]
+fn a_machine_that_was_short_of_disk_is_asked_before_it_gets_a_build_though_its_connection_has_ended() {
+    const STORE: &str = "mount -t tmpfs -o mode=1775,size=100m tmpfs /nix/store";
+    let world = World::new();
+    let (short, other) = (world.builder("short").start(), world.builder("other").start());
+    short.run(STORE);
+    let client = world.client().hook(Hook::Ours).uses(&short, "ssh-ng", 4).knows(&other).start();
+    client.write("/etc/nix/offload.toml", OFTEN);
+    assert_built_on(&client, &build(&client, "first"), "short");
+    let is_short = |sample: &Value| sample["disk_free"].as_u64().is_some_and(|left| left <= 100 << 20);
+    // What was said is made two minutes old, and nobody is there to ask again.
+    let forget = || {
+        wait_for_sample(&client, "a sample", is_short);
+        let connected = || {
+            let matching = ["nix-offload sample", "nix-offload keep", "ssh: /run/nix-offload/"];
+            matching.iter().flat_map(|text| client.pids_matching(text)).collect::<Vec<_>>()
+        };
+        connected().into_iter().for_each(|process| client.kill(process, "KILL"));
+        wait_until("all are gone", SOON, || connected().is_empty());
+        let mut all: Value = serde_json::from_str(&client.read("/run/nix-offload/load.json")).unwrap();
+        for sample in all["machines"].as_object_mut().unwrap().values_mut() {
+            sample["at"] = (sample["at"].as_f64().unwrap() - 120.0).into();
+        }
+        client.write_mode("/run/nix-offload/load.json", &all.to_string(), 0o600);
+        samples(&client)[0]["at"].as_f64().unwrap()
+    };
+    let at = forget();
+    let waiting = client.spawn_nix_build(&gated("waiting"), &["-j0"]);
+    wait_until("it is told why", SOON, || waiting.stderr_so_far().contains("it is to be asked again"));
+    wait_for_sample(&client, "it is asked", |sample| is_short(sample) && sample["at"].as_f64() > Some(at));
+    assert_eq!(begun(&client, "waiting"), [""; 0]);
+    short.run("mount -o remount,size=4g /nix/store");
+    wait_for_begin(&client, "waiting", &["short"]);
+    open(&client, "waiting");
+    let built = waiting.wait();
+    assert_built_on(&client, &built, "short");
+    assert_eq!(built.stderr().matches("at present:").count(), 1, "{built}");
+    // Nor is it left out for ever where another one does the builds.
+    short.run("mount -o remount,size=100m /nix/store");
+    wait_for_sample(&client, "it is short again", is_short);
+    forget();
+    short.run("mount -o remount,size=4g /nix/store");
+    client.set_machines("ssh-ng://short x86_64-linux - 4 9\nssh-ng://other x86_64-linux - 4 1\n");
+    assert_built_on(&client, &build(&client, "elsewhere"), "other");
+    wait_until("it is asked for the next one", SOON, || {
+        samples(&client).iter().all(|sample| !is_short(sample))
+    });
+    assert_built_on(&client, &build(&client, "back"), "short");
+}
+
+#[test]
 fn many_hooks_share_one_sampler_which_ends_after_them() {
     let world = World::new();
     let (mac, never) = (world.builder("mac").start(), world.builder("never").start());

@@ -103,6 +103,7 @@ impl Offload {
             hold_back: set.hold_back.unwrap_or(default.hold_back),
             begin_anew: set.begin_anew.unwrap_or(default.begin_anew),
             stale_after: self.sample_every().map_or(default.stale_after, stale_after),
+            looks_again: self.sample_every().is_some(),
             ..default
         }
     }

@@ -170,7 +170,17 @@ pub fn obstacle(known: &Known, rules: &Rules, now: SystemTime) -> Option<Refusal
     if let Some(withheld) = known.withheld.as_ref().filter(|withheld| withheld.holds(now)) {
         return Some(Refusal::Withheld(withheld.clone()));
     }
-    let sample = known.sample.as_ref().filter(|s| !s.is_stale(now, rules.stale_after))?;
+    let sample = known.sample.as_ref()?;
+    if !sample.is_stale(now, rules.stale_after) {
+        return shortage(sample, rules);
+    }
+    // What it said is no more to be relied on, but it is not to be taken for gone before somebody has asked.
+    let what = shortage(sample, rules).filter(|_| rules.looks_again)?;
+    Some(Refusal::Recalled { what: Box::new(what), at: sample.at })
+}
+
+/// What a machine said that keeps builds from it.
+fn shortage(sample: &Sample, rules: &Rules) -> Option<Refusal> {
     if let Some(why) = &sample.inhibited {
         return Some(Refusal::Inhibited(why.clone()));
     }

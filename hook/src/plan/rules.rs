@@ -27,6 +27,8 @@ pub struct Rules {
     pub typical_bandwidth: f64,
     /// How old a sample may be to be believed; see [`stale_after`].
     pub stale_after: Duration,
+    /// Whether machines are asked at all. Otherwise nobody would ever say that one is no longer short of something.
+    pub looks_again: bool,
     /// How long a build may be held back for a machine that is full but would be done sooner, or for as many free slots
     /// as it weighs. Then it takes what is free.
     pub hold_back: Duration,
@@ -82,6 +84,7 @@ impl Default for Rules {
             typical_duration: 30.0,
             typical_bandwidth: 50e6,
             stale_after: Duration::from_secs(60),
+            looks_again: true,
             hold_back: Duration::from_secs(300),
             begin_anew: true,
             obstacle_patience: Duration::from_secs(600),

@@ -25,6 +25,10 @@ pub fn table(decision: &Decision, machines: &[Machine], here: Option<&str>) -> S
 pub fn gist(decision: &Decision, request: &Request) -> String {
     let mut gist = format!("{} {:?} {:?}", request.system, request.required_features, decision.because);
     for (index, refusal) in decision.refusals() {
+        let refusal = match refusal {
+            Refusal::Recalled { what, .. } => what,
+            other => other,
+        };
         let _ = match refusal {
             Refusal::System => write!(gist, " {index}"),
             Refusal::MissingFeatures(features) => write!(gist, " {index} lacks {features:?}"),
@@ -39,7 +43,11 @@ pub fn gist(decision: &Decision, request: &Request) -> String {
             Refusal::Failed(_) | Refusal::CoolDown { .. } | Refusal::Waking | Refusal::Unasked => {
                 write!(gist, " {index} down")
             }
-            Refusal::Full { .. } | Refusal::Outranked { .. } | Refusal::HeldBack | Refusal::Local => Ok(()),
+            Refusal::Full { .. }
+            | Refusal::Outranked { .. }
+            | Refusal::HeldBack
+            | Refusal::Local
+            | Refusal::Recalled { .. } => Ok(()),
         };
     }
     gist

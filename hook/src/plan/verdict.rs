@@ -185,6 +185,14 @@ pub enum Refusal {
     },
     /// It has an inhibit file, which says this.
     Inhibited(String),
+    /// It said so when it was last looked at, which is too long ago to be believed of anything else. It is to be asked
+    /// before it gets a build.
+    Recalled {
+        /// What kept builds from it then: [`Refusal::Short`] or [`Refusal::Inhibited`].
+        what: Box<Refusal>,
+        /// When that was.
+        at: SystemTime,
+    },
     /// Another one was better.
     Outranked {
         /// Index of the best one.
@@ -213,7 +221,7 @@ impl Refusal {
     /// Whether it may pass without anybody touching the list of machines, and does not depend on other builds of ours.
     pub fn passes(&self) -> bool {
         match self {
-            Self::Short { .. } | Self::Inhibited(_) | Self::CutOff => true,
+            Self::Short { .. } | Self::Inhibited(_) | Self::Recalled { .. } | Self::CutOff => true,
             Self::Withheld(withheld) => withheld.how == Withholding::Drained,
             _ => false,
         }
@@ -275,6 +283,10 @@ impl Refusal {
             }
             Self::Inhibited(why) if why.is_empty() => "has an inhibit file".into(),
             Self::Inhibited(why) => format!("has an inhibit file: {why}"),
+            Self::Recalled { what, at } => {
+                let ago = now.duration_since(*at).unwrap_or_default().as_secs_f64();
+                format!("{}; that was {} ago, it is to be asked again", what.describe(now), span(ago))
+            }
             Self::Outranked { later: Some(later), .. } if *later >= 0.05 => {
                 format!("would be done {} later than the best one", span(*later))
             }

@@ -46,8 +46,8 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(15);
 /// An account that has no shell for us is left alone for so long.
 const MUTE: Duration = Duration::from_secs(600);
-/// What is older is forgotten. Nobody believes it any more, however seldom machines are asked.
-const KEPT: Duration = Duration::from_secs(3600);
+/// What is older is forgotten. Until then a machine that was short of something is asked before it gets a build.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
 /// Machines beyond so many are not looked at: each costs a thread.
 const MOST_WATCHED: usize = 512;
 /// How long shells may take to be ended at the end.
@@ -221,14 +221,22 @@ impl Sampler {
                 }
                 Err(silence) => {
                     tracing::debug!(key = news.key, reason = silence.describe(), "no sample of a machine");
+                    let is_old = self
+                        .samples
+                        .of(&news.key)
+                        .is_none_or(|entry| now.duration_since(entry.sample.at).is_ok_and(|age| age > MUTE));
                     let is_mute = match silence {
                         // One that was only slow, or is, has answered before.
-                        Silence::NoShell => self.samples.of(&news.key).is_none(),
+                        Silence::NoShell => is_old,
                         Silence::NoLastingSession(_) => true,
                         Silence::NoSession(_) | Silence::Lost => false,
                     };
                     if is_mute {
                         self.samples.put_mute(&news.key, now);
+                        if is_old {
+                            // What it was short of then would be held against it for ever.
+                            self.samples.remove(&news.key);
+                        }
                         is_new = true;
                     }
                 }

@@ -108,6 +108,11 @@ impl Samples {
         self.mute.insert(key.to_owned(), since);
     }
 
+    /// Forgets what a machine said.
+    pub(super) fn remove(&mut self, key: &str) {
+        self.machines.remove(key);
+    }
+
     /// Forgets what is older.
     pub(super) fn forget(&mut self, before: SystemTime) {
         self.machines.retain(|_, entry| entry.sample.at >= before);

@@ -54,23 +54,29 @@ impl Hook<'_> {
     }
 
     /// When the last decision has been answered: tells what is new of the machines that it left alone, and has those
-    /// tried again for which it is time, or asked that Nix could not wait for. Those that are short of something are to be looked at further.
+    /// tried again for which it is time, or asked that Nix could not wait for. Those that are short of something are to be
+    /// looked at further. That takes a connection, and the sampler makes none, so it is made here if it has ended.
     pub(super) fn attend(&self, failed: &Failed) {
         self.tell_of_network();
         for index in self.memory.short() {
             self.reach.note_wanted(&self.machines[index]);
         }
-        let unasked = self.memory.unasked();
+        let (unasked, recalled) = (self.memory.unasked(), self.memory.recalled());
+        if !recalled.is_empty() {
+            self.interest.show();
+        }
         let mut ailing = self.memory.left_alone();
         ailing.extend(failed.keys());
-        ailing.extend(&unasked);
+        ailing.extend(unasked.iter().chain(&recalled));
         ailing.sort_unstable();
         ailing.dedup();
         let mut most = MOST_ASKED;
         for index in ailing {
             let machine = &self.machines[index];
             let Some(known) = self.reach.ailing(machine, SystemTime::now()) else {
-                if most > 0 && unasked.contains(&index) && !self.asking.is_under_way(index) {
+                let is_to_be_seen = recalled.contains(&index) && !self.reach.is_warm(machine);
+                let is_unasked = unasked.contains(&index) && !self.asking.is_under_way(index);
+                if most > 0 && (is_unasked || is_to_be_seen) {
                     most -= 1;
                     self.reach.try_again(machine);
                 }

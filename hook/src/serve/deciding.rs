@@ -96,9 +96,18 @@ impl Memory {
     pub(super) fn short(&self) -> Vec<usize> {
         let latest = self.latest.borrow();
         let refusals = latest.iter().flat_map(|decision| decision.refusals());
-        let short =
-            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_)));
+        let short = refusals.filter(|(_, refusal)| {
+            matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_) | Refusal::Recalled { .. })
+        });
         short.map(|(index, _)| index).collect()
+    }
+
+    /// Those of them that are to be asked before they get a build.
+    pub(super) fn recalled(&self) -> HashSet<usize> {
+        let latest = self.latest.borrow();
+        let refusals = latest.iter().flat_map(|decision| decision.refusals());
+        let recalled = refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Recalled { .. }));
+        recalled.map(|(index, _)| index).collect()
     }
 
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.

@@ -221,6 +221,7 @@ fn word(refusal: &Refusal) -> (&'static str, Mood) {
             Withholding::Drained => ("drained", Mood::Withheld),
             Withholding::Disabled => ("disabled", Mood::Withheld),
         },
+        Refusal::Recalled { what, .. } => word(what),
         Refusal::Inhibited(_) => ("inhibited", Mood::Withheld),
         Refusal::Short { of: Resource::Disk, .. } => ("short of disk", Mood::Ill),
         Refusal::Short { of: Resource::Inodes, .. } => ("short of inodes", Mood::Ill),

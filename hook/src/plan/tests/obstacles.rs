@@ -40,6 +40,33 @@ fn a_machine_that_is_short_of_something_gets_nothing_even_if_it_is_the_only_one(
 }
 
 #[test]
+fn a_machine_that_was_short_of_something_is_asked_before_it_gets_a_build_again() {
+    let machines = [machine("a", 1, 1.0)];
+    let at = NOW - Duration::from_secs(3600);
+    let short = |sample: &mut Sample| (sample.at, sample.disk_free) = (at, Some(1 << 20));
+    let decide = |rules: &Rules, known: Known| decide_with(rules, &Work::default(), &machines, &[known]);
+    let rules = Rules::default();
+    let recalled = decide(&rules, with_sample(idle(), short));
+    assert_eq!((&recalled.verdict, recalled.because), (&Verdict::Postpone(vec![0]), Because::Obstacles));
+    let said =
+        "short of disk: 1.0 MiB left, 1.0 GiB are the least; that was 60 min ago, it is to be asked again";
+    assert_eq!(recalled.standings[0].refusal.as_ref().unwrap().describe(NOW), said);
+    let fresh = decide(&rules, with_sample(idle(), |sample| sample.disk_free = Some(1 << 20)));
+    let gist = |decision: &Decision| crate::plan::telling::gist(decision, &request());
+    assert_eq!(gist(&recalled), gist(&fresh), "nobody is told twice");
+    let inhibited = |sample: &mut Sample| (sample.at, sample.inhibited) = (at, Some("a talk".into()));
+    assert!(matches!(
+        refusals(&decide(&rules, with_sample(idle(), inhibited)))[0].1,
+        Refusal::Recalled { .. }
+    ));
+    // What was good then is no reason to ask, and nobody asks where that is set.
+    let stale = with_sample(idle(), |sample| (sample.at, sample.disk_free) = (at, Some(1 << 40)));
+    assert_eq!(decide(&rules, stale).verdict, Verdict::Accept(0));
+    let never = Rules { looks_again: false, ..Rules::default() };
+    assert_eq!(decide(&never, with_sample(idle(), short)).verdict, Verdict::Accept(0));
+}
+
+#[test]
 fn the_machines_owner_has_the_last_word() {
     let machines = [machine("a", 1, 1.0), machine("b", 1, 1.0)];
     let inhibited = with_sample(idle(), |sample| sample.inhibited = Some("a talk".into()));
