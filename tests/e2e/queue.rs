@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fs};
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Running, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, Running, World, drv, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{
@@ -321,6 +321,52 @@ fn one_that_is_held_back_waits_behind_others_for_no_longer_than_it_is_to() {
     }
     for build in [fastgate, long, only] {
         build.wait().assert_success();
+    }
+}
+
+#[test]
+fn a_build_that_waits_says_so_and_where_it_is_built_in_the_end() {
+    let world = World::new();
+    let (mac, pi) = (world.builder("mac").start(), world.builder("pi").start());
+    for release in Release::ALL {
+        let name = |name: &str| format!("{name}-{}", release.name());
+        let client = plan(&world)
+            .named(release.name())
+            .release(release)
+            .uses(&mac, "ssh-ng", 1)
+            .uses(&pi, "ssh-ng", 1)
+            .start();
+        client.write("/etc/nix/offload.toml", NO_SAMPLES);
+        let gates = [name("one"), name("two")];
+        let running = gates.each_ref().map(|gate| {
+            let running = client.spawn_nix_build(&gated(gate), &["-j0"]);
+            wait_until("a machine is full", SOON, || !begun_on(&client, gate).is_empty());
+            running
+        });
+        let [first, second] = ["first", "second"].map(|it| {
+            let waits = client.spawn_nix_build(&gated(&name(it)), &["-j0"]);
+            let said = ".drv' waits for a slot of ssh-ng://mac, ssh-ng://pi";
+            wait_until("it says so", SOON, || waits.stderr_so_far().contains(said));
+            waits
+        });
+        let queued = second.stderr_so_far();
+        assert!(queued.contains("ssh-ng://pi, and so does 1 other build\n"), "{queued}");
+        // Nix has said that both are built on the first of the list.
+        let on_pi = gates.iter().position(|gate| begun_on(&client, gate) == ["pi"]).unwrap();
+        open(&client, &gates[on_pi]);
+        wait_for_begin(&client, &name("first"), &["pi"]);
+        open(&client, &gates[1 - on_pi]);
+        wait_for_begin(&client, &name("second"), &["mac"]);
+        for it in ["first", "second"] {
+            open(&client, &name(it));
+        }
+        let (first, second) = (first.wait(), second.wait());
+        first
+            .assert_success()
+            .assert_stderr_has(&format!("-{}.drv' on 'ssh-ng://pi' instead\n", name("first")));
+        first.assert_stderr_lacks("other build");
+        second.assert_success().assert_stderr_lacks("instead");
+        running.into_iter().for_each(|running| drop(running.wait().assert_success()));
     }
 }
 

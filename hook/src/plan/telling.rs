@@ -133,6 +133,12 @@ pub fn size(number: u64) -> String {
     bytes(number as f64)
 }
 
+/// The names of machines by their indexes, at most three of them.
+pub fn names(machines: &[Machine], indexes: &[usize]) -> String {
+    let name = |index: &usize| machines.get(*index).map_or("?", |machine| machine.name.as_str());
+    short_list(&indexes.iter().map(name).collect::<Vec<_>>())
+}
+
 /// At most three names.
 fn short_list(names: &[&str]) -> String {
     match names {
@@ -147,7 +153,7 @@ fn short_list(names: &[&str]) -> String {
 /// The answer in one sentence.
 pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
     let name = |index: &usize| machines.get(*index).map_or("?", |machine| machine.name.as_str());
-    let names = |indexes: &[usize]| short_list(&indexes.iter().map(name).collect::<Vec<_>>());
+    let names = |indexes: &[usize]| names(machines, indexes);
     let why = match decision.because {
         Because::Best => match decision.order {
             Order::Estimate => "it would be done soonest",

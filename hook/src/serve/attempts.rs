@@ -53,14 +53,19 @@ impl Hook<'_> {
         let derivation = candidate.request.drv_path.as_str();
         let mut tried = Vec::new();
         let mut was_moved = false;
-        let mut next = match accepted {
-            Accepted::Now(chosen) => Some(*chosen),
-            Accepted::Waiting(place) => self.wait_in(candidate, &mut failed, place),
+        // Where the user was told that it is built, by Nix at first.
+        let (mut told, mut next) = match accepted {
+            Accepted::Now(chosen) => (chosen.index, Some(*chosen)),
+            Accepted::Waiting(named, place) => (named, self.wait_in(candidate, &mut failed, place)),
         };
         let mut cut_off: Option<Instant> = None;
         while let Some(current) = next.take() {
             let index = current.index;
             let name = self.machines[index].name.as_str();
+            if index != std::mem::replace(&mut told, index) {
+                let text = format!("building '{derivation}' on '{name}' instead");
+                self.nix.message(Verbosity::Info, &text);
+            }
             let done = catch_unwind(AssertUnwindSafe(|| {
                 let outlook = (!was_moved).then(|| self.outlook(candidate, index, &failed)).flatten();
                 self.build_on(candidate, current, job, outlook.as_ref())
@@ -79,6 +84,7 @@ impl Hook<'_> {
                 }
                 Attempt::Moved(chosen) => {
                     was_moved = true;
+                    told = chosen.index;
                     next = Some(*chosen);
                 }
                 Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
@@ -113,6 +119,7 @@ impl Hook<'_> {
                     }
                     next = self.choose_again(candidate, Stage::Again, &mut failed);
                     if let Some(next) = &next {
+                        told = next.index;
                         let name = &self.machines[next.index].name;
                         let text = format!("building '{derivation}' on '{name}' instead");
                         self.nix.message(Verbosity::Warn, &text);

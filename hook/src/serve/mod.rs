@@ -217,8 +217,8 @@ enum Answer {
 enum Accepted {
     /// On a machine with a free slot.
     Now(Box<Chosen>),
-    /// To wait here for a slot.
-    Waiting(Place),
+    /// To wait here for a slot. Nix was named the machine of this index.
+    Waiting(usize, Place),
 }
 
 /// How far a build has come that a machine is chosen for.
@@ -387,10 +387,10 @@ impl<'a> Hook<'a> {
             }
             (Verdict::Wait(machines), _) => {
                 match (machines.first(), self.place_in_queue(&candidate, &machines)) {
-                    // The first is named to Nix, which cannot be told otherwise later.
+                    // The first is named to Nix, which cannot be told otherwise later; the user can.
                     (Some(first), Some(place)) => {
                         let reply = Reply::Accept { machine: name(*first) };
-                        Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(place))
+                        Answer::Ours(reply, Box::new(candidate), Accepted::Waiting(*first, place))
                     }
                     _ => Answer::Reply(Reply::Postpone),
                 }

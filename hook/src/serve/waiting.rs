@@ -4,7 +4,7 @@
 
 use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::derivation;
-use crate::plan::{Because, Verdict, turn};
+use crate::plan::{Because, Verdict, telling, turn};
 use crate::queue::{self, Place, Turn, Wish};
 use crate::slots::{SlotError, Watch};
 use crate::state::Times;
@@ -79,6 +79,9 @@ impl Hook<'_> {
         place: Option<Place>,
     ) -> Option<Chosen> {
         let begin = Instant::now();
+        if place.is_some() {
+            self.tell_that_it_waits(candidate);
+        }
         let holds_back =
             || self.memory.latest().as_ref().is_some_and(|latest| latest.because == Because::HeldBack);
         let mut is_held_back = holds_back();
@@ -149,6 +152,27 @@ impl Hook<'_> {
                 None => thread::sleep(LOOK_AGAIN),
             }
         }
+    }
+
+    /// Nix says that a build is being done as soon as it is accepted.
+    fn tell_that_it_waits(&self, candidate: &Candidate) {
+        let latest = self.memory.latest();
+        let Some(decision) = latest.as_ref() else { return };
+        let (Verdict::Wait(machines) | Verdict::Postpone(machines)) = &decision.verdict else { return };
+        if !matches!(decision.because, Because::Full | Because::HeldBack) {
+            // There is more to say, which is told elsewhere.
+            return;
+        }
+        let (waiting, slots) = (self.queue.waiting(), telling::names(self.machines, machines));
+        let most = machines.iter().map(|index| waiting.all_of(&self.machines[*index].name)).max();
+        // Its own place is one of them.
+        let others = match most.unwrap_or(0).saturating_sub(1) {
+            0 => String::new(),
+            1 => ", and so does 1 other build".to_owned(),
+            others => format!(", and so do {others} other builds"),
+        };
+        let text = format!("'{}' waits for a slot of {slots}{others}", candidate.request.drv_path);
+        self.nix.message(Verbosity::Info, &text);
     }
 
     /// None also if a build that is held back has been that for long enough.
