@@ -10,7 +10,7 @@ mod told;
 mod withheld;
 
 pub use asked::{Asked, Times};
-pub use decided::{Decided, Last};
+pub use decided::{Decided, End, Last, Trial};
 pub use history::{History, Record};
 pub use told::Told;
 pub use withheld::{Entry, Withholdings};

@@ -1,9 +1,9 @@
 //! What people are told of the choice: `explain`, and the table where nothing fits.
 
-use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv};
+use harness::{Client, ClientPlan, Hook, Mode, OURS, Output, Release, World, drv, wait_until};
 use serde_json::Value;
 
-use crate::support::{NO_SAMPLES, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, gated, open, wait_for_begin};
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
@@ -199,7 +199,8 @@ fn what_was_decided_last_is_told_with_its_time() {
         client.nix_build(&drv::where_built("built"), &["-j0"]).assert_success();
         let told = last(&built);
         let text = told.assert_success().stdout();
-        assert!(text.starts_with(&format!("{built}\ndecided on 20")), "{text}");
+        assert!(text.starts_with(&format!("{built}\nbuilt on ssh-ng://mac ")), "{text}");
+        assert!(text.contains("\ndecided on 20"), "{text}");
         assert!(text.contains(" ago:\n  to be built on ssh-ng://mac: "), "{text}");
         let needs = drv::expression(r#"d "needs" "" { requiredSystemFeatures = [ "no-such" ]; }"#);
         let declined = instantiated(&client, &needs);
@@ -217,6 +218,43 @@ fn what_was_decided_last_is_told_with_its_time() {
             refused.assert_stderr_has(&format!("hint: run: sudo nix-offload explain --last {built}\n"));
         }
     }
+}
+
+#[test]
+fn the_last_word_on_a_build_is_where_it_was_built_and_not_where_it_was_to_be() {
+    let world = World::new();
+    let (small, mut off) = (world.builder("small").start(), world.builder("off").start());
+    let client = plan(&world)
+        .knows(&small)
+        .knows(&off)
+        .machines("ssh-ng://small x86_64-linux - 2 1\nssh-ng://off x86_64-linux - 2 2")
+        .start();
+    off.stop_sshd();
+    let told = |expression: &str| {
+        let drv_path = instantiated(&client, expression);
+        let output = client.nix_offload(&["explain", "--last", &drv_path]);
+        let text = output.assert_success().stdout().strip_prefix(&format!("{drv_path}\n")).unwrap();
+        let json = client.nix_offload(&["explain", "--last", "--json", &drv_path]);
+        (text.to_owned(), self::json(json.assert_success())["trials"].clone())
+    };
+    let running = client.spawn_nix_build(&gated("a"), &["-j0"]);
+    wait_for_begin(&client, "a", &["small"]);
+    wait_until("it is known to run", SOON, || told(&gated("a")).0.starts_with("begun on ssh-ng://small "));
+    open(&client, "a");
+    running.wait().assert_success();
+    let (text, trials) = told(&gated("a"));
+    assert!(text.starts_with("built on ssh-ng://small "), "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[1].starts_with("  before that: not built on ssh-ng://off "), "{text}");
+    assert!(lines[1].contains("connection refused") && lines[2].starts_with("decided on "), "{text}");
+    let of =
+        |trial: usize| (trials[trial]["machine"].as_str().unwrap(), trials[trial]["end"].as_str().unwrap());
+    assert_eq!([of(0), of(1)], [("ssh-ng://off", "given-up"), ("ssh-ng://small", "built")], "{trials}");
+    assert_eq!(trials.as_array().unwrap().len(), 2, "{trials}");
+    let failing = drv::failing("b", "no good", 3);
+    client.nix_build(&failing, &["-j0"]).assert_failure();
+    let (text, _) = told(&failing);
+    assert!(text.starts_with("failed on ssh-ng://small ") && text.contains("exit code 3"), "{text}");
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::plan::{
 };
 use crate::reach::Reach;
 use crate::slots::Slots;
-use crate::state::{Asked, Decided, History, Withholdings};
+use crate::state::{Asked, Decided, End, History, Trial, Withholdings};
 use crate::store::{Location, Query};
 use crate::survey::{self, Needs, Survey};
 use crate::vantage::{Vantage, VantageError};
@@ -143,27 +143,49 @@ pub fn explain(wish: &Wish, as_json: bool) -> Result<u8, ExplainError> {
 
 /// What was decided last about a derivation.
 fn last(drv_path: &str, decided: &Decided, now: SystemTime) -> Told {
-    let kept = decided.last(drv_path).map(|last| (last.time(), last.ranking, "state"));
-    let noted = || journal::last(drv_path).map(|noted| (noted.at, noted.text, "journal"));
-    let Some((at, told, source)) = kept.or_else(noted) else {
+    let kept = decided.last(drv_path).map(|last| (last.time(), last.ranking, last.trials, "state"));
+    let noted = || journal::last(drv_path).map(|noted| (noted.at, noted.text, Vec::new(), "journal"));
+    let Some((at, told, trials, source)) = kept.or_else(noted) else {
         return Told {
             text: format!("{drv_path}\n  nothing is kept of a decision about it, nor is it in the journal\n"),
-            json: json!({ "derivation": drv_path, "at": null, "source": null, "text": null }),
+            json: json!({ "derivation": drv_path, "at": null, "source": null, "text": null, "trials": [] }),
             is_nothing: true,
         };
     };
     let when = format!("decided on {}, {} ago", local_time::text(at), local_time::ago(at, now));
     let from = if source == "journal" { ", from the journal" } else { "" };
     Told {
-        text: format!("{drv_path}\n{when}{from}:\n{}", indented(&told)),
+        text: format!("{drv_path}\n{}{when}{from}:\n{}", outcome(&trials, now), indented(&told)),
         json: json!({
             "derivation": drv_path,
             "at": at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             "source": source,
             "text": told,
+            "trials": trials,
         }),
         is_nothing: false,
     }
+}
+
+/// What came of it: the last word first, then where it was tried before that.
+fn outcome(trials: &[Trial], now: SystemTime) -> String {
+    let mut text = String::new();
+    for (number, trial) in trials.iter().rev().enumerate() {
+        let Trial { machine, end, text: how, .. } = trial;
+        let ago = local_time::ago(trial.time(), now);
+        let before = if number == 0 { "" } else { "  before that: " };
+        // Writing to a String cannot fail.
+        let _ = match end {
+            End::Open => {
+                writeln!(text, "{before}begun on {machine} {ago} ago; it runs, or was stopped without a word")
+            }
+            End::Built => writeln!(text, "{before}built on {machine} {ago} ago: {how}"),
+            End::Failed => writeln!(text, "{before}failed on {machine} {ago} ago: {how}"),
+            End::GivenUp => writeln!(text, "{before}not built on {machine} {ago} ago: {how}"),
+            End::Moved => writeln!(text, "{before}stopped on {machine} {ago} ago, to begin anew elsewhere"),
+        };
+    }
+    text
 }
 
 /// Everything that a decision is made from.

@@ -7,10 +7,12 @@ use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, S
 use crate::job::{Blame, JobError, Report, Task};
 use crate::lease::Lease;
 use crate::plan::machine::Machine;
+use crate::plan::telling;
 use crate::plan::trust::{self, Way};
 use crate::reach::ReachError;
 use crate::sending::Sending;
 use crate::slots::Held;
+use crate::state::End;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,8 +27,8 @@ const CUT_OFF_PAUSE: Duration = Duration::from_secs(2);
 
 /// How trying one machine for an accepted build ended.
 enum Attempt {
-    /// The outputs are valid here.
-    Done,
+    /// The outputs are valid here; how that came.
+    Done(String),
     /// The build failed, with this exit status and text; no other machine is to be tried.
     Final(u8, String),
     /// The machine is not to have this build, which has been told; another may do it.
@@ -39,6 +41,20 @@ enum Attempt {
     CutOff { had_network: bool },
     /// Another machine would be done much sooner, so the build was ended where it was.
     Moved(Box<Chosen>),
+}
+
+impl Attempt {
+    /// The same for those who ask later.
+    fn outcome(&self) -> (End, &str) {
+        match self {
+            Self::Done(how) => (End::Built, how),
+            Self::Final(_, text) => (End::Failed, text),
+            Self::Elsewhere(text) | Self::Unreachable(text) => (End::GivenUp, text),
+            Self::Asleep => (End::GivenUp, "it was down, and is being woken"),
+            Self::CutOff { .. } => (End::GivenUp, "this client had no network"),
+            Self::Moved(_) => (End::Moved, ""),
+        }
+    }
 }
 
 impl Hook<'_> {
@@ -73,9 +89,12 @@ impl Hook<'_> {
             let attempt = done.unwrap_or_else(|_| {
                 Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
+            let (end, how) = attempt.outcome();
+            self.note_trial(candidate, index, end, how);
+            self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
             let is_for_good = matches!(attempt, Attempt::Elsewhere(_));
             match attempt {
-                Attempt::Done => return exit::OK,
+                Attempt::Done(_) => return exit::OK,
                 Attempt::Final(status, text) => {
                     let text = format!("build of '{derivation}' on '{name}' failed: {text}");
                     tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
@@ -135,7 +154,7 @@ impl Hook<'_> {
         };
         let text = format!("error: '{derivation}' could not be built on any machine{tried}");
         tracing::error!(derivation, reason = plain(&text), "failed");
-        self.memory.keep_latest(derivation, self.machines);
+        self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
         self.nix.message(Verbosity::Error, &text);
         exit::FAILURE
     }
@@ -160,7 +179,8 @@ impl Hook<'_> {
             if let Some(slot) = slot {
                 self.say(candidate, slot, pace);
             }
-            self.memory.keep_latest(derivation, self.machines);
+            self.note_trial(candidate, index, End::Open, "");
+            self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
             self.interest.show();
         };
         let calls_off = |ran: Duration| outlook.is_some_and(|outlook| outlook.finds(ran));
@@ -264,7 +284,10 @@ impl Hook<'_> {
                         let seconds = report.build.as_secs_f64();
                         self.memory.built(&candidate.drv, seconds, pace, report.fetched_bytes);
                     }
-                    return Attempt::Done;
+                    return Attempt::Done(match report.was_built {
+                        true => format!("in {}", telling::seconds(report.build.as_secs_f64())),
+                        false => "its outputs were there already".to_owned(),
+                    });
                 }
                 Err(error) => error,
             };

@@ -8,7 +8,7 @@ use crate::plan::machine::Machine;
 use crate::plan::{self, Decision, Health, Known, Load, Policy, Question, Refusal, Verdict, Work, telling};
 use crate::reach::Reach;
 use crate::slots::{Held, Holder, SlotError};
-use crate::state::{self, Asked, Decided, History, Times, Told};
+use crate::state::{self, Asked, Decided, End, History, Times, Told, Trial};
 use crate::survey::{self, Needs, Survey};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
@@ -28,6 +28,8 @@ pub(super) struct Memory {
     told: Told,
     /// The last decision of this process, until it is kept.
     latest: RefCell<Option<Rc<Decision>>>,
+    /// The derivation, the ranking and the time of that which was kept last.
+    kept: RefCell<Option<(String, String, SystemTime)>>,
 }
 
 impl Memory {
@@ -36,7 +38,7 @@ impl Memory {
         let history = state.as_deref().map(History::at);
         let decided = state.as_deref().map(Decided::at);
         let (asked, told) = (Asked::at(reach.directory()), Told::at(reach.directory()));
-        Self { state, history, decided, asked, told, latest: RefCell::default() }
+        Self { state, history, decided, asked, told, latest: RefCell::default(), kept: RefCell::default() }
     }
 
     /// When Nix first asked for this derivation, and since when there are obstacles.
@@ -69,10 +71,15 @@ impl Memory {
         self.told.is_first(what)
     }
 
-    /// Keeps the last decision, about this derivation, for `explain --last`.
-    pub(super) fn keep_latest(&self, drv_path: &str, machines: &[Machine]) {
-        if let (Some(decided), Some(decision)) = (&self.decided, self.latest.take()) {
-            decided.note(drv_path, &telling::ranking(&decision, machines), decision.at);
+    /// Keeps the last decision, about this derivation, for `explain --last`, and what came of it.
+    pub(super) fn keep_latest(&self, drv_path: &str, machines: &[Machine], trials: &[Trial]) {
+        let Some(decided) = &self.decided else { return };
+        let mut kept = self.kept.borrow_mut();
+        if let Some(decision) = self.latest.take() {
+            *kept = Some((drv_path.to_owned(), telling::ranking(&decision, machines), decision.at));
+        }
+        if let Some((_, ranking, at)) = kept.as_ref().filter(|(of, ..)| of == drv_path) {
+            decided.note(drv_path, ranking, trials, *at);
         }
     }
 
@@ -244,6 +251,14 @@ impl Hook<'_> {
             since: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
             expected: candidate.work.duration.map(|seconds| seconds / pace),
         });
+    }
+
+    /// Notes how the build fares on a machine, in the place of what was open there.
+    pub(super) fn note_trial(&self, candidate: &Candidate, index: usize, end: End, text: &str) {
+        let mut trials = candidate.trials.borrow_mut();
+        let trial = Trial::new(&self.machines[index].name, end, text, SystemTime::now());
+        trials.retain(|other| other.end != End::Open && other.machine != trial.machine);
+        trials.push(trial);
     }
 
     pub(super) fn log_decision(&self, candidate: &Candidate, decision: &Rc<Decision>) {

@@ -28,7 +28,7 @@ use crate::queue::{self, Place, Queue, QueueError, Wish};
 use crate::reach::{Reach, ReachError, ReachSetupError, Reached};
 use crate::sampler::Interest;
 use crate::slots::{Held, SlotError, Slots};
-use crate::state::Times;
+use crate::state::{End, Times, Trial};
 use crate::stock::Stock;
 use crate::store::{Location, LocationError};
 use crate::survey;
@@ -167,6 +167,8 @@ struct Candidate {
     obstructed: Cell<Option<SystemTime>>,
     /// When that was.
     looked: Cell<Option<Moment>>,
+    /// How it fared on machines so far; the last word on each.
+    trials: RefCell<Vec<Trial>>,
     /// What speaks against a machine for this build only, by its index.
     unfit: RefCell<Failed>,
     drv_path: StorePath,
@@ -339,7 +341,7 @@ impl<'a> Hook<'a> {
                         self.interest.show();
                     }
                     if is_first {
-                        self.memory.keep_latest(&drv_path, self.machines);
+                        self.memory.keep_latest(&drv_path, self.machines, &[]);
                     }
                 }
                 Answer::Ours(_, candidate, accepted) => {
@@ -406,7 +408,7 @@ impl<'a> Hook<'a> {
                     self.tell_what_is_missing(&request, &self.local);
                     if !self.local.could_build(&request) {
                         // Nix may end us as soon as it has the answer.
-                        self.memory.keep_latest(&request.drv_path, self.machines);
+                        self.memory.keep_latest(&request.drv_path, self.machines, &candidate.trials.borrow());
                     }
                 }
                 Answer::from(answer)
@@ -423,6 +425,7 @@ impl<'a> Hook<'a> {
             has_run: Cell::new(false),
             obstructed: Cell::new(times.obstructed),
             looked: Cell::new(None),
+            trials: RefCell::default(),
             unfit: RefCell::default(),
             drv_path: path,
             drv,
@@ -504,6 +507,9 @@ impl<'a> Hook<'a> {
                         return Ok((Verdict::Postpone(vec![index]), None));
                     }
                     continue;
+                }
+                if !error.is_no_network() {
+                    self.note_trial(candidate, index, End::GivenUp, &text);
                 }
                 match error {
                     ReachError::Distrust(_) => {

@@ -1,4 +1,4 @@
-//! The last decision about each derivation, for people who ask later.
+//! The last decision about each derivation and what came of it, for people who ask later.
 
 use super::Ledger;
 use serde::{Deserialize, Serialize};
@@ -16,13 +16,66 @@ pub struct Last {
     at: u64,
     /// The ranking as it was told then.
     pub ranking: String,
+    /// Where it was tried since Nix asked for it, in the order of time.
+    #[serde(default)]
+    pub trials: Vec<Trial>,
+}
+
+/// How a build fared on one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trial {
+    /// Seconds since 1970.
+    at: u64,
+    /// The machine's name.
+    pub machine: String,
+    /// How it ended.
+    pub end: End,
+    /// One line more of that; may be empty.
+    pub text: String,
+}
+
+/// How it ended on one machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum End {
+    /// It has not, as far as is known.
+    Open,
+    /// The outputs are here.
+    Built,
+    /// The build itself failed.
+    Failed,
+    /// The machine could not be used, or lost the build.
+    GivenUp,
+    /// It was stopped there to begin anew on a better machine.
+    Moved,
 }
 
 impl Last {
     /// When it was.
     pub fn time(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_secs(self.at.min(u32::MAX.into()))
+        time(self.at)
     }
+}
+
+impl Trial {
+    /// The first line of `text` is kept.
+    pub fn new(machine: &str, end: End, text: &str, now: SystemTime) -> Self {
+        let text = text.lines().next().unwrap_or_default().to_owned();
+        Self { at: seconds(now), machine: machine.to_owned(), end, text }
+    }
+
+    /// When it ended, or began if it has not ended.
+    pub fn time(&self) -> SystemTime {
+        time(self.at)
+    }
+}
+
+fn seconds(at: SystemTime) -> u64 {
+    at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+fn time(seconds: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(seconds.min(u32::MAX.into()))
 }
 
 impl Decided {
@@ -36,10 +89,11 @@ impl Decided {
         serde_json::from_str(&self.0.get(drv_path)?).ok()
     }
 
-    /// Keeps a decision. That it cannot be kept only leaves somebody without an answer.
-    pub fn note(&self, drv_path: &str, ranking: &str, now: SystemTime) {
-        let at = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        if let Ok(text) = serde_json::to_string(&Last { at, ranking: ranking.to_owned() }) {
+    /// Keeps a decision that was made at a time, and what came of it. That it cannot be kept only leaves somebody without
+    /// an answer.
+    pub fn note(&self, drv_path: &str, ranking: &str, trials: &[Trial], at: SystemTime) {
+        let last = Last { at: seconds(at), ranking: ranking.to_owned(), trials: trials.to_vec() };
+        if let Ok(text) = serde_json::to_string(&last) {
             let _ = self.0.put(drv_path, &text);
         }
     }
@@ -55,9 +109,14 @@ mod tests {
         let decided = Decided::at(directory.path());
         assert_eq!(decided.last("/nix/store/x.drv"), None);
         let now = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
-        decided.note("/nix/store/x.drv", "first", now);
-        decided.note("/nix/store/x.drv", "1. mac\n\tsecond \"line\"\n", now);
+        decided.note("/nix/store/x.drv", "first", &[], now);
+        let trials = [Trial::new("mac", End::GivenUp, "refused\nhint", now)];
+        decided.note("/nix/store/x.drv", "1. mac\n\tsecond \"line\"\n", &trials, now);
         let last = decided.last("/nix/store/x.drv").unwrap();
         assert_eq!((last.time(), last.ranking.as_str()), (now, "1. mac\n\tsecond \"line\"\n"));
+        assert_eq!((last.trials[0].text.as_str(), last.trials[0].time()), ("refused", now));
+        // As it was kept before there were trials.
+        decided.0.put("/nix/store/y.drv", r#"{"at":1700000000,"ranking":"x"}"#).unwrap();
+        assert_eq!(decided.last("/nix/store/y.drv").unwrap().trials, []);
     }
 }
