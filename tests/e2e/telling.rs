@@ -50,7 +50,7 @@ fn what_is_explained_is_what_is_then_done() {
             .named(release.name())
             .release(release)
             .uses(&mac, "ssh-ng", 1)
-            .machines("ssh-ng://pi x86_64-linux - 1 0.5\n")
+            .machines("ssh-ng://pi x86_64-linux - 1 0.25\n")
             .knows(&pi)
             .start();
         client.write("/etc/nix/offload.toml", NO_SAMPLES);
@@ -59,6 +59,11 @@ fn what_is_explained_is_what_is_then_done() {
         let build = client.spawn_nix_build(&gated(&held), &["-j0"]);
         wait_for_begin(&client, &held, &["mac"]);
         assert_agrees(&client, &name("busy"), "pi");
+        // Of a slot that Nix's own hook has it is not known how long it will be taken.
+        client.run("truncate -s 0 /nix/var/nix/current-load/*mac*");
+        let told = explained(&client, &instantiated(&client, &drv::where_built(&name("busier"))));
+        let answer = told["answer"].as_str().unwrap();
+        assert!(answer.contains("ssh-ng://mac would be sooner, but it is full"), "{told}");
         client.nix_offload(&["drain", "pi"]).assert_success();
         let waiting = instantiated(&client, &drv::trivial(&name("waiting")));
         let told = explained(&client, &waiting);

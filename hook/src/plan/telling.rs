@@ -154,10 +154,21 @@ fn short_list(names: &[&str]) -> String {
 pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
     let name = |index: &usize| machines.get(*index).map_or("?", |machine| machine.name.as_str());
     let names = |indexes: &[usize]| names(machines, indexes);
+    let full = sooner_but_full(decision);
     let why = match decision.because {
-        Because::Best => match decision.order {
-            Order::Estimate => "it would be done soonest",
-            Order::Stock => "nothing is measured, and it is the least loaded for its speed",
+        Because::Best => match (decision.order, full.as_slice()) {
+            (Order::Estimate, []) => "it would be done soonest",
+            (Order::Estimate, full) => {
+                let are = if full.len() == 1 { "it is" } else { "they are" };
+                &format!(
+                    "it would be done soonest of those with a free slot; {} would be sooner, but {are} full",
+                    names(full)
+                )
+            }
+            (Order::Stock, []) => "nothing is measured, and it is the least loaded for its speed",
+            (Order::Stock, _) => {
+                "nothing is measured, and of those with a free slot it is the least loaded for its speed"
+            }
         },
         Because::HeldBack => "full, but still done sooner than any machine with a free slot",
         Because::Full => "all suitable machines are full or about to wake up",
@@ -181,6 +192,17 @@ pub fn answer(decision: &Decision, machines: &[Machine]) -> String {
         }
         Verdict::Decline => format!("left to Nix: {why}"),
     }
+}
+
+/// Machines that have no free slot and would be better than the one that is chosen; without measurements, all that have none.
+fn sooner_but_full(decision: &Decision) -> Vec<usize> {
+    let Verdict::Accept(chosen) = decision.verdict else { return Vec::new() };
+    let total =
+        |index: usize| decision.standings.get(index)?.estimate.as_ref().map(|estimate| estimate.total);
+    let is_better = |index: usize| decision.order == Order::Stock || total(index) < total(chosen);
+    let is_full = |refusal: &Refusal| matches!(refusal, Refusal::Full { slots, .. } if *slots > 0);
+    let full = decision.refusals().filter(|(index, refusal)| is_full(refusal) && is_better(*index));
+    full.map(|(index, _)| index).collect()
 }
 
 /// The answer, the ranking with the arithmetic of each estimate, and what keeps the other machines from it.
@@ -210,6 +232,10 @@ pub fn ranking(decision: &Decision, machines: &[Machine]) -> String {
                 writeln!(text, ", {} later", span(*later))
             }
             None | Some(Refusal::Outranked { .. }) => writeln!(text),
+            // How long that takes is not known.
+            Some(refusal @ Refusal::Full { .. }) if estimate.wait == 0.0 => {
+                writeln!(text, " once it has a slot; {}", refusal.describe(decision.at))
+            }
             Some(refusal) => writeln!(text, "; {}", refusal.describe(decision.at)),
         };
         has_assumed |= arithmetic(&mut text, estimate);

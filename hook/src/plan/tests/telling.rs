@@ -118,6 +118,32 @@ fn a_ranking_without_measurements_says_so() {
 }
 
 #[test]
+fn that_a_better_machine_is_full_is_the_reason_that_is_told() {
+    let machines = [machine("small", 1, 1.0), machine("big", 1, 2.0)];
+    let idle = |taken| Known { load: Load { taken }, ..idle() };
+    let told = |big: Known| {
+        let decision = decide_with(&Rules::default(), &Work::default(), &machines, &[idle(0), big]);
+        assert_eq!(decision.verdict, Verdict::Accept(0));
+        ranking(&decision, &machines)
+    };
+    let text = told(idle(1));
+    let answer = "to be built on ssh://small: it would be done soonest of those with a free slot; \
+                  ssh://big would be sooner, but it is full\n";
+    assert!(text.starts_with(answer), "{text}");
+    assert!(
+        text.contains("2. ssh://big  done in 15 s once it has a slot; full: 1 of 1 slots taken\n"),
+        "{text}"
+    );
+    // With the time until then it is known to be later, and no reason.
+    let text = told(Known { slot_wait: Some(60.0), ..idle(1) });
+    assert!(text.starts_with("to be built on ssh://small: it would be done soonest\n"), "{text}");
+    assert!(text.contains("2. ssh://big  done in 75 s; full: 1 of 1 slots taken\n"), "{text}");
+    let unmeasured = with_loads(&machines, &request(), &[0, 1]);
+    let said = ": nothing is measured, and of those with a free slot it is the least loaded for its speed\n";
+    assert!(ranking(&unmeasured, &machines).contains(said));
+}
+
+#[test]
 fn the_ranking_of_many_machines_is_short() {
     let mut machines = vec![machine("a", 1, 1.0); 50];
     machines[49].systems = set(&["aarch64-linux"]);
