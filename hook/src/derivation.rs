@@ -214,7 +214,7 @@ fn dependents(
 }
 
 /// The name of a derivation without the directory, the hash and the suffix.
-fn name_in(path: &str) -> &str {
+pub fn name_in(path: &str) -> &str {
     let base =
         path.rsplit_once('/').map_or(path, |(_, base)| base.split_once('-').map_or(base, |(_, name)| name));
     base.strip_suffix(".drv").unwrap_or(base)

@@ -17,6 +17,7 @@ use crate::store::{CycleError, DatabaseError, Location, Query, RestoreError};
 use crate::wire::hook::{Job, Verbosity, activity};
 use crate::wire::worker::{BuildResult, Options, Outcome};
 use nix_derivation::{Derivation, StorePath};
+use nix_offload_proxy::exit;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -330,10 +331,21 @@ impl Task<'_> {
         match permit {
             Permit::Held => {
                 let duration_ms = begin.elapsed().as_millis() as u64;
-                tracing::info!(builder = machine, duration_ms, "a shared slot");
+                tracing::info!(
+                    event = "a shared slot",
+                    builder = machine,
+                    duration_ms,
+                    "{machine} gave a shared slot after {} s",
+                    exit::seconds(begin.elapsed())
+                );
             }
             Permit::Without(reason) => {
-                tracing::warn!(builder = machine, reason, "no shared slots");
+                tracing::warn!(
+                    event = "no shared slots",
+                    builder = machine,
+                    reason,
+                    "{machine} cannot share its slots: {reason}"
+                );
                 let text = format!(
                     "warning: '{machine}' has no means to share its slots ({reason}): `shared-slots = {slots}` is \
                      without effect there"
@@ -341,7 +353,12 @@ impl Task<'_> {
                 self.nix.message(Verbosity::Warn, &text);
             }
             Permit::Unanswered(reason) => {
-                tracing::warn!(builder = machine, reason, "no shared slot yet");
+                tracing::warn!(
+                    event = "no shared slot yet",
+                    builder = machine,
+                    reason,
+                    "no shared slot of {machine} yet, the build goes on without: {reason}"
+                );
                 let text = format!(
                     "warning: '{machine}' gives none of its {slots} shared slots ({reason}), so '{}' goes on there \
                      without; if its account has no shell, `shared-slots` is of no use",

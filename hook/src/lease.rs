@@ -211,7 +211,11 @@ impl Keeper {
                     is_held = true;
                     self.reach.note_lease(&self.machine);
                     if was_held {
-                        tracing::warn!(builder, "a shared slot again");
+                        tracing::warn!(
+                            event = "a shared slot again",
+                            builder,
+                            "a shared slot of {builder} again"
+                        );
                     }
                 }
                 // Whoever gave the lease back does not listen any more, and the end is still to be seen.
@@ -224,9 +228,10 @@ impl Keeper {
             match ended {
                 Ok(Some(reason)) if was_held => {
                     return tracing::warn!(
+                        event = "no shared slot again",
                         builder,
                         reason,
-                        "no shared slot again: the build goes on without"
+                        "no shared slot of {builder} again, the build goes on without: {reason}"
                     );
                 }
                 Ok(Some(reason)) => return drop(self.say.send(Ok(Word::None(reason)))),
@@ -240,7 +245,12 @@ impl Keeper {
                 Err(error) if was_held => {
                     let reason = exit::reason(&error);
                     if is_held {
-                        tracing::warn!(builder, reason, "the shared slot was lost, taking one anew");
+                        tracing::warn!(
+                            event = "the shared slot was lost",
+                            builder,
+                            reason,
+                            "the shared slot of {builder} was lost, taking one anew: {reason}"
+                        );
                         // For whoever has not begun yet.
                         let _ = self.say.send(Ok(Word::Waiting));
                     } else {

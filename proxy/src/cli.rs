@@ -288,7 +288,14 @@ fn connect(args: ConnectArgs) -> Result<(), Failure> {
     let request = tunnel::Request { host, port, via, fdpass: args.fdpass, bound, wait };
     tunnel::run(&pool, &request).map_err(|error| {
         let report = exit::report(&error, None);
-        tracing::warn!(host = request.host, port = request.port, error = report, "no connection");
+        tracing::warn!(
+            event = "no connection",
+            host = request.host,
+            port = request.port,
+            error = report,
+            "{}",
+            exit::reason(&error)
+        );
         pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report), error.cure().as_deref());
         error.into()
     })

@@ -174,7 +174,9 @@ impl Memory {
             Ok(Some(file)) => Probe(file),
             Ok(None) => return None,
             Err(error) => {
-                tracing::warn!(path = %self.probe().display(), %error, "cannot tell who tries again");
+                let path = self.probe();
+                let path = path.display();
+                tracing::warn!(event = "cannot tell who tries again", %path, %error, "cannot tell who tries again by {path}: {error}");
                 return None;
             }
         };

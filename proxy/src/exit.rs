@@ -1,6 +1,6 @@
 //! How a command ends: one line for the error with its causes, one for the cure, and a code scripts can use.
 
-use std::{error::Error, fmt::Write};
+use std::{error::Error, fmt::Write, time::Duration};
 
 /// All went well.
 pub const OK: u8 = 0;
@@ -43,6 +43,17 @@ pub fn reason(error: &dyn Error) -> String {
     text.strip_prefix("error: ").unwrap_or(&text).to_owned()
 }
 
+/// The first line of a text, to be quoted in one line.
+pub fn first_line(text: &str) -> &str {
+    text.trim_start().lines().next().unwrap_or_default().trim_end_matches([' ', ';', ':'])
+}
+
+/// Seconds as people read them: rounded to a tenth, without a zero behind the point, and nothing only for nothing.
+pub fn seconds(time: Duration) -> String {
+    let tenths = (time.as_secs_f64() * 10.0).round().max(if time.is_zero() { 0.0 } else { 1.0 });
+    format!("{}", tenths / 10.0)
+}
+
 fn one_line(text: &str) -> String {
     text.split(['\n', '\r']).map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
@@ -68,6 +79,28 @@ mod tests {
             report(&error, Some("look\nagain")),
             "error: cannot open the door: no key: lost\nhint: look again"
         );
+    }
+
+    #[test]
+    fn seconds_are_rounded_to_a_tenth() {
+        let told = |seconds: f64| super::seconds(Duration::from_secs_f64(seconds));
+        for (seconds, text) in [
+            (4.99985, "5"),
+            (5.999_871_3, "6"),
+            (0.16, "0.2"),
+            (1.25, "1.3"),
+            (0.004, "0.1"),
+            (0.0, "0"),
+            (120.0, "120"),
+        ] {
+            assert_eq!(told(seconds), text, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn the_first_line_is_quoted_without_what_leads_to_the_next() {
+        assert_eq!(first_line("it failed;\nlast lines:\n> x"), "it failed");
+        assert_eq!(first_line(""), "");
     }
 
     #[test]

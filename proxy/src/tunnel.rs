@@ -416,7 +416,12 @@ fn serve(pool: &Pool, request: &Request, stream: TcpStream) -> io::Result<()> {
     let mut pauses = opening::pauses();
     let again = || {
         let pause = pauses.next()?.mul_f64(1.0 + dice() / 2.0);
-        tracing::info!(host, port, "a connection was turned away");
+        tracing::info!(
+            event = "a connection was turned away",
+            host,
+            port,
+            "{host} port {port} turned a connection away, trying again"
+        );
         let pace = pace(pool, request);
         pace.hold_off(pause);
         pace.take_turn(Instant::now() + TURN_BOUND).then(|| dial(host, port, request.bound).ok())?

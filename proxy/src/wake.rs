@@ -139,7 +139,14 @@ impl<'a> Waker<'a> {
             return Ok(waking);
         }
         self.start(&mut lock, now).map_err(io_error)?;
-        tracing::info!(host = self.host, command = self.wake.command, "waking a host");
+        tracing::info!(
+            event = "waking a host",
+            host = self.host,
+            command = self.wake.command,
+            "waking {}: {}",
+            self.host,
+            self.wake.command
+        );
         Ok(self.since(now, now))
     }
 

@@ -1,7 +1,7 @@
 //! The second-best ways to a builder's store: each one taken because a real sshd refuses the better one, remembered,
 //! and given up again once the better one is open.
 
-use harness::{Builder, BuilderPlan, Client, Hook, Output, Running, World, drv, wait_until};
+use harness::{Builder, BuilderPlan, Client, Hook, Output, Running, World, drv, event, wait_until};
 
 use crate::support::{SOON, begun, gated, hide, open, wait_for_begin};
 
@@ -76,7 +76,7 @@ fn assert_way(client: &Client, protocol: &str, way: &str) {
 
 /// How often hooks told this.
 fn told(client: &Client, message: &str) -> usize {
-    client.journal("-t nix-offload").iter().filter(|entry| entry["MESSAGE"] == message).count()
+    client.journal("-t nix-offload").iter().filter(|entry| event(entry) == message).count()
 }
 
 /// Each refused channel leaves one process until its master ends.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Release, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Release, World, drv, event, wait_until};
 use nix::sys::socket;
 use serde_json::Value;
 
@@ -121,7 +121,7 @@ fn black_hole() -> (TcpListener, u16, Vec<TcpStream>) {
 /// Milliseconds that each hook took for each of its answers so far.
 fn answers(client: &Client) -> Vec<f64> {
     let entries = client.journal("-t nix-offload");
-    let answered = entries.iter().filter(|entry| entry["MESSAGE"] == "answered");
+    let answered = entries.iter().filter(|entry| event(entry) == "answered");
     answered.map(|entry| entry["DURATION_US"].as_str().unwrap().parse::<f64>().unwrap() / 1000.0).collect()
 }
 

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Uplink, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Output, Uplink, World, drv, event, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -205,7 +205,7 @@ fn a_dead_machine_costs_one_attempt_and_one_notice_for_each_pause_and_comes_back
     wait_until("it is seen to be well", SOON, || note(&client, "hole").is_none());
     assert_eq!(door.knocks(), second + 1);
     let entries = client.journal("-t nix-offload");
-    let tried = entries.iter().filter(|entry| entry["MESSAGE"] == "trying this machine again").count();
+    let tried = entries.iter().filter(|entry| event(entry) == "trying this machine again").count();
     // All but the first, each by one process.
     assert_eq!(tried, second);
     let built = client.nix_build(&many("back", 4), &["-j0"]);

@@ -1,15 +1,23 @@
 //! What `journalctl -t nix-offload` has to say.
 
-use harness::{Client, ClientPlan, Hook, World, drv};
+use harness::{Client, ClientPlan, Hook, World, drv, event};
 use serde_json::Value;
 
 fn plan(world: &World) -> ClientPlan {
     world.client().hook(Hook::Ours)
 }
 
-/// The entries with that message.
-fn said<'a>(entries: &'a [Value], message: &str) -> Vec<&'a Value> {
-    entries.iter().filter(|entry| entry["MESSAGE"] == message).collect()
+/// The entries about that.
+fn said<'a>(entries: &'a [Value], what: &str) -> Vec<&'a Value> {
+    entries.iter().filter(|entry| event(entry) == what).collect()
+}
+
+/// What `journalctl` shows without `-o`: each entry is one line, and one begins and ends so.
+fn assert_shown(entries: &[Value], begin: &str, end: &str) {
+    let lines: Vec<&str> = entries.iter().map(|entry| entry["MESSAGE"].as_str().unwrap()).collect();
+    assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:#?}");
+    let found = lines.iter().any(|line| line.starts_with(begin) && line.ends_with(end));
+    assert!(found, "no line from {begin:?} to {end:?}: {lines:#?}");
 }
 
 fn number(entry: &Value, field: &str) -> f64 {
@@ -46,6 +54,10 @@ fn a_build_is_told_with_its_fields() {
     }
     assert_eq!((number(built, "SENT_PATHS"), number(built, "FETCHED_PATHS")), (1.0, 1.0));
     assert!(number(said(&entries, "connected by ssh")[0], "DURATION_MS") > 0.0);
+    assert_shown(&entries, "'a': to be built on ssh-ng://mac: ", "least loaded for its speed");
+    assert_shown(&entries, "SSH master to mac started in ", " s");
+    assert_shown(&entries, "connected to ssh-ng://mac by ssh in ", " s");
+    assert_shown(&entries, "built 'a' on ssh-ng://mac in ", " s");
 }
 
 #[test]
@@ -69,6 +81,9 @@ fn refusals_and_failures_are_told_with_their_reasons() {
     reason("cannot build on this machine", "ssh-ng://off", "connection refused");
     reason("failed", "ssh-ng://mac", "failed with exit code 3");
     reason("declined", "", "no-such");
+    assert_shown(&entries, "cannot build on ssh-ng://off: cannot connect to off: connection refused (", ")");
+    assert_shown(&entries, "build of 'bad' on ssh-ng://mac failed: ", "failed with exit code 3");
+    assert_shown(&entries, "'needs': left to Nix: no machine can take it; ", "lacks the features [no-such]");
 }
 
 #[test]
@@ -136,4 +151,6 @@ fn the_proxy_tells_what_it_started_and_what_failed() {
     let failed = said(&entries, "no connection");
     assert_eq!((&failed[0]["HOST"], &failed[0]["PORT"]), (&"127.0.0.1".into(), &"1".into()));
     assert!(failed[0]["ERROR"].as_str().unwrap().contains("refused"), "{failed:?}");
+    assert_shown(&entries, "SSH master to mac stopped", "");
+    assert_shown(&entries, "cannot connect to 127.0.0.1 port 1: ", ")");
 }

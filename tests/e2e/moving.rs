@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use harness::{Client, ClientPlan, Hook, Output, World, drv, wait_until};
+use harness::{Client, ClientPlan, Hook, Output, World, drv, event, wait_until};
 
 use crate::support::{
     NO_SAMPLES, OFTEN, SOON, begun, gated, held_locks, open, picky, pretend, sleeping, wait_for_begin,
@@ -28,7 +28,7 @@ fn endless_but_on(machine: &str, name: &str, seconds: &str) -> String {
 /// Why builds that run were left where they are.
 fn left_alone(client: &Client, reason: &str) -> bool {
     let entries = client.journal("-t nix-offload");
-    entries.iter().any(|entry| entry["MESSAGE"] == "not begun anew" && entry["REASON"] == reason)
+    entries.iter().any(|entry| event(entry) == "not begun anew" && entry["REASON"] == reason)
 }
 
 /// The one message about it, from the first word on.
@@ -256,7 +256,7 @@ fn a_build_is_not_ended_for_a_machine_that_does_not_answer() {
         let entries = client.journal("-t nix-offload");
         entries
             .iter()
-            .any(|entry| entry["MESSAGE"] == "not begun anew" && entry["REASON"].as_str().is_some_and(is_why))
+            .any(|entry| event(entry) == "not begun anew" && entry["REASON"].as_str().is_some_and(is_why))
     });
     assert_eq!(begun(&client, "long"), ["tin"]);
     assert!(held_locks(&client).lines().all(|lock| lock.contains("tin") || lock.ends_with(".lock")));

@@ -1,6 +1,6 @@
 //! Outputs arrive as they are, and are registered as the stock hook would.
 
-use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, World, drv};
+use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, World, drv, event};
 
 /// Everything a file system can hold that a store path may.
 const ZOO: &str = r#"d "zoo" ''
@@ -247,7 +247,7 @@ fn builders_fetch_inputs_from_their_substituters_when_told_to() {
         ));
         client.nix_build(&user, &["-j0"]).assert_success();
         let built =
-            client.journal("-t nix-offload").into_iter().find(|entry| entry["MESSAGE"] == "built").unwrap();
+            client.journal("-t nix-offload").into_iter().find(|entry| event(entry) == "built").unwrap();
         assert_eq!(built["SENT_PATHS"], if substitute { "0" } else { "1" }, "{built}");
     }
 }

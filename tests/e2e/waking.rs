@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, fs, time::Duration};
 
-use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, Output, Running, World, drv, event, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{SOON, gated, held_locks, open, wait_for_begin};
@@ -78,7 +78,7 @@ fn five_builds_wait_for_one_sleeping_builder() {
     assert!(!built.stderr().lines().any(|line| line.trim_start().starts_with("error")), "{built}");
     // They waited in their hooks, which know at once, not in Nix, which asks again every five seconds.
     let entries = client.journal("-t nix-offload");
-    let waited = entries.iter().filter(|entry| entry["MESSAGE"] == "waited for a slot").count();
+    let waited = entries.iter().filter(|entry| event(entry) == "waited for a slot").count();
     assert!(waited >= 5, "{waited}: {entries:?}");
     assert_eq!(mac.logins(), 1);
     assert_eq!(held_locks(&client), "");
@@ -117,7 +117,7 @@ fn what_could_be_built_here_is_asked_for_again_while_the_builder_wakes() {
     other.wait().assert_failure();
     wait_until("the second is asked for", SOON, || {
         let entries = client.journal("-t nix-offload");
-        entries.iter().any(|entry| entry["MESSAGE"] == "postponed")
+        entries.iter().any(|entry| event(entry) == "postponed")
     });
     come_up_when_woken(&client, &mut mac);
     wait_for_begin(&client, "two", &["client", "mac"]);
@@ -214,7 +214,7 @@ fn what_the_proxy_saw_down_the_hook_leaves_alone_and_the_other_way_round() {
     assert_built_on(&client, &built, "other");
     built.assert_stderr_lacks("mac");
     let entries = client.journal("-t nix-offload");
-    assert!(entries.iter().all(|entry| entry["MESSAGE"] != "SSH master not started"), "{entries:?}");
+    assert!(entries.iter().all(|entry| event(entry) != "SSH master not started"), "{entries:?}");
 
     let client = plan(&world).named("second").uses(&mac, "ssh-ng", 1).start();
     let refused = client.nix_build(&drv::where_built("refused"), &["-j0"]);

@@ -389,3 +389,8 @@ impl Client {
             .collect()
     }
 }
+
+/// What an entry of the journal is about: its field `EVENT`, or its message where that says it all.
+pub fn event(entry: &serde_json::Value) -> &str {
+    entry["EVENT"].as_str().or_else(|| entry["MESSAGE"].as_str()).unwrap_or_default()
+}

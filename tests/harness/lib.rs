@@ -33,7 +33,7 @@ mod wait;
 mod world;
 
 pub use builder::{Builder, BuilderPlan};
-pub use client::{Client, ClientPlan, Hook, Mode, OURS};
+pub use client::{Client, ClientPlan, Hook, Mode, OURS, event};
 pub use command::{Command, Output, Running};
 pub use machine::{Machine, Process};
 pub use paths::{Release, binaries, workspace};

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const BOUND: Duration = Duration::from_secs(20);
 /// Entries about one derivation that are looked at, the newest first.
 const MOST: &str = "200";
-/// What is said of a decision.
+/// The events that are decisions, by `EVENT`; `MESSAGE` was the same before there was that.
 const DECISIONS: [&str; 7] =
     ["answered first", "asked Nix's own hook", "chosen", "declined", "not for us", "postponed", "waiting"];
 
@@ -38,7 +38,7 @@ pub(super) fn last(drv_path: &str) -> Option<Noted> {
 
 fn noted(line: &str) -> Option<Noted> {
     let entry: Value = serde_json::from_str(line).ok()?;
-    let message = entry["MESSAGE"].as_str()?;
+    let message = entry["EVENT"].as_str().or_else(|| entry["MESSAGE"].as_str())?;
     if !DECISIONS.contains(&message) {
         return None;
     }
@@ -78,6 +78,12 @@ mod tests {
         assert_eq!(text(&first).as_deref(), Some("answered first: ssh://b\n"));
         let unfit = format!(r#"{{"MESSAGE":"not for us","REASON":"it cannot be parsed",{at}}}"#);
         assert_eq!(text(&unfit).as_deref(), Some("not for us: it cannot be parsed\n"));
+        let named = format!(
+            r#"{{"EVENT":"declined","MESSAGE":"'a': left to Nix: y","REASON":"left to Nix: y\n  row",{at}}}"#
+        );
+        assert_eq!(text(&named).as_deref(), Some("left to Nix: y\n  row\n"));
+        let built = format!(r#"{{"EVENT":"built","MESSAGE":"chosen",{at}}}"#);
+        assert_eq!(text(&built), None);
         for other in [format!(r#"{{"MESSAGE":"built",{at}}}"#), r#"{"MESSAGE":"chosen"}"#.into(), "x".into()]
         {
             assert_eq!(text(&other), None, "{other}");

@@ -112,7 +112,8 @@ impl Task<'_> {
             for info in &infos {
                 // It saves space only, so that it fails is no reason to fail the build.
                 if let Err(error) = store::optimise(self.location, &info.path) {
-                    tracing::warn!(path = %self.location.render(&info.path), %error, "cannot optimise");
+                    let path = self.location.render(&info.path);
+                    tracing::warn!(event = "cannot optimise", path, %error, "cannot optimise {path}: {error}");
                 }
             }
         }

@@ -20,6 +20,22 @@ pub fn table(decision: &Decision, machines: &[Machine], here: Option<&str>) -> S
     rows(decision.refusals(), decision, machines, "  ", here)
 }
 
+/// The same for a line of a log, behind a semicolon: the first three reasons.
+pub fn in_one_line(decision: &Decision, machines: &[Machine]) -> String {
+    const MOST: usize = 3;
+    let rows = grouped(decision.refusals(), decision, machines);
+    let mut text = String::new();
+    for row in rows.iter().take(MOST) {
+        let why = row.why.lines().next().unwrap_or_default();
+        let _ = write!(text, "; {}: {why}", short_list(&row.names));
+    }
+    let left: usize = rows.iter().skip(MOST).map(|row| row.names.len()).sum();
+    if left > 0 {
+        let _ = write!(text, "; and {left} more");
+    }
+    text
+}
+
 /// What was decided without the figures that change from one build to the next. Builds for which it is the same are kept
 /// from the machines by the same things.
 pub fn gist(decision: &Decision, request: &Request) -> String {
@@ -84,16 +100,13 @@ struct Row<'a> {
     cure: Option<&'a str>,
 }
 
-/// Refused machines with their reasons behind a mark, and what helps below.
-fn rows<'a>(
+/// One row for each reason, in the order of the machines.
+fn grouped<'a>(
     refusals: impl Iterator<Item = (usize, &'a Refusal)>,
     decision: &Decision,
-    machines: &[Machine],
-    mark: &str,
-    here: Option<&str>,
-) -> String {
-    const HERE: &str = "this machine";
-    let mut rows: Vec<Row<'_>> = Vec::new();
+    machines: &'a [Machine],
+) -> Vec<Row<'a>> {
+    let mut rows: Vec<Row<'a>> = Vec::new();
     for (index, refusal) in refusals {
         let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
         let (why, cure) = (refusal.describe(decision.at), refusal.cure());
@@ -102,6 +115,19 @@ fn rows<'a>(
             None => rows.push(Row { names: vec![name], why, cure }),
         }
     }
+    rows
+}
+
+/// Refused machines with their reasons behind a mark, and what helps below.
+fn rows<'a>(
+    refusals: impl Iterator<Item = (usize, &'a Refusal)>,
+    decision: &Decision,
+    machines: &'a [Machine],
+    mark: &str,
+    here: Option<&str>,
+) -> String {
+    const HERE: &str = "this machine";
+    let rows = grouped(refusals, decision, machines);
     let shown: Vec<(String, &Row<'_>)> =
         rows.iter().take(MOST_ROWS).map(|row| (short_list(&row.names), row)).collect();
     let own = here.map(|_| HERE.len());

@@ -8,6 +8,7 @@ use crate::config;
 use crate::plan::machine::Machine;
 use nix_derivation::StoreDir;
 use nix_offload_proxy::down::{Down, Downs, Memory};
+use nix_offload_proxy::exit;
 use nix_offload_proxy::master::Endpoint;
 use nix_offload_proxy::network::Needs;
 use std::collections::BTreeSet;
@@ -135,7 +136,12 @@ impl Reach {
             return;
         }
         let Some(probe) = self.health(machine).claim(now) else { return };
-        tracing::info!(builder = machine.name, "trying this machine again");
+        tracing::info!(
+            event = "trying this machine again",
+            builder = machine.name,
+            "trying {} again",
+            machine.name
+        );
         if machine.uri.here().is_some() {
             // What is on this machine answers at once or not at all, and Nix's settings count for it.
             let (reach, machine) = (self.clone(), machine.clone());
@@ -159,7 +165,9 @@ impl Reach {
             .spawn();
         match child {
             Ok(mut child) => drop(thread::spawn(move || child.wait())),
-            Err(error) => tracing::warn!(builder = machine.name, %error, "cannot try this machine again"),
+            Err(error) => {
+                tracing::warn!(event = "cannot try this machine again", builder = machine.name, %error, "cannot try {} again: {error}", machine.name)
+            }
         }
     }
 
@@ -168,20 +176,39 @@ impl Reach {
     pub fn probe(&self, name: &str, line: &str) {
         let fleet = config::parse_machines("probe", line, &BTreeSet::new(), &|_| Ok(None));
         let Some(mut machine) = fleet.machines.into_iter().next() else {
-            tracing::error!(line, "no machine to try again");
+            tracing::error!(
+                event = "no machine to try again",
+                line,
+                "no machine to try again in the line '{line}'"
+            );
             return;
         };
         machine.name = name.to_owned();
         // Somebody who knows nothing of Nix may be trying the same host.
         let host = self.health_of_host(&machine).map(|memory| memory.admit(SystemTime::now()));
         if let Some(Err(down)) = &host {
-            tracing::info!(builder = name, reason = down.reason, "left alone");
+            tracing::info!(
+                event = "left alone",
+                builder = name,
+                reason = down.reason,
+                "{name} is left alone: {}",
+                exit::first_line(&down.reason)
+            );
             return;
         }
         match self.connect(&machine, &StoreDir::default(), self.connect_timeout(), &Ahead::default()) {
-            Ok(_) => tracing::info!(builder = name, "this machine is well again"),
+            Ok(_) => {
+                tracing::info!(event = "this machine is well again", builder = name, "{name} is well again")
+            }
             Err(error) => {
-                tracing::info!(builder = name, reason = error.describe(), "this machine is not well yet")
+                let reason = error.describe();
+                tracing::info!(
+                    event = "this machine is not well yet",
+                    builder = name,
+                    reason,
+                    "{name} is not well yet: {}",
+                    exit::first_line(&reason)
+                );
             }
         }
     }

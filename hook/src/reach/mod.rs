@@ -263,7 +263,14 @@ impl Reach {
             |master| {
                 if let Some(took) = master.start_time() {
                     let duration_ms = took.as_millis() as u64;
-                    tracing::info!(builder = machine.name, duration_ms, "connected by ssh");
+                    tracing::info!(
+                        event = "connected by ssh",
+                        builder = machine.name,
+                        duration_ms,
+                        "connected to {} by ssh in {} s",
+                        machine.name,
+                        exit::seconds(took)
+                    );
                 }
                 self.on_master(master, machine, store_dir, deadline, ahead)
             },
@@ -316,7 +323,7 @@ impl Reach {
             .ok()
             .map(|endpoint| self.pool.keep(&endpoint, master, program, &recipe(), self.ready_streams()));
         if let Some(Err(error)) = kept {
-            tracing::warn!(builder = machine.name, %error, "cannot have streams opened in advance");
+            tracing::warn!(event = "cannot have streams opened in advance", builder = machine.name, %error, "cannot have streams to {} opened in advance: {error}", machine.name);
         }
     }
 
@@ -372,7 +379,14 @@ impl Reach {
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
                     let reason = said(&error);
-                    tracing::info!(builder = machine.name, reason, "the daemon's socket is not open to us");
+                    tracing::info!(
+                        event = "the daemon's socket is not open to us",
+                        builder = machine.name,
+                        reason,
+                        "the daemon's socket on {} is not open to us: {}",
+                        machine.name,
+                        exit::first_line(&reason)
+                    );
                     if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
                         note(&refusal, &reason);
                     }
@@ -388,7 +402,14 @@ impl Reach {
         match session.serve() {
             Ok(store) => {
                 let reason = said(&error);
-                tracing::info!(builder = machine.name, reason, "no daemon can be started for us");
+                tracing::info!(
+                    event = "no daemon can be started for us",
+                    builder = machine.name,
+                    reason,
+                    "no daemon can be started for us on {}: {}",
+                    machine.name,
+                    exit::first_line(&reason)
+                );
                 note(&no_daemon, &reason);
                 Ok(reached(store, Way::Serve, Some(reason)))
             }

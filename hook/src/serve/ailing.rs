@@ -4,9 +4,11 @@
 //! never decide, or wait for a machine.
 
 use super::{Failed, Hook};
+use crate::plan::machine::Machine;
 use crate::plan::{Decision, Refusal};
 use crate::reach::ReachError;
 use crate::wire::hook::Verbosity;
+use nix_offload_proxy::exit;
 use std::time::SystemTime;
 
 /// So many machines that Nix could not wait for are asked at a time; each takes a process.
@@ -17,7 +19,7 @@ impl Hook<'_> {
     pub(super) fn note_failure(&self, index: usize, error: &ReachError) {
         let machine = &self.machines[index];
         let text = error.describe();
-        tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
+        log_failure(machine, &text);
         self.reach.note_failure(machine, error);
         self.tell_news(index, &text);
     }
@@ -39,15 +41,26 @@ impl Hook<'_> {
         }
     }
 
-    fn tell(&self, index: usize, text: &str) {
+    pub(super) fn tell(&self, index: usize, text: &str) {
         self.nix
             .message(Verbosity::Error, &format!("cannot build on '{}': {text}", self.machines[index].name));
+    }
+
+    /// A machine is down and about to wake up. The user is told by whoever woke it.
+    pub(super) fn note_asleep(&self, machine: &Machine, error: &ReachError) {
+        let (name, reason) = (machine.name.as_str(), error.describe());
+        let event = "waiting for this machine to wake up";
+        let line = exit::first_line(&reason);
+        tracing::info!(event, builder = name, reason, "waiting for {name} to wake up: {line}");
+        if error.has_just_begun_to_wake() {
+            self.nix.message(Verbosity::Warn, &format!("waking '{name}', which is down"));
+        }
     }
 
     /// Tells that this machine has no network, once.
     pub(super) fn tell_of_network(&self) {
         if self.reach.take_news_of_network() {
-            tracing::warn!("this machine has no network");
+            tracing::warn!("this machine has no network, so no builds go to other machines");
             let text = "this machine has no network: no builds go to other machines until it has one";
             self.nix.message(Verbosity::Error, text);
         }
@@ -107,4 +120,10 @@ impl Hook<'_> {
     pub(super) fn forget_what_is_well(&self, failed: &mut Failed) {
         failed.retain(|index, _| self.reach.ailing(&self.machines[*index], SystemTime::now()).is_some());
     }
+}
+
+/// Logs how a machine could not be used.
+pub(super) fn log_failure(machine: &Machine, reason: &str) {
+    let (event, name) = ("cannot build on this machine", machine.name.as_str());
+    tracing::warn!(event, builder = name, reason, "cannot build on {name}: {}", exit::first_line(reason));
 }

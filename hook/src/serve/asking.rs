@@ -3,6 +3,7 @@
 //!
 //! Must never decide what becomes of a build meanwhile, or wait itself.
 
+use super::ailing::log_failure;
 use super::race::Late;
 use super::{Candidate, Failed, Hook, Stage};
 use crate::plan;
@@ -64,8 +65,8 @@ impl Hook<'_> {
                 let Err(error) = reached else { continue };
                 if !error.is_waking() && !error.is_no_network() {
                     // It is noted already, and told when this request has its answer.
-                    let (builder, reason) = (self.machines[index].name.as_str(), error.describe());
-                    tracing::warn!(builder, reason, "cannot build on this machine");
+                    let reason = error.describe();
+                    log_failure(&self.machines[index], &reason);
                     failed.insert(index, reason);
                 }
             }

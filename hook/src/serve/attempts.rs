@@ -4,6 +4,7 @@
 
 use super::moving::Outlook;
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
+use crate::derivation;
 use crate::job::{Blame, JobError, Report, Task};
 use crate::lease::Lease;
 use crate::plan::machine::Machine;
@@ -97,7 +98,17 @@ impl Hook<'_> {
                 Attempt::Done(_) => return exit::OK,
                 Attempt::Final(status, text) => {
                     let text = format!("build of '{derivation}' on '{name}' failed: {text}");
-                    tracing::info!(derivation, builder = name, reason = plain(&text), "failed");
+                    let reason = plain(&text);
+                    let drv_name = derivation::name_in(derivation);
+                    let why = reason.split_once(" failed: ").map_or(reason.as_str(), |(_, why)| why);
+                    tracing::info!(
+                        event = "failed",
+                        derivation,
+                        builder = name,
+                        reason,
+                        "build of '{drv_name}' on {name} failed: {}",
+                        exit::first_line(why)
+                    );
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
                 }
@@ -128,7 +139,15 @@ impl Hook<'_> {
                 }
                 Attempt::Elsewhere(text) | Attempt::Unreachable(text) => {
                     let reason = plain(&text);
-                    tracing::warn!(derivation, builder = name, reason, "giving up this machine");
+                    let drv_name = derivation::name_in(derivation);
+                    tracing::warn!(
+                        event = "giving up this machine",
+                        derivation,
+                        builder = name,
+                        reason,
+                        "giving up {name} for '{drv_name}': {}",
+                        exit::first_line(&reason)
+                    );
                     tried.push(format!("{name}: {text}"));
                     self.forget_what_is_well(&mut failed);
                     if is_for_good {
@@ -147,13 +166,21 @@ impl Hook<'_> {
             }
         }
         self.tell_what_is_missing(&candidate.request, &NOWHERE);
-        let tried = if tried.is_empty() {
+        let after = if tried.is_empty() {
             " (see above)".to_owned()
         } else {
             format!("; tried:\n  {}", tried.join("\n  "))
         };
-        let text = format!("error: '{derivation}' could not be built on any machine{tried}");
-        tracing::error!(derivation, reason = plain(&text), "failed");
+        let text = format!("error: '{derivation}' could not be built on any machine{after}");
+        let reason = plain(&text);
+        tracing::error!(
+            event = "failed",
+            derivation,
+            reason,
+            "'{}' could not be built on any machine{}",
+            derivation::name_in(derivation),
+            told_in_one_line(&tried)
+        );
         self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
         self.nix.message(Verbosity::Error, &text);
         exit::FAILURE
@@ -302,7 +329,16 @@ impl Hook<'_> {
                     let text = one_report(&error);
                     let is_daemon = connection.builder.daemon().is_some();
                     if is_daemon && !refused && way == Way::Derivation && trust::is_refusal_to_build(&text) {
-                        tracing::info!(derivation, builder = machine.name, reason = text, "not trusted");
+                        let name = derivation::name_in(derivation);
+                        tracing::info!(
+                            event = "not trusted",
+                            derivation,
+                            builder = machine.name,
+                            reason = text,
+                            "{} does not trust us, so '{name}' is sent with its closure: {}",
+                            machine.name,
+                            exit::first_line(&plain(&text))
+                        );
                         self.reach.note_trust(machine, false);
                         refused = true;
                         lost = text;
@@ -327,7 +363,14 @@ impl Hook<'_> {
                     lost = one_report(&error);
                 }
                 Blame::Guess => {
-                    tracing::info!(derivation, builder = machine.name, "inputs are not there any more");
+                    let name = derivation::name_in(derivation);
+                    tracing::info!(
+                        event = "inputs are not there any more",
+                        derivation,
+                        builder = machine.name,
+                        "inputs of '{name}' are not on {} any more",
+                        machine.name
+                    );
                     seen.forget();
                     if !guessed_wrong {
                         attempt -= 1;
@@ -346,11 +389,15 @@ impl Hook<'_> {
                     outlook.iter().for_each(|outlook| outlook.leave());
                     lost = one_report(&error);
                     tracing::warn!(
+                        event = "connection lost",
                         derivation,
                         builder = machine.name,
                         attempt,
                         reason = lost,
-                        "connection lost"
+                        "attempt {attempt} of '{}' on {} failed: {}",
+                        derivation::name_in(derivation),
+                        machine.name,
+                        exit::first_line(&lost)
                     );
                     if attempt >= TRIES {
                         self.note_lost(index, &lost);
@@ -382,6 +429,12 @@ fn one_report(error: &JobError) -> String {
     }
 }
 
+/// The machines that were tried, and the first line of why each was given up.
+fn told_in_one_line(tried: &[String]) -> String {
+    let lines: Vec<String> = tried.iter().map(|text| exit::first_line(&plain(text)).to_owned()).collect();
+    if lines.is_empty() { String::new() } else { format!(": {}", lines.join("; ")) }
+}
+
 /// A builder's text without colours and other control characters, which would make it a blob in the journal.
 fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
@@ -400,7 +453,10 @@ fn plain(text: &str) -> String {
 
 fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
     let ms = |duration: Duration| duration.as_micros() as f64 / 1000.0;
+    let name = derivation::name_in(derivation);
+    let how = if report.was_built { "built" } else { "fetched (it was built already)" };
     tracing::info!(
+        event = "built",
         derivation,
         builder,
         duration_ms = ms(all),
@@ -411,7 +467,8 @@ fn log_report(derivation: &str, builder: &str, report: &Report, all: Duration) {
         sent_bytes = report.sent_bytes,
         fetched_paths = report.fetched_paths as u64,
         fetched_bytes = report.fetched_bytes,
-        "built"
+        "{how} '{name}' on {builder} in {} s",
+        exit::seconds(all)
     );
 }
 

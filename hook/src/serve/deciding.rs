@@ -264,20 +264,38 @@ impl Hook<'_> {
     pub(super) fn log_decision(&self, candidate: &Candidate, decision: &Rc<Decision>) {
         self.memory.latest.replace(Some(Rc::clone(decision)));
         let derivation = candidate.request.drv_path.as_str();
+        let name = derivation::name_in(derivation);
         for (index, refusal) in decision.refusals() {
             let builder = self.machines[index].name.as_str();
-            tracing::debug!(derivation, builder, reason = refusal.describe(decision.at), "not chosen");
+            let reason = refusal.describe(decision.at);
+            tracing::debug!(
+                event = "not chosen",
+                derivation,
+                builder,
+                reason,
+                "'{name}' not on {builder}: {reason}"
+            );
         }
         let reason = telling::answer(decision, self.machines);
         match &decision.verdict {
             Verdict::Accept(index) => {
-                tracing::info!(derivation, builder = self.machines[*index].name, reason, "chosen");
+                let builder = self.machines[*index].name.as_str();
+                tracing::info!(event = "chosen", derivation, builder, reason, "'{name}': {reason}");
             }
-            Verdict::Wait(_) => tracing::debug!(derivation, reason, "waiting"),
-            Verdict::Postpone(_) => tracing::info!(derivation, reason, "postponed"),
+            Verdict::Wait(_) => tracing::debug!(event = "waiting", derivation, reason, "'{name}': {reason}"),
+            Verdict::Postpone(_) => {
+                tracing::info!(event = "postponed", derivation, reason, "'{name}': {reason}")
+            }
             Verdict::Decline => {
                 let table = telling::table(decision, self.machines, None);
-                tracing::info!(derivation, reason = format!("{reason}\n{}", table.trim_end()), "declined");
+                let whole = format!("{reason}\n{}", table.trim_end());
+                tracing::info!(
+                    event = "declined",
+                    derivation,
+                    reason = whole,
+                    "'{name}': {reason}{}",
+                    telling::in_one_line(decision, self.machines)
+                );
             }
         }
     }

@@ -5,6 +5,7 @@
 
 use super::{ServeError, env};
 use crate::config::{self, Settings};
+use crate::derivation;
 use crate::nix_side::NixSide;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Request};
@@ -82,17 +83,25 @@ impl<'a> Handover<'a> {
         match self.try_ask(among, &machines, request) {
             Ok((reply, stock)) => {
                 tracing::info!(
+                    event = "asked Nix's own hook",
                     derivation = request.drv_path,
                     reason = why,
                     reply = ?reply,
-                    "asked Nix's own hook"
+                    "asked Nix's own hook about '{}' ({why}): {reply:?}",
+                    derivation::name_in(&request.drv_path)
                 );
                 (reply, stock)
             }
             Err(error) => {
                 let text = exit::report(&error, None);
                 let text = text.strip_prefix("error: ").unwrap_or(&text);
-                tracing::warn!(derivation = request.drv_path, reason = why, "{text}");
+                let name = derivation::name_in(&request.drv_path);
+                tracing::warn!(
+                    event = "Nix's own hook failed",
+                    derivation = request.drv_path,
+                    reason = why,
+                    "'{name}' is left to Nix's own hook ({why}): {text}"
+                );
                 self.tell(request, why, text);
                 (Reply::Decline, None)
             }

@@ -34,6 +34,7 @@ use crate::store::{Location, LocationError};
 use crate::survey;
 use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
+use ailing::log_failure;
 use asking::Asking;
 use deciding::Memory;
 use handover::{Among, Handover};
@@ -42,7 +43,7 @@ use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
-use race::{Runner, STAGGER, race};
+use race::{Runner, STAGGER, log_first, race};
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::error::Error;
@@ -110,7 +111,7 @@ impl Unable {
 pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     let log = fds::take_log().map_err(ServeError::NotStartedByNix)?;
     // A panic's text must not reach descriptor 2, which is the wire to Nix.
-    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "internal error")));
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "internal error: {panic}")));
     log::init("nix-offload", level(verbosity), Fallback::Nothing);
     let nix = NixSide::new(log);
     let mut source = io::stdin().lock();
@@ -118,8 +119,8 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     let builders = settings.get("builders").unwrap_or_default();
     let fleet = config::fleet(&settings, "builders", builders, &read_machines_file);
     for problem in &fleet.problems {
-        tracing::warn!(place = %format_args!("{}:{}:{}", problem.place.source, problem.place.line,
-            problem.place.column), "{}", problem.message);
+        let place = format!("{}:{}:{}", problem.place.source, problem.place.line, problem.place.column);
+        tracing::warn!(event = "a fault in the list of machines", place, "{place}: {}", problem.message);
         nix.message(Verbosity::Warn, &format!("warning: {problem}"));
     }
     if fleet.machines.is_empty() {
@@ -136,7 +137,7 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
                 let handover = Handover::new(&nix, &settings, verbosity, fleet.machines.iter());
                 return handover::serve_all(handover, &mut source, text);
             }
-            tracing::error!("{text}");
+            tracing::error!("cannot build remotely: {text}");
             nix.message(Verbosity::Error, &format!("nix-offload cannot build remotely: {text}"));
             nix.reply(&Reply::DeclinePermanently).map_err(ServeError::NixGone)?;
             Ok(exit::OK)
@@ -369,7 +370,8 @@ impl<'a> Hook<'a> {
             Err(unfit) => {
                 let reason = exit::report(&unfit, None);
                 let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
-                tracing::info!(derivation = request.drv_path, reason, "not for us");
+                let (event, name) = ("not for us", derivation::name_in(&request.drv_path));
+                tracing::info!(event, derivation = request.drv_path, reason, "'{name}' is {event}: {reason}");
                 if unfit.is_for_stock() {
                     return Answer::from(handover.ask(Among::All, &request, reason));
                 }
@@ -494,15 +496,7 @@ impl<'a> Hook<'a> {
                 let text = error.describe();
                 if error.is_waking() {
                     // The next choice will find it so, and wait for it.
-                    tracing::info!(
-                        builder = machine.name,
-                        reason = text,
-                        "waiting for this machine to wake up"
-                    );
-                    if error.has_just_begun_to_wake() {
-                        let text = format!("waking '{}', which is down", machine.name);
-                        self.nix.message(Verbosity::Warn, &text);
-                    }
+                    self.note_asleep(machine, &error);
                     if !woken.insert(index) {
                         return Ok((Verdict::Postpone(vec![index]), None));
                     }
@@ -513,9 +507,8 @@ impl<'a> Hook<'a> {
                 }
                 match error {
                     ReachError::Distrust(_) => {
-                        tracing::warn!(builder = machine.name, reason = text, "cannot build on this machine");
-                        let told = format!("cannot build on '{}': {text}", machine.name);
-                        self.nix.message(Verbosity::Error, &told);
+                        log_failure(machine, &text);
+                        self.tell(index, &text);
                         candidate.unfit.borrow_mut().insert(index, text);
                     }
                     // It is used at once when there is one again.
@@ -553,11 +546,7 @@ impl<'a> Hook<'a> {
                 .lock("main-lock")
                 .and_then(|_choosing| self.slots.take_many(&machine.name, machine.max_jobs, slots));
             if let Ok(Some(slot)) = slot {
-                tracing::info!(
-                    derivation = candidate.request.drv_path,
-                    builder = machine.name,
-                    "answered first"
-                );
+                log_first(&candidate.request.drv_path, &machine.name);
                 let chosen = Chosen { index: winner, pace: decision.pace(winner), slot, reached };
                 return Ok((Verdict::Accept(winner), Some(chosen)));
             }
@@ -577,7 +566,7 @@ impl<'a> Hook<'a> {
     fn place_in_queue(&self, candidate: &Candidate, machines: &[usize]) -> Option<Place> {
         let (wish, came) = (self.wish(machines), turn::ticket(candidate.since(), None));
         self.queue.place(wish, queue::whose(), came, self.rules.max_waiting).unwrap_or_else(|error| {
-            tracing::error!("{}", exit::report(&error, None));
+            tracing::error!("no place to wait for a slot: {}", exit::reason(&error));
             None
         })
     }

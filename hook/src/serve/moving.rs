@@ -4,6 +4,7 @@
 
 use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::builder::{Ahead, Review};
+use crate::derivation;
 use crate::plan::machine::Machine;
 use crate::plan::moving::{self, Move, Running};
 use crate::plan::{Decision, Health, Verdict, Work, telling};
@@ -84,7 +85,14 @@ impl<'a> Hook<'a> {
         let decision = Rc::new(decision);
         self.log_decision(candidate, &decision);
         let reason = format!("it would take about {stay} more on '{here}', {go} there");
-        tracing::info!(derivation, builder = there, reason, "begun anew");
+        let name = derivation::name_in(derivation);
+        tracing::info!(
+            event = "begun anew",
+            derivation,
+            builder = there,
+            reason,
+            "'{name}' begins anew on {there}: {reason}"
+        );
         let text = format!("beginning '{derivation}' anew on '{there}': {reason}");
         self.nix.message(Verbosity::Info, &text);
         Box::new(chosen)

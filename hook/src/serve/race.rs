@@ -2,6 +2,7 @@
 //! not hold up the next: the first to answer gets the build, and the others keep their masters for later.
 
 use crate::builder::Ahead;
+use crate::derivation;
 use crate::plan::machine::Machine;
 use crate::reach::{Reach, ReachError, Reached};
 use nix_derivation::StoreDir;
@@ -163,6 +164,12 @@ impl Runner<'_> {
     fn timed_out(&self) -> (usize, ReachError) {
         (self.index, OpenError::TimedOut { bound: self.bound, master_answers: false }.into())
     }
+}
+
+/// Logs that this machine gets the build because it was the first to answer.
+pub(super) fn log_first(derivation: &str, builder: &str) {
+    let (event, name) = ("answered first", derivation::name_in(derivation));
+    tracing::info!(event, derivation, builder, "{builder} answered first and gets '{name}'");
 }
 
 /// How long those that run are left alone.

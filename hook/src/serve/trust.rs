@@ -3,6 +3,7 @@
 
 use super::{Candidate, Hook};
 use crate::builder::Ahead;
+use crate::derivation;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::trust::{self, Distrust, Way};
@@ -125,7 +126,8 @@ impl Hook<'_> {
             };
             look_up().unwrap_or_else(|error| {
                 // The build meets with the same, and says so.
-                tracing::warn!("{}", exit::report(&error, None));
+                let name = derivation::name_in(&candidate.request.drv_path);
+                tracing::warn!("cannot look up the inputs of '{name}': {}", exit::reason(&error));
                 Vec::new()
             })
         })

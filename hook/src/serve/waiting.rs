@@ -66,7 +66,11 @@ impl Hook<'_> {
             let history = |names: &[&str]| self.memory.seconds_of(names);
             let typical = self.rules.typical_duration;
             let tail = derivation::chain(&self.location, &candidate.drv_path, history, typical);
-            tail.map_err(|error| tracing::warn!("{}", exit::report(&error, None))).ok()
+            tail.map_err(|error| {
+                let name = derivation::name_in(&candidate.request.drv_path);
+                tracing::warn!("cannot see what waits for '{name}': {}", exit::reason(&error));
+            })
+            .ok()
         });
         turn::ticket(candidate.since(), *tail)
     }
@@ -132,7 +136,14 @@ impl Hook<'_> {
                 Ok((_, chosen)) => {
                     obstacles.note(self, candidate, wish);
                     let duration_ms = begin.elapsed().as_millis() as u64;
-                    tracing::info!(derivation = candidate.request.drv_path, duration_ms, "waited for a slot");
+                    let name = derivation::name_in(&candidate.request.drv_path);
+                    tracing::info!(
+                        event = "waited for a slot",
+                        derivation = candidate.request.drv_path,
+                        duration_ms,
+                        "'{name}' waited {} s for a slot",
+                        exit::seconds(begin.elapsed())
+                    );
                     return chosen;
                 }
                 Err(error) => {

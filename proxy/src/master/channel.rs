@@ -136,7 +136,9 @@ fn begin(control: &Path, opening: &[u8], bound: Duration) -> Result<(Opened, Opt
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let mut socket = connect(control, deadline).map_err(gone)?;
     socket.set_write_timeout(Some(MASTER_STALL)).map_err(gone)?;
-    let holder = Holder::spawn(&socket).map_err(|error| tracing::warn!(%error, "cannot run /bin/sh")).ok();
+    let holder = Holder::spawn(&socket)
+        .map_err(|error| tracing::warn!(event = "cannot run /bin/sh", %error, "cannot run /bin/sh: {error}"))
+        .ok();
     let mut dialogue = Dialogue::default();
     let confirmed = match dialogue.run(&mut socket, opening, deadline) {
         Ok(confirmed) => confirmed,

@@ -172,7 +172,12 @@ impl Master {
         if !is_there() {
             return true;
         }
-        tracing::info!(destination = self.destination, "SSH master retired");
+        tracing::info!(
+            event = "SSH master retired",
+            destination = self.destination,
+            "SSH master to {} retired",
+            self.destination
+        );
         let gone = kill_recorded(&self.files);
         let _ = remove(&self.files.socket);
         gone

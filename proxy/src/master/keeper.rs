@@ -280,7 +280,7 @@ impl Keeper {
                 }
             }
             if let Err(error) = self.wait(door.as_ref(), now) {
-                tracing::error!(%error, "cannot wait for events");
+                tracing::error!(event = "cannot wait for events", %error, "the keeper of streams cannot wait for events: {error}");
                 // It must go on, for the sake of what is not confirmed.
                 thread::sleep(PAUSE);
             }
@@ -376,7 +376,7 @@ impl Keeper {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot let anybody in");
+                    tracing::warn!(event = "cannot let anybody in", %error, "the keeper of streams cannot let anybody in: {error}");
                     self.paused_until = Some(Instant::now() + PAUSE);
                     return;
                 }

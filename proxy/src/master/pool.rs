@@ -253,7 +253,8 @@ impl Pool {
             }
         }
         let files = self.files(endpoint);
-        let found = || Ok(Master::of(files.clone(), endpoint.destination.clone()));
+        let to = endpoint.destination.as_str();
+        let found = || Ok(Master::of(files.clone(), to.to_owned()));
         if let Some(excess) = name::excess_length(&files.socket) {
             return Err(StartError::PathTooLong { control: files.socket, excess });
         }
@@ -286,18 +287,15 @@ impl Pool {
                     return found();
                 }
                 tracing::info!(
-                    destination = endpoint.destination,
-                    "SSH master was started from another configuration, replacing it"
+                    destination = to,
+                    "SSH master to {to} has another configuration, replacing it"
                 );
                 if mux::stop_listening(&files.socket, ALIVE_BOUND).is_err() {
                     kill_recorded(&files);
                 }
             }
             Liveness::Hung => {
-                tracing::warn!(
-                    destination = endpoint.destination,
-                    "SSH master does not answer, replacing it"
-                );
+                tracing::warn!(destination = to, "SSH master to {to} does not answer, replacing it");
                 kill_recorded(&files);
             }
             Liveness::Absent => {}
@@ -330,7 +328,8 @@ impl Pool {
         let error = match self.attempt(endpoint, &files, &pace, deadline, first_command)? {
             Attempt::Started { pid } => {
                 if let Err(error) = start::write_whole(&files.record, &record.of_process(pid).to_text()) {
-                    tracing::warn!(path = %files.record.display(), %error, "cannot record the SSH master");
+                    let path = files.record.display();
+                    tracing::warn!(%path, %error, "cannot record the SSH master to {to} in {path}: {error}");
                 }
                 let _ = remove(&files.failure);
                 memory.clear();
@@ -343,9 +342,10 @@ impl Pool {
                 self.seen(endpoint, setback.explain(endpoint, &files, bound, effective.known_hosts))
             }
         };
-        tracing::warn!(destination = endpoint.destination, %error, "SSH master not started");
+        let reason = exit::reason(&error);
+        tracing::warn!(event = "SSH master not started", destination = to, error = reason, "{reason}");
         if error.is_host_down() {
-            memory.failed(&exit::reason(&error), SystemTime::now());
+            memory.failed(&reason, SystemTime::now());
         }
         Err(error)
     }
@@ -371,6 +371,7 @@ impl Pool {
         let bound = deadline.saturating_duration_since(Instant::now());
         // Without time to connect in there is no use in a turn.
         let latest = deadline.checked_sub(LEAST_TIME).unwrap_or(deadline);
+        let to = endpoint.destination.as_str();
         let mut rebuff: Option<(Duration, Setback)> = None;
         loop {
             if !pace.take_turn(latest) {
@@ -387,17 +388,19 @@ impl Pool {
             match start::attempt(endpoint, files, left, first_command, self.settings.ssh.idle)? {
                 Attempt::Started { pid } => {
                     let milliseconds = began.elapsed().as_millis() as u64;
+                    let took = exit::seconds(began.elapsed());
                     tracing::info!(
-                        destination = endpoint.destination,
+                        event = "SSH master started",
+                        destination = to,
                         pid,
                         milliseconds,
-                        "SSH master started"
+                        "SSH master to {to} started in {took} s"
                     );
                     return Ok(Attempt::Started { pid });
                 }
                 Attempt::Failed(setback) if matches!(setback.fault(endpoint), Fault::TurnedAway { .. }) => {
                     let pause = rebuff.map_or(REBUFF, |(pause, _)| pause * 2);
-                    tracing::info!(destination = endpoint.destination, "sshd turned a connection away");
+                    tracing::info!(destination = to, "sshd of {to} turned a connection away, trying again");
                     pace.hold_off(pause.mul_f64(1.0 + dice() / 2.0));
                     rebuff = Some((pause, setback));
                 }
@@ -464,14 +467,16 @@ impl Pool {
                     // One that is only slow has others to serve.
                     Some(OpenError::TimedOut { .. }) if !master.hangs() => master.avoid(Avoid::Silent),
                     Some(reason) if reason.is_master_lost() && !is_new && left() >= LEAST_TIME => {
-                        tracing::info!(destination = endpoint.destination, %reason, "replacing an SSH master");
+                        let to = endpoint.destination.as_str();
+                        tracing::info!(destination = to, %reason, "replacing the SSH master to {to}: {reason}");
                         master.retire();
                         (master, is_new) = (self.start(&endpoint, left(), first_command)?, true);
                         continue;
                     }
                     _ => return Err(error),
                 }
-                tracing::info!(destination = endpoint.destination, "trying another SSH master");
+                let to = endpoint.destination.as_str();
+                tracing::info!(destination = to, "trying another SSH master to {to}");
                 last = Some(error);
                 break;
             }

@@ -167,7 +167,13 @@ impl Pool {
         if !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Absent) {
             return Err(PoolError::Stubborn { destination: master.destination.clone() });
         }
-        tracing::info!(destination = master.destination, pid = master.pid, "SSH master stopped");
+        tracing::info!(
+            event = "SSH master stopped",
+            destination = master.destination,
+            pid = master.pid,
+            "SSH master to {} stopped",
+            master.destination
+        );
         forward::remove_all(&files.socket);
         // The lock last, and while it is held: see `lock`.
         let Files { socket, record, output, hosts, failure, avoid, keeper, keeping, .. } = &files;
