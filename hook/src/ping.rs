@@ -221,13 +221,19 @@ fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
             "detour": answer.detour,
             "connectMs": ms(answer.connected),
             "roundTripMs": ms(answer.round_trip),
+            "hint": slip(machine),
         }),
         Err(error) => json!({
             "url": machine.name,
             "error": exit::report(error, None).trim_start_matches("error: "),
-            "hint": error.cure(),
+            "hint": slip(machine).or_else(|| error.cure()),
         }),
     }
+}
+
+/// What was surely meant, where the URI names a path of this machine.
+fn slip(machine: &Machine) -> Option<String> {
+    machine.uri.slip().map(|slip| format!("{}; {}", slip.message, slip.cure))
 }
 
 /// What it means not to be trusted.
@@ -246,6 +252,9 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
         let _ = writeln!(report, "{name}: {value}");
     };
     line("Store URL", &machine.name);
+    if let Some(slip) = slip(machine) {
+        line("Hint", &slip);
+    }
     match answer {
         Ok(answer) => {
             line("Version", answer.version.as_deref().unwrap_or("unknown"));
@@ -273,7 +282,7 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
         }
         Err(error) => {
             line("Error", exit::report(error, None).trim_start_matches("error: "));
-            if let Some(cure) = error.cure() {
+            if let Some(cure) = error.cure().filter(|_| slip(machine).is_none()) {
                 line("Hint", &cure);
             }
         }

@@ -335,6 +335,21 @@ fn a_host_name_that_does_not_exist() {
 }
 
 #[test]
+fn a_path_that_was_meant_as_a_machine() {
+    let world = World::new();
+    let client = plan(&world).start();
+    let output = ping(&client, &["--store", "ssh-ng//big"]);
+    assert_eq!(values(&output, "Hint").len(), 1, "{output}");
+    assert!(values(&output, "Hint")[0].starts_with("this is a relative path"), "{output}");
+    assert!(values(&output, "Hint")[0].ends_with("did you mean 'ssh-ng://big'?"), "{output}");
+    let output = ping(&client, &["--store", "ssh:/big"]);
+    assert_culprit(&output, "ssh:/big", "not reached over SSH", "did you mean 'ssh://big'?");
+    let told: Value =
+        serde_json::from_str(ping(&client, &["--json", "--store", "ssh-ng//big"]).stdout()).unwrap();
+    assert!(told[0]["hint"].as_str().unwrap().contains("ssh-ng://big"), "{told}");
+}
+
+#[test]
 fn a_uri_that_is_none() {
     let world = World::new();
     let client = plan(&world).start();

@@ -241,6 +241,10 @@ impl Judged {
             let message = format!("the parameter '{pair}' has no value, so it is ignored");
             self.warn(&spot, message, format!("write '{pair}=' and a value behind it, or take it out"));
         }
+        if let Some(slip) = machine.uri.slip() {
+            let end = word.find('?').unwrap_or(word.len());
+            self.warn(&line.part(0, 0, &word[..end]), slip.message, slip.cure);
+        }
         if let Some(here) = &here {
             if is_own_store(here, &machine.uri, &own.socket) {
                 self.warn(

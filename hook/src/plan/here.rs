@@ -19,7 +19,49 @@ pub enum Here {
     Store(String),
 }
 
+/// A store URI that names a path or nothing, where a machine was surely meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slip {
+    /// What it is taken for.
+    pub message: String,
+    /// What to write in its place.
+    pub cure: String,
+}
+
 impl StoreUri {
+    /// Whether it looks like a slip of the pen: `ssh-ng//big` and `ssh:/big`, and any other relative path. Nix too takes
+    /// these for paths, older ones those with a colon as well (`isNonUriPath` in `src/libstore/store-reference.cc`).
+    pub fn slip(&self) -> Option<Slip> {
+        let Scheme::Other(base) = &self.scheme else { return None };
+        if base.contains("://") {
+            return None;
+        }
+        let (written, rest) = base.split_at(base.find([':', '/'])?);
+        let letters: String = written.chars().filter(char::is_ascii_alphabetic).collect();
+        let scheme = match letters.to_ascii_lowercase().as_str() {
+            "ssh" => Some("ssh"),
+            "sshng" => Some("ssh-ng"),
+            _ => None,
+        };
+        let host = rest.trim_matches([':', '/']);
+        let meant = scheme
+            .filter(|_| !host.is_empty() && !host.contains('/'))
+            .map(|scheme| format!("did you mean '{scheme}://{host}'?"));
+        let is_relative = !base.contains(':') && !base.starts_with('/');
+        let message = match (is_relative, &meant) {
+            (true, _) => {
+                format!(
+                    "this is a relative path, so builds for it run on this machine, in a store at /{base}"
+                )
+            }
+            (false, Some(_)) => format!("'{written}' is not followed by '://', so this names no machine"),
+            (false, None) => return None,
+        };
+        let absolute =
+            || format!("write /{base} for a store on this machine, or ssh-ng://HOST for another one");
+        Some(Slip { message, cure: meant.unwrap_or_else(absolute) })
+    }
+
     /// How the store is reached if it is on this machine and we can do it; see `StoreReference::parse` in Nix 2.34
     /// `src/libstore/store-reference.cc`.
     pub fn here(&self) -> Option<Here> {
@@ -120,6 +162,33 @@ mod tests {
             ("unix:///run/x", Some(Here::Socket(Some("/run/x".into())))),
         ] {
             assert_eq!(here(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_slip_of_the_pen_is_told_from_a_path() {
+        let slip = |text: &str| StoreUri::parse(&StoreUri::with_implied_scheme(text)).unwrap().slip();
+        for (text, meant) in [
+            ("ssh-ng//big", "ssh-ng://big"),
+            ("ssh-ng/big?compress=true", "ssh-ng://big"),
+            ("SSH_NG://", ""),
+            ("ssh-ng:/root@big:22", "ssh-ng://root@big:22"),
+            ("ssh:/big/", "ssh://big"),
+            ("ssh//big", "ssh://big"),
+        ] {
+            let cure = slip(text).map(|slip| slip.cure).unwrap_or_default();
+            let expected = if meant.is_empty() { String::new() } else { format!("did you mean '{meant}'?") };
+            assert_eq!(cure, expected, "{text}");
+        }
+        let relative = slip("srv/store").unwrap();
+        assert!(relative.message.contains("a store at /srv/store"), "{relative:?}");
+        assert!(relative.cure.starts_with("write /srv/store "), "{relative:?}");
+        let near = slip("ssh-ng:/big").unwrap();
+        assert_eq!(near.message, "'ssh-ng' is not followed by '://', so this names no machine");
+        for text in
+            ["/ssh/big", "auto", "daemon", "mac", "ssh-ng://big", "unix:/run/x", "local:/x", "plugin://x"]
+        {
+            assert_eq!(slip(text), None, "{text}");
         }
     }
 

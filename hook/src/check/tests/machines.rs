@@ -89,6 +89,27 @@ fn two_lines_for_one_machine() {
 }
 
 #[test]
+fn paths_that_were_meant_as_machines() {
+    assert_one(
+        "ssh-ng//big x86_64-linux - 4",
+        &[
+            "1:1 [ssh-ng//big] warning: this is a relative path",
+            "/ssh-ng//big",
+            "did you mean 'ssh-ng://big'?",
+        ],
+    );
+    assert_one(
+        "ssh-ng:/big?compress=true x86_64-linux",
+        &["[ssh-ng:/big] warning: 'ssh-ng' is not followed by '://'", "did you mean 'ssh-ng://big'?"],
+    );
+    assert_one("ssh:/big", &["did you mean 'ssh://big'?"]);
+    assert_one(
+        "stores/a x86_64-linux",
+        &["this is a relative path", "write /stores/a for a store on this machine"],
+    );
+}
+
+#[test]
 fn systems_that_nix_does_not_know() {
     for (system, meant) in [
         ("x86_64", "'x86_64-linux'"),
