@@ -304,10 +304,24 @@ fn a_machine_without_nix() {
     let world = World::new();
     let mac = world.builder("mac").without_nix().start();
     let client = plan(&world).knows(&mac).start();
-    for url in ["ssh-ng://mac", "ssh://mac"] {
+    for (url, cure) in [
+        ("ssh-ng://mac", "append ?remote-program=/path/to/nix-daemon to"),
+        ("ssh://mac", "append ?remote-program=/path/to/nix-store to"),
+    ] {
         let output = ping(&client, &["--store", url]);
         assert_culprit(&output, url, "nix-daemon: not found", "install Nix there");
+        assert!(values(&output, "Hint")[0].contains(cure), "{output}");
     }
+}
+
+#[test]
+fn a_remote_program_that_speaks_another_protocol() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).knows(&mac).start();
+    let path = mac.run("command -v nix-daemon");
+    let url = format!("ssh://mac?remote-program={}", path.trim());
+    assert_culprit(&ping(&client, &["--store", &url]), &url, "--serve", "is its nix-store");
 }
 
 #[test]

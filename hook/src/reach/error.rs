@@ -33,7 +33,7 @@ pub enum ReachError {
     NoNix {
         /// What the builder's shell said.
         stderr: String,
-        /// The command that was tried.
+        /// What a `remote-program` of that machine would name.
         program: String,
     },
     /// The program ended instead of answering.
@@ -103,6 +103,9 @@ impl ReachError {
                 "install Nix there; if it is installed, make '{program}' known to shells that are not \
                  interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
             )),
+            Self::Ended { command, .. } if command.contains("nix-daemon --serve") => {
+                Some("the remote-program of an ssh:// machine is its nix-store: name that, not nix-daemon".into())
+            }
             Self::Ended { command, .. } if command.contains("--serve") => {
                 Some("log in to the builder with ssh and see what 'nix-store --serve --write' says".into())
             }

@@ -4,7 +4,7 @@
 
 use super::{OPEN_BOUND, ReachError, left};
 use crate::builder::{Ahead, Builder, BuilderError, ServeStore, Store};
-use crate::plan::machine::Machine;
+use crate::plan::machine::{Machine, Scheme};
 use crate::wire::{serve, worker};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::master::{Master, SessionEnd, SessionStatus};
@@ -70,8 +70,8 @@ impl Session<'_> {
         run: impl Fn(&str) -> Result<Store, ReachError>,
     ) -> Result<Store, ReachError> {
         let named = remote_program(self.machine);
-        let program = named.clone().unwrap_or_else(|| program.to_owned());
-        let mut command = format!("{program} {options}");
+        let own = named.clone().unwrap_or_else(|| program.to_owned());
+        let mut command = format!("{own} {options}");
         if let Some(store) = self.machine.uri.param("remote-store") {
             command.push_str(&format!(" --store {}", shell_word(store)));
         }
@@ -79,13 +79,20 @@ impl Session<'_> {
             Err(ReachError::NoNix { .. }) if named.is_none() => {
                 let wider = format!("PATH=\"$PATH:{MORE_DIRECTORIES}\"; export PATH; exec {command}");
                 run(&format!("/bin/sh -c {}", shell_word(&wider))).map_err(|error| match error {
-                    ReachError::NoNix { stderr, .. } => ReachError::NoNix { stderr, program },
+                    ReachError::NoNix { stderr, .. } => {
+                        ReachError::NoNix { stderr, program: usual_program(self.machine).to_owned() }
+                    }
                     other => other,
                 })
             }
             other => other,
         }
     }
+}
+
+/// The program that a `remote-program` of such a machine stands for, whichever was tried last.
+fn usual_program(machine: &Machine) -> &'static str {
+    if machine.uri.scheme == Scheme::Ssh { "nix-store" } else { "nix-daemon" }
 }
 
 /// Asks the session how it ended.
