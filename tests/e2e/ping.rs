@@ -315,6 +315,20 @@ fn a_machine_without_nix() {
 }
 
 #[test]
+fn a_remote_program_that_is_not_there() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).knows(&mac).start();
+    for (scheme, program) in [("ssh-ng", "nix-daemon"), ("ssh", "nix-store")] {
+        let url = format!("{scheme}://root@mac?remote-program=/opt/nix/bin/{program}");
+        let output = ping(&client, &["--store", &url]);
+        let cause = format!("there is no /opt/nix/bin/{program} on mac");
+        assert_culprit(&output, &url, &cause, "correct remote-program in the machine's URI");
+        assert!(!values(&output, "Hint")[0].contains("/path/to"), "{output}");
+    }
+}
+
+#[test]
 fn a_remote_program_that_speaks_another_protocol() {
     let world = World::new();
     let mac = world.builder("mac").start();

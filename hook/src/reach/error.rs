@@ -36,6 +36,16 @@ pub enum ReachError {
         /// What a `remote-program` of that machine would name.
         program: String,
     },
+    /// The program that its URI names is not there, or cannot be run.
+    #[error("there is no {program} on {host}{}", words(.stderr))]
+    NoProgram {
+        /// The program.
+        program: String,
+        /// The machine's host.
+        host: String,
+        /// What its shell said.
+        stderr: String,
+    },
     /// The program ended instead of answering.
     #[error("'{command}' {}{}", ended(*.exit), words(.stderr))]
     Ended {
@@ -103,6 +113,7 @@ impl ReachError {
                 "install Nix there; if it is installed, make '{program}' known to shells that are not \
                  interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
             )),
+            Self::NoProgram { .. } => Some("correct remote-program in the machine's URI, or leave it out".into()),
             Self::Ended { command, .. } if command.contains("nix-daemon --serve") => {
                 Some("the remote-program of an ssh:// machine is its nix-store: name that, not nix-daemon".into())
             }
@@ -132,7 +143,7 @@ impl ReachError {
 
     /// Whether that Nix's programs are not found is all that is known.
     pub(super) fn is_no_nix(&self) -> bool {
-        matches!(self, Self::NoNix { .. })
+        matches!(self, Self::NoNix { .. } | Self::NoProgram { .. })
     }
 
     /// Whether there may be a `nix-store --serve` where no daemon could be started: the program is missing, or

@@ -85,6 +85,12 @@ impl Session<'_> {
                     other => other,
                 })
             }
+            // The shell has looked for the first of its words.
+            Err(ReachError::NoNix { stderr, .. }) => Err(ReachError::NoProgram {
+                program: own.split(' ').next().unwrap_or_default().to_owned(),
+                host: self.machine.host().to_owned(),
+                stderr,
+            }),
             other => other,
         }
     }
