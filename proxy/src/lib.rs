@@ -6,6 +6,7 @@ pub mod cli;
 pub mod dial;
 pub mod down;
 pub mod exit;
+pub mod key_file;
 mod listing;
 pub mod log;
 pub mod master;

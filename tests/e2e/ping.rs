@@ -233,6 +233,33 @@ fn a_wrong_key() {
 }
 
 #[test]
+fn a_key_with_a_passphrase() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).knows(&mac).start();
+    client.run(
+        "mv /root/.ssh/id_ed25519 /root/locked; ssh-keygen -q -p -f /root/locked -P '' -N 'open sesame'",
+    );
+    let url = "ssh-ng://mac?ssh-key=/root/locked";
+    let output = ping(&client, &["--store", url]);
+    assert_culprit(&output, url, "permission denied", "the key /root/locked has a passphrase");
+    assert!(
+        values(&output, "Hint")[0].contains("`ssh -o BatchMode=yes -i /root/locked mac true`"),
+        "{output}"
+    );
+    client.run("mv /root/locked /root/.ssh/id_ed25519");
+    let usual = ping(&client, &["--store", "ssh-ng://mac"]);
+    assert_culprit(
+        &usual,
+        "ssh-ng://mac",
+        "permission denied",
+        "the key /root/.ssh/id_ed25519 has a passphrase",
+    );
+    client.run("ssh-keygen -q -p -f /root/.ssh/id_ed25519 -P 'open sesame' -N ''");
+    assert_answers(&ping(&client, &["--store", "ssh-ng://mac"]), "ssh-ng://mac");
+}
+
+#[test]
 fn a_key_file_that_is_not_there_or_open_to_others() {
     let world = World::new();
     let mac = world.builder("mac").start();

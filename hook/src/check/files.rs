@@ -3,6 +3,7 @@
 //! Must never open more of them than the head.
 
 use super::finding::{Finding, Spot};
+use nix_offload_proxy::key_file;
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -116,6 +117,15 @@ impl Runner {
             Ok(_) if head.starts_with(b"ssh-") || head.starts_with(b"ecdsa-") => {
                 public("the file with the private key".into())
             }
+            Ok(_) if key_file::has_passphrase(&path).unwrap_or(false) => Ok(Some(Finding::warning(
+                spot,
+                format!("the key {shown} has a passphrase, and nobody is asked for it when builds run"),
+                format!(
+                    "take it off with ssh-keygen -p -f {shown}, name another key, or see that an agent that {} reaches \
+                     holds it",
+                    self.name
+                ),
+            ))),
             Ok(_) => Ok(None),
         }
     }

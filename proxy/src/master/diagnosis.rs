@@ -104,6 +104,8 @@ pub struct Context {
     pub(super) identity: Option<PathBuf>,
     pub(super) ssh_options: Vec<String>,
     pub(super) log: PathBuf,
+    /// A key that has a passphrase.
+    pub(super) locked: Option<PathBuf>,
 }
 
 impl fmt::Display for Fault {
@@ -270,6 +272,7 @@ impl Context {
             identity: endpoint.identity.clone(),
             ssh_options: endpoint.ssh_options.clone(),
             log,
+            locked: None,
         }
     }
 
@@ -281,6 +284,11 @@ impl Context {
         words.extend(self.port.map(|port| format!("-p {port}")));
         words.push(shell_word(destination));
         words.join(" ")
+    }
+
+    /// The same as a test: ssh asks for nothing then, as it does for us.
+    fn test(&self, destination: &str) -> String {
+        format!("{} true", self.command(destination).replacen("ssh", "ssh -o BatchMode=yes", 1))
     }
 
     /// The host's name in known_hosts.
@@ -337,12 +345,20 @@ impl Context {
             ),
             Fault::PermissionDenied { .. } => {
                 let key = self.identity.as_ref().map(|path| path.display().to_string());
+                let locked = self.locked.as_ref().map_or_else(String::new, |key| {
+                    format!(
+                        "the key {0} has a passphrase, which nobody is asked for: take it off (ssh-keygen -p -f {0}), \
+                         name another key, or have an agent hold it; and ",
+                        key.display()
+                    )
+                });
                 format!(
-                    "add the public half of {} to ~/.ssh/authorized_keys of {} on {}; the key must have no passphrase \
-                     unless an agent that user {user} reaches holds it; `{command} true` shows whether it works",
+                    "{locked}add the public half of {} to ~/.ssh/authorized_keys of {} on {}; the key must have no passphrase \
+                     unless an agent that user {user} reaches holds it; `{}` shows whether it works",
                     key.map_or_else(|| format!("a key of user {user}"), |key| format!("the key {key}")),
                     destination.rsplit_once('@').map_or("the user", |(name, _)| name),
-                    self.host
+                    self.host,
+                    self.test(destination)
                 )
             }
             Fault::IdentityUnreadable { .. } => format!(
@@ -362,7 +378,8 @@ impl Context {
             }
             Fault::Proxy { cure: Some(cure), .. } => cure.clone(),
             Fault::Proxy { cure: None, .. } | Fault::Other { .. } => {
-                format!("as user {user} try `{command} true`; all that ssh said is in {}", log.display())
+                let test = self.test(destination);
+                format!("as user {user} try `{test}`; all that ssh said is in {}", log.display())
             }
         }
     }

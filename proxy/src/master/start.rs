@@ -26,6 +26,7 @@ use super::{
     name::Endpoint,
     process,
 };
+use crate::key_file;
 
 /// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
 /// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
@@ -126,12 +127,22 @@ impl Setback {
         );
         let known_hosts = known_hosts.unwrap_or_else(|| "~/.ssh/known_hosts".into());
         let known_hosts = known_hosts.strip_prefix("~").map_or(known_hosts.clone(), |rest| home.join(rest));
-        StartError::Failed {
-            fault: self.fault(endpoint),
-            context: Box::new(Context::of(endpoint, user, known_hosts, files.log.clone())),
-            destination,
+        let fault = self.fault(endpoint);
+        let mut context = Context::of(endpoint, user, known_hosts, files.log.clone());
+        if matches!(fault, Fault::PermissionDenied { .. }) {
+            context.locked = locked_key(endpoint, &home);
         }
+        StartError::Failed { fault, context: Box::new(context), destination }
     }
+}
+
+/// The key that has a passphrase, which ssh cannot ask for here: the one that is named, else the first of the usual ones.
+fn locked_key(endpoint: &Endpoint, home: &Path) -> Option<PathBuf> {
+    const USUAL: [&str; 3] = ["id_rsa", "id_ecdsa", "id_ed25519"];
+    let usual = || USUAL.iter().map(|name| home.join(".ssh").join(name)).collect();
+    let keys: Vec<PathBuf> = endpoint.identity.clone().map_or_else(usual, |key| vec![key]);
+    let keys = keys.into_iter().map(|key| key.strip_prefix("~").map(|rest| home.join(rest)).unwrap_or(key));
+    keys.into_iter().find(|key| key_file::has_passphrase(key).unwrap_or(false))
 }
 
 /// What became of an attempt.

@@ -1,11 +1,12 @@
 //! What must be true of files, with real ones.
 
 use super::super::files::{NotSeen, Program, Runner};
-use super::super::finding::Spot;
+use super::super::finding::{Severity, Spot};
 use nix::unistd::geteuid;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 fn me() -> Runner {
     Runner::new(geteuid().as_raw())
@@ -46,6 +47,23 @@ fn keys_that_ssh_would_not_take() {
     assert!(key(".ssh/id").unwrap().1.contains("whole path"));
     let home = me().home().join("no-such-key");
     assert!(key("~/no-such-key").unwrap().0.contains(home.to_str().unwrap()));
+}
+
+#[test]
+fn a_key_with_a_passphrase_is_no_error_for_an_agent_may_hold_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let find = |name: &str, passphrase: &str| {
+        let path = directory.path().join(name);
+        let mut made = Command::new("ssh-keygen");
+        made.args(["-q", "-t", "ed25519", "-N", passphrase, "-f"]).arg(&path);
+        assert!(made.status().unwrap().success());
+        me().key(&Spot::file("m"), path.to_str().unwrap()).unwrap()
+    };
+    assert_eq!(find("open", ""), None);
+    let found = find("locked", "open sesame").unwrap();
+    assert_eq!(found.severity, Severity::Warning);
+    assert!(found.message.contains("locked has a passphrase"), "{found}");
+    assert!(found.cure.contains("ssh-keygen -p -f /") && found.cure.contains("agent"), "{found}");
 }
 
 #[test]
