@@ -27,7 +27,7 @@ pub enum DialError {
     #[error("the host name cannot be resolved")]
     Resolve(#[source] io::Error),
     /// The resolver or the host did not answer in time.
-    #[error("no answer within {} s", bound.as_secs_f32())]
+    #[error("no answer within {} s", crate::exit::seconds(*bound))]
     TimedOut {
         /// The bound that was given.
         bound: Duration,

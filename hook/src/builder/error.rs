@@ -3,6 +3,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use crate::wire::WireError;
+use nix_offload_proxy::exit;
 use std::io;
 use std::time::Duration;
 use thiserror::Error;
@@ -29,7 +30,7 @@ pub enum BuilderError {
         source: WireError,
     },
     /// The daemon did not answer in time.
-    #[error("no answer within {} s while {doing}", .bound.as_secs_f32())]
+    #[error("no answer within {} s while {doing}", exit::seconds(*.bound))]
     NoAnswer {
         /// What was being done.
         doing: &'static str,

@@ -81,7 +81,7 @@ impl Reach {
     /// end before it knows more. Nobody is told yet, for it may be no more than slow.
     pub fn note_slow(&self, machine: &Machine, bound: Duration) {
         let health = self.health(machine);
-        if health.failed(&format!("no answer within {} s", bound.as_secs_f32()), SystemTime::now()) {
+        if health.failed(&format!("no answer within {} s", exit::seconds(bound)), SystemTime::now()) {
             health.take_news();
         }
     }

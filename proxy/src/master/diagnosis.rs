@@ -256,6 +256,11 @@ fn quote(text: &str) -> String {
     text.chars().take(QUOTED_CHARS).collect()
 }
 
+/// The cure for a host that takes connections and goes no further.
+pub(super) fn stuck(host: &str) -> String {
+    format!("see on {host} whether sshd is well and not overloaded; the network lets the connection through")
+}
+
 /// ssh's last line, in parentheses.
 pub(super) fn said(stderr: &str) -> String {
     let last = lines(stderr).last();
@@ -311,6 +316,12 @@ impl Context {
                 // ssh_config may have another port than we know of.
                 let port = port_in(said).or(self.port).unwrap_or(22);
                 format!("check that sshd runs on {} and that {port} is its port", self.host)
+            }
+            // What ssh waited for when TCP was through (sshconnect.c, packet.c).
+            Fault::Unreachable { said }
+                if said.contains("during banner exchange") || said.starts_with("Connection to ") =>
+            {
+                stuck(&self.host)
             }
             Fault::Unreachable { .. } => {
                 format!("check that {} is up and that the network lets SSH through to it", self.host)
@@ -426,6 +437,20 @@ mod tests {
         let unknown = "No RSA host key is known for h and you have requested strict checking.\r\n";
         assert_eq!(diagnose(unknown, false), Fault::HostKeyUnknown { fingerprint: None });
         assert_eq!(diagnose(unknown, true), Fault::PinnedKeyMismatch { fingerprint: None });
+    }
+
+    #[test]
+    fn a_host_that_takes_the_connection_and_goes_no_further_is_no_matter_of_the_network() {
+        let endpoint = Endpoint::new("u@h").unwrap();
+        let context = Context::of(&endpoint, "u".into(), "/k".into(), "/l".into());
+        for (text, cure) in [
+            ("Connection timed out during banner exchange", "see on h whether sshd is well"),
+            ("Connection to 10.0.0.1 port 22 timed out", "see on h whether sshd is well"),
+            ("ssh: connect to host h port 22: Connection timed out", "check that h is up"),
+        ] {
+            let cured = context.cure("u@h", &diagnose(text, false));
+            assert!(cured.starts_with(cure), "{text}: {cured}");
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{io, path::PathBuf, time::Duration};
 use thiserror::Error;
 
 use super::{
-    diagnosis::{Context, Fault, said},
+    diagnosis::{Context, Fault, said, stuck},
     directory::DIRECTORY_VARIABLE,
     name::EndpointError,
 };
@@ -32,17 +32,19 @@ pub enum StartError {
         context: Box<Context>,
     },
     /// It took too long.
-    #[error("cannot connect to {destination}: no connection within {} s{}", bound.as_secs_f32(), said(stderr))]
+    #[error("cannot connect to {destination}: {} within {} s{}", missed(*connected), exit::seconds(*bound), said(stderr))]
     TimedOut {
         /// The destination as it was given.
         destination: String,
         /// The bound that was given.
         bound: Duration,
+        /// Whether the host had taken the connection, as far as the kernel knew. Unknown, and so false, behind a proxy.
+        connected: bool,
         /// What ssh said until then.
         stderr: String,
     },
     /// Another process is starting the same master and has not finished.
-    #[error("cannot connect to {destination}: another process has been connecting for {} s", bound.as_secs_f32())]
+    #[error("cannot connect to {destination}: another process has been connecting for {} s", exit::seconds(*bound))]
     Busy {
         /// The destination as it was given.
         destination: String,
@@ -50,7 +52,7 @@ pub enum StartError {
         bound: Duration,
     },
     /// Too many connections are being made to the host already, and no turn came in time.
-    #[error("cannot connect to {destination}: too many new connections to it, no turn within {} s", bound.as_secs_f32())]
+    #[error("cannot connect to {destination}: too many new connections to it, no turn within {} s", exit::seconds(*bound))]
     Crowded {
         /// The destination as it was given.
         destination: String,
@@ -117,11 +119,17 @@ pub enum StartError {
     },
 }
 
+/// What did not come in time.
+fn missed(connected: bool) -> &'static str {
+    if connected { "it took the connection, but no login was complete" } else { "no connection" }
+}
+
 impl StartError {
     /// What to do about it, if that can be said.
     pub fn cure(&self) -> Option<String> {
         match self {
             StartError::Failed { destination, fault, context } => Some(context.cure(destination, fault)),
+            StartError::TimedOut { destination, connected: true, .. } => Some(stuck(destination)),
             StartError::TimedOut { destination, .. } => {
                 Some(format!("check that the host is up and that the network lets SSH through to {destination}"))
             }

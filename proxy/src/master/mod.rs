@@ -130,7 +130,7 @@ pub enum OpenError {
         source: io::Error,
     },
     /// No answer within the bound.
-    #[error("no answer within {} s from {}", bound.as_secs_f32(), if *master_answers { "the far side" } else { "the SSH master" })]
+    #[error("no answer within {} s from {}", crate::exit::seconds(*bound), if *master_answers { "the far side" } else { "the SSH master" })]
     TimedOut {
         /// The bound that was given.
         bound: Duration,

@@ -108,6 +108,7 @@ pub(super) fn failure(setback: &Setback) -> String {
     json!({
         "stamp": stamp,
         "timed-out": setback.timed_out,
+        "connected": setback.connected,
         "stderr": setback.stderr,
         "fingerprint": setback.fingerprint,
     })
@@ -119,6 +120,7 @@ pub(super) fn read_failure(text: &[u8]) -> Option<Setback> {
     let failure: Value = serde_json::from_slice(text).ok()?;
     Some(Setback {
         timed_out: failure["timed-out"].as_bool()?,
+        connected: failure["connected"].as_bool().unwrap_or_default(),
         stderr: failure["stderr"].as_str()?.to_owned(),
         fingerprint: failure["fingerprint"].as_str().map(str::to_owned),
     })

@@ -24,7 +24,7 @@ use super::{
     liveness::ALIVE_BOUND,
     mux::{self, Health},
     name::Endpoint,
-    process,
+    process, traffic,
 };
 use crate::key_file;
 
@@ -96,6 +96,8 @@ impl Files {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Setback {
     pub(super) timed_out: bool,
+    /// If it timed out: whether the host had taken the connection, as far as that is known.
+    pub(super) connected: bool,
     pub(super) stderr: String,
     /// The host's key (`ssh-ed25519 SHA256:...`), if it is the key that is the matter.
     pub(super) fingerprint: Option<String>,
@@ -117,7 +119,8 @@ impl Setback {
     ) -> StartError {
         let destination = endpoint.destination.clone();
         if self.timed_out {
-            return StartError::TimedOut { destination, bound, stderr: self.stderr };
+            let Setback { connected, stderr, .. } = self;
+            return StartError::TimedOut { destination, bound, connected, stderr };
         }
         let account = User::from_uid(geteuid()).ok().flatten();
         // ssh looks in the home directory of the password database, not in $HOME.
@@ -211,6 +214,7 @@ pub(super) fn attempt(
         return Ok(Attempt::Started { pid });
     }
     let timed_out = first.is_err();
+    let connected = timed_out && traffic::of([pid].into_iter(), "").contains_key(&pid);
     if timed_out {
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
             end_group(pid, signal);
@@ -225,7 +229,7 @@ pub(super) fn attempt(
     let left = deadline.saturating_duration_since(Instant::now()).min(FINGERPRINT_BOUND);
     let wanted = is_about_host_key(&stderr) && !left.is_zero();
     let fingerprint = if wanted { fingerprint(endpoint, files, left) } else { None };
-    Ok(Attempt::Failed(Setback { timed_out, stderr, fingerprint }))
+    Ok(Attempt::Failed(Setback { timed_out, connected, stderr, fingerprint }))
 }
 
 /// The key that the host shows. ssh tells it only to those who want to hear all, and then it would never be silent

@@ -81,7 +81,7 @@ pub enum TunnelError {
         source: WakeError,
     },
     /// Too many connections are being made to it already, and no turn came in time.
-    #[error("cannot connect to {host} port {port}: too many new connections to it, no turn within {} s", bound.as_secs_f32())]
+    #[error("cannot connect to {host} port {port}: too many new connections to it, no turn within {} s", crate::exit::seconds(*bound))]
     Crowded {
         /// The host.
         host: String,

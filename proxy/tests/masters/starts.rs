@@ -280,9 +280,11 @@ fn a_host_that_accepts_and_says_nothing_times_out() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = Endpoint { port: Some(silent.local_addr().unwrap().port()), ..world.endpoint() };
     let begin = Instant::now();
-    let error = world.pool.start(&endpoint, Duration::from_millis(700), "true").unwrap_err();
-    assert!(matches!(error, StartError::TimedOut { .. }), "{error:?}");
-    assert!(error.to_string().contains("0.7 s") && error.is_temporary(), "{error}");
+    let error = world.pool.start(&endpoint, Duration::from_micros(699_987), "true").unwrap_err();
+    assert!(matches!(error, StartError::TimedOut { connected: true, .. }), "{error:?}");
+    let told = "it took the connection, but no login was complete within 0.7 s";
+    assert!(error.to_string().contains(told) && error.is_temporary(), "{error}");
+    assert!(error.cure().unwrap().contains("whether sshd is well"), "{error:?}");
     assert!(begin.elapsed() < Duration::from_secs(5));
     // ssh itself is gone too: its connection ends.
     let (mut connection, _) = silent.accept().unwrap();
