@@ -97,6 +97,11 @@ impl<'a> Waker<'a> {
         Waker { wake, host, note: file("wake"), status: file("woke"), log: file("wake-log") }
     }
 
+    /// How long the host is given to answer.
+    pub fn timeout(&self) -> Duration {
+        self.wake.timeout
+    }
+
     /// Whether it is being woken.
     ///
     /// # Errors

@@ -154,6 +154,7 @@ fn a_builder_that_does_not_wake_up_is_given_up_in_time() {
     assert!(failed.took() < LIMIT, "{failed}");
     failed.assert_stderr_has("waking 'ssh-ng://mac'").assert_stderr_has("connection refused");
     failed.assert_stderr_has("check that sshd runs on mac");
+    failed.assert_stderr_has("; it was woken and did not answer within 4 s (wake-timeout)");
     let local = client.nix_build(&drv::where_built("local"), &["-j1"]);
     assert!(local.took() < LIMIT, "{local}");
     assert_built_on(&client, &local, "client");

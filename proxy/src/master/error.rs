@@ -70,6 +70,15 @@ pub enum StartError {
         #[source]
         source: Box<StartError>,
     },
+    /// It is down though it was woken.
+    #[error("{source}; it was woken and did not answer within {} s (wake-timeout)", exit::seconds(*bound))]
+    NotWoken {
+        /// How long it was given.
+        bound: Duration,
+        /// How it is seen to be down.
+        #[source]
+        source: Box<StartError>,
+    },
     /// It is down and cannot be woken.
     #[error("cannot wake {destination}")]
     Wake {
@@ -138,6 +147,7 @@ impl StartError {
                 Some("try again; `connections-per-second` in offload.toml says how many are allowed".into())
             }
             StartError::Waking { .. } => Some("try again in a while".into()),
+            StartError::NotWoken { source, .. } => source.cure(),
             StartError::NoNetwork { .. } => Some("connect this machine to a network".into()),
             StartError::Wake { source, .. } => Some(source.cure()),
             StartError::NoSsh { .. } => {
@@ -159,6 +169,7 @@ impl StartError {
             | StartError::Crowded { .. }
             | StartError::NoNetwork { .. }
             | StartError::Waking { .. } => true,
+            StartError::NotWoken { source, .. } => source.is_temporary(),
             StartError::Failed { fault, .. } => matches!(
                 fault,
                 Fault::NameNotResolved { .. }
@@ -177,6 +188,7 @@ impl StartError {
     pub fn is_host_down(&self) -> bool {
         match self {
             StartError::TimedOut { .. } | StartError::Waking { .. } => true,
+            StartError::NotWoken { source, .. } => source.is_host_down(),
             StartError::Failed { fault, .. } => matches!(
                 fault,
                 Fault::NameNotResolved { .. }
@@ -209,6 +221,7 @@ impl StartError {
             StartError::Busy { .. } | StartError::Crowded { .. } | StartError::Waking { .. } => {
                 exit::TEMPORARY
             }
+            StartError::NotWoken { source, .. } => source.exit_code(),
             StartError::Wake { .. } => exit::CONFIG,
             StartError::Failed { fault: Fault::PermissionDenied { .. }, .. } => exit::NO_PERMISSION,
             StartError::Failed { .. } if self.is_temporary() => exit::UNAVAILABLE,

@@ -187,13 +187,14 @@ impl Pool {
             }
             (Err(error), Some(waker)) if error.is_host_down() => {
                 let destination = endpoint.destination.clone();
-                let waking = waker.wake(SystemTime::now());
+                let (waking, bound) = (waker.wake(SystemTime::now()), waker.timeout());
                 if waking.is_ok() {
                     self.note_waking(endpoint, &error);
                 }
+                let source = Box::new(error);
                 Err(match waking {
-                    Ok(waking) if waking.left.is_zero() => error,
-                    Ok(waking) => StartError::Waking { destination, waking, source: Box::new(error) },
+                    Ok(waking) if waking.left.is_zero() => StartError::NotWoken { bound, source },
+                    Ok(waking) => StartError::Waking { destination, waking, source },
                     Err(source) => StartError::Wake { destination, source },
                 })
             }
