@@ -138,12 +138,14 @@ pub enum SettingsError {
     Io {
         /// The file.
         path: PathBuf,
+        /// Whether the environment names it.
+        is_named: bool,
         /// What the kernel said.
         #[source]
         source: io::Error,
     },
     /// Others could write commands into it.
-    #[error("{} belongs to user {owner} or can be written by others (mode {mode:04o})", path.display())]
+    #[error("{} {}", path.display(), exposed(*owner, *mode))]
     NotOurs {
         /// The file.
         path: PathBuf,
@@ -168,15 +170,41 @@ pub enum SettingsError {
     },
 }
 
+/// Whether a file of that user is as good as our own.
+fn is_trusted(owner: u32) -> bool {
+    owner == 0 || owner == geteuid().as_raw()
+}
+
+/// Whether others can write a file of that mode.
+fn is_open(mode: u32) -> bool {
+    mode & 0o022 != 0
+}
+
+/// What is wrong with a file of that owner and mode.
+fn exposed(owner: u32, mode: u32) -> String {
+    let whose = (!is_trusted(owner)).then(|| format!("belongs to user {owner}"));
+    let open = is_open(mode).then(|| format!("can be written by others (mode {mode:04o})"));
+    whose.into_iter().chain(open).collect::<Vec<_>>().join(" and ")
+}
+
 impl SettingsError {
     /// What to do about it.
     pub fn cure(&self) -> Option<String> {
         match self {
+            SettingsError::Io { is_named: true, .. } => {
+                Some(format!("{FILE_VARIABLE} names it: correct that variable, or unset it"))
+            }
             SettingsError::Io { .. } => None,
-            SettingsError::NotOurs { path, .. } => Some(format!(
-                "it can name commands to run: make it belong to root or to you, and `chmod go-w {}`",
-                path.display()
-            )),
+            SettingsError::NotOurs { path, owner, mode } => {
+                let path = path.display();
+                let whose = (!is_trusted(*owner)).then(|| format!("`chown root {path}`"));
+                let open = is_open(*mode).then(|| format!("`chmod go-w {path}`"));
+                let cures: Vec<String> = whose.into_iter().chain(open).collect();
+                Some(format!(
+                    "it can name commands to run, so others must not write it: {}",
+                    cures.join(" and ")
+                ))
+            }
             SettingsError::Content { suggestion: Some(known), .. } => {
                 Some(format!("did you mean `{known}`?"))
             }
@@ -224,7 +252,10 @@ pub fn read<T: DeserializeOwned + Default>(
 ) -> Result<T, SettingsError> {
     let set = |name| lookup(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(path) = set(FILE_VARIABLE) {
-        return read_file(&path);
+        return read_file(&path).map_err(|error| match error {
+            SettingsError::Io { path, source, .. } => SettingsError::Io { path, is_named: true, source },
+            other => other,
+        });
     }
     // Root's environment may be that of somebody else (sudo).
     if !geteuid().is_root() {
@@ -246,11 +277,11 @@ pub fn read<T: DeserializeOwned + Default>(
 /// # Errors
 /// The first thing that is wrong with it.
 pub fn read_file<T: DeserializeOwned>(path: &Path) -> Result<T, SettingsError> {
-    let io_error = |source| SettingsError::Io { path: path.to_owned(), source };
+    let io_error = |source| SettingsError::Io { path: path.to_owned(), is_named: false, source };
     let file = File::open(path).map_err(io_error)?;
     let metadata = file.metadata().map_err(io_error)?;
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
-    if (owner != 0 && owner != geteuid().as_raw()) || mode & 0o022 != 0 {
+    if !is_trusted(owner) || is_open(mode) {
         return Err(SettingsError::NotOurs { path: path.to_owned(), owner, mode });
     }
     let mut text = String::new();
@@ -491,15 +522,25 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("offload.toml");
         let lookup = |name: &str| (name == FILE_VARIABLE).then(|| path.clone().into_os_string());
-        assert!(matches!(Settings::from_env(lookup), Err(SettingsError::Io { .. })));
+        let absent = Settings::from_env(lookup).unwrap_err().cure().unwrap();
+        assert!(absent.starts_with("NIX_OFFLOAD_CONFIG names it"), "{absent}");
         fs::write(&path, "[ssh]\nidle = 7\n").unwrap();
         assert_eq!(Settings::from_env(lookup).unwrap().ssh.idle, Duration::from_secs(7));
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
         let error = Settings::from_env(lookup).unwrap_err();
-        assert!(error.to_string().ends_with("(mode 0666)"), "{error}");
-        assert!(error.cure().unwrap().contains("chmod go-w"));
+        assert!(error.to_string().ends_with("/offload.toml can be written by others (mode 0666)"), "{error}");
+        let cure = error.cure().unwrap();
+        assert!(cure.contains("chmod go-w /") && !cure.contains("chown"), "{cure}");
+        let theirs = SettingsError::NotOurs { path: "/f".into(), owner: 4711, mode: 0o644 };
+        assert_eq!(theirs.to_string(), "/f belongs to user 4711");
+        let cure = theirs.cure().unwrap();
+        assert!(cure.ends_with(": `chown root /f`"), "{cure}");
+        let both = SettingsError::NotOurs { path: "/f".into(), owner: 4711, mode: 0o666 };
+        assert_eq!(both.to_string(), "/f belongs to user 4711 and can be written by others (mode 0666)");
+        assert!(both.cure().unwrap().ends_with(": `chown root /f` and `chmod go-w /f`"), "{both:?}");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         fs::write(&path, vec![b'#'; MOST_BYTES as usize + 1]).unwrap();
-        assert!(Settings::from_env(lookup).unwrap_err().cure().is_none());
+        assert!(matches!(Settings::from_env(lookup), Err(SettingsError::Io { .. })));
+        assert!(read_file::<Settings>(&path).unwrap_err().cure().is_none(), "nobody named it");
     }
 }
