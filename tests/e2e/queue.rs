@@ -366,7 +366,9 @@ fn a_build_that_waits_says_so_and_where_it_is_built_in_the_end() {
             .assert_stderr_has(&format!("-{}.drv' on 'ssh-ng://pi' instead\n", name("first")));
         first.assert_stderr_lacks("other build");
         second.assert_success().assert_stderr_lacks("instead");
-        running.into_iter().for_each(|running| drop(running.wait().assert_success()));
+        for build in running {
+            build.wait().assert_success();
+        }
     }
 }
 
