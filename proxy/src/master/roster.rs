@@ -14,6 +14,7 @@ use super::{
     liveness::ALIVE_BOUND,
     lock::lock,
     mux::{self, Health},
+    name::is_name,
     pool::Pool,
     process,
     record::Record,
@@ -23,6 +24,8 @@ use super::{
 
 /// How long stopping waits for the lock, and for ssh to go before it is killed.
 const STOP_BOUND: Duration = Duration::from_secs(5);
+/// How long the log of a master that has ended is kept.
+const LOG_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The port of ssh where none is given.
 const SSH_PORT: u16 = 22;
 
@@ -77,7 +80,8 @@ pub struct MasterInfo {
 }
 
 impl Pool {
-    /// All masters that were started and not stopped, by destination. Each is asked whether it lives.
+    /// All masters that were started and have not been stopped, by destination. Each is asked whether it lives. What is left
+    /// of those that ended by themselves is removed, of their logs what is older than a week.
     ///
     /// # Errors
     /// When the directory cannot be read.
@@ -88,9 +92,18 @@ impl Pool {
         let sockets = fs::read_to_string("/proc/net/unix").ok();
         for entry in fs::read_dir(self.directory()).map_err(io_error)? {
             let name = entry.map_err(io_error)?.file_name();
-            let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            let Some((name, extension)) = name.to_str().and_then(|name| name.rsplit_once('.')) else {
+                continue;
+            };
             let files = Files::new(self.directory(), name);
-            let Some(record) = Record::read(&files) else { continue };
+            if extension == "log" && is_name(name) && !files.record.exists() && is_old(&files.log) {
+                forget(&files);
+            }
+            let Some(record) = Record::read(&files).filter(|_| extension == "json") else { continue };
+            if has_ended(&files, &record) {
+                forget(&files);
+                continue;
+            }
             let answers = match mux::health(&files.socket, ALIVE_BOUND) {
                 Health::Alive { pid } => Some(pid),
                 Health::Absent | Health::Silent => None,
@@ -174,12 +187,44 @@ impl Pool {
             "SSH master to {} stopped",
             master.destination
         );
-        forward::remove_all(&files.socket);
-        // The lock last, and while it is held: see `lock`.
-        let Files { socket, record, output, hosts, failure, avoid, keeper, keeping, .. } = &files;
-        for path in [socket, record, output, hosts, failure, avoid, keeper, keeping, &files.lock] {
-            remove(path).map_err(io_error(path))?;
-        }
-        Ok(())
+        remove_files(&files).map_err(|(path, source)| PoolError::Io { path, source })
     }
+}
+
+/// Whether a master has ended by itself: because nobody used it, or its link was cut. Then its ssh has removed its socket,
+/// which one that was killed leaves behind (`cleanup_exit` in clientloop.c).
+fn has_ended(files: &Files, record: &Record) -> bool {
+    let Some((pid, Some(born))) = &record.process else { return false };
+    let is_absent =
+        |path: &Path| matches!(path.symlink_metadata(), Err(e) if e.kind() == io::ErrorKind::NotFound);
+    is_absent(&files.socket) && process::birth(*pid).as_ref() != Some(born)
+}
+
+/// Removes what is left of a master that has ended, unless another one is just being started in its place. If that cannot
+/// be done it is tried next time.
+fn forget(files: &Files) {
+    let Ok(Some(_lock)) = lock(&files.lock, Instant::now()) else { return };
+    if Record::read(files).is_some_and(|record| !has_ended(files, &record)) {
+        return;
+    }
+    if is_old(&files.log) {
+        let _ = remove(&files.log);
+    }
+    let _ = remove_files(files);
+}
+
+fn is_old(log: &Path) -> bool {
+    let written = fs::metadata(log).and_then(|metadata| metadata.modified());
+    written.is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|age| age > LOG_KEPT))
+}
+
+/// Removes the files of a master except its log, for whoever holds its lock.
+fn remove_files(files: &Files) -> Result<(), (PathBuf, io::Error)> {
+    forward::remove_all(&files.socket);
+    // The lock last, and while it is held: see `lock`.
+    let Files { socket, record, output, hosts, failure, avoid, keeper, keeping, .. } = files;
+    for path in [socket, record, output, hosts, failure, avoid, keeper, keeping, &files.lock] {
+        remove(path).map_err(|error| (path.clone(), error))?;
+    }
+    Ok(())
 }

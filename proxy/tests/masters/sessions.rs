@@ -1,14 +1,15 @@
 //! More sessions than sshd gives on one connection, and masters that nobody uses.
 
 use std::{
+    fs::File,
     io::{ErrorKind, Read, Write},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nix::sys::signal::{Signal, kill};
 use nix_offload_proxy::master::{CloseWrite, Master, MasterInfo, OpenError, TimedRead};
 
-use crate::world::{BOUND, Echo, Trouble, World, gone, session_on_any, wait_until};
+use crate::world::{BOUND, Echo, Trouble, World, extensions, gone, session_on_any, wait_until};
 
 #[test]
 fn as_many_masters_are_made_as_the_sessions_need_and_they_are_used_again() {
@@ -69,6 +70,33 @@ fn a_master_that_nobody_uses_ends_by_itself_and_not_before() {
     assert!(pool.live(&world.endpoint()).is_none());
     pool.start(&world.endpoint(), BOUND, "true").unwrap().open_session("true", BOUND).unwrap();
     assert_eq!(world.logins(), 2);
+}
+
+#[test]
+fn of_a_master_that_ended_by_itself_nothing_is_left_but_its_log_and_that_for_a_week() {
+    let world = World::new();
+    let pool = world.pool_with("[ssh]\nidle = 1\n");
+    let mut pinned = world.endpoint();
+    pinned.host_keys = Some(world.public_key("host"));
+    pool.start(&pinned, BOUND, "echo x").unwrap();
+    let info = world.only_master();
+    wait_until("the master ends", || gone(info.pid) && !info.control_path.exists());
+    assert_eq!(pool.list().unwrap(), []);
+    assert_eq!(extensions(pool.directory()), ["log", "pace"]);
+    assert_eq!(pool.list().unwrap(), []);
+    let log = File::options().write(true).open(&info.log_path).unwrap();
+    let age =
+        |days: u64| log.set_modified(SystemTime::now() - Duration::from_secs(days * 24 * 3600)).unwrap();
+    age(6);
+    assert_eq!((pool.list().unwrap(), info.log_path.exists()), (vec![], true));
+    // That of a master that lives stays, however long it has said nothing.
+    let living = pool.start(&world.endpoint(), BOUND, "true").unwrap();
+    let _session = living.open_session("cat", BOUND).unwrap();
+    let its_log = File::options().write(true).open(living.log_path()).unwrap();
+    its_log.set_modified(SystemTime::now() - Duration::from_secs(8 * 24 * 3600)).unwrap();
+    age(8);
+    assert_eq!(pool.list().unwrap().len(), 1);
+    assert_eq!((info.log_path.exists(), living.log_path().exists()), (false, true));
 }
 
 #[test]
