@@ -65,6 +65,11 @@ pub enum Fault {
         /// What it would have accepted (`publickey,password`).
         methods: String,
     },
+    /// The agent has the key and does not sign with it.
+    AgentRefused {
+        /// ssh's line.
+        said: String,
+    },
     /// The identity file is not there or cannot be read.
     IdentityUnreadable {
         /// ssh's line.
@@ -128,6 +133,7 @@ impl fmt::Display for Fault {
             }
             Fault::TurnedAway { said } => write!(f, "sshd turned the connection away ({said})"),
             Fault::PermissionDenied { methods } => write!(f, "permission denied ({methods})"),
+            Fault::AgentRefused { said } => write!(f, "the key was not used to log in ({said})"),
             Fault::IdentityUnreadable { said } => write!(f, "the identity file cannot be used ({said})"),
             Fault::IdentityPermissions { said } => {
                 write!(f, "ssh does not use an identity file that others can read ({said})")
@@ -182,6 +188,9 @@ pub(super) fn diagnose(stderr: &str, pinned: bool, fingerprint: Option<String>) 
         };
     }
     if let Some(denied) = find(&["Permission denied ("]) {
+        if let Some(said) = find(&["signing failed for "]) {
+            return Fault::AgentRefused { said };
+        }
         if let Some(said) = find(&["are too open", "bad permissions"]) {
             return Fault::IdentityPermissions { said };
         }
@@ -372,6 +381,11 @@ impl Context {
                     self.test(destination)
                 )
             }
+            Fault::AgentRefused { .. } => format!(
+                "see that the agent of user {user}, or the device with the key, is there and unlocked; a key that waits for a \
+                 touch or for a confirmation cannot be used where nobody is asked, other than by a master that is opened by \
+                 hand (control-path in offload.toml); `{command} true` shows whether it works"
+            ),
             Fault::IdentityUnreadable { .. } => format!(
                 "check that {} exists, is a private key, and that user {user} can read it",
                 self.identity
@@ -478,6 +492,10 @@ mod tests {
         // The first address of two refused, the second one answered.
         let text = "ssh: connect to host h port 22: Connection refused\nu@h: Permission denied (publickey,password).";
         assert_eq!(diagnose(text, false), Fault::PermissionDenied { methods: "publickey,password".into() });
+        let line =
+            "sign_and_send_pubkey: signing failed for ED25519 \"/k\" from agent: agent refused operation";
+        let text = format!("{line}\r\nu@h: Permission denied (publickey).\r\n");
+        assert_eq!(diagnose(&text, false), Fault::AgentRefused { said: line.into() });
         let text = "Load key \"/k\": invalid format\nu@h: Permission denied (publickey).";
         assert!(matches!(diagnose(text, false), Fault::IdentityUnreadable { said } if said.contains("/k")));
     }

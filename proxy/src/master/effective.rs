@@ -77,16 +77,31 @@ impl Effective {
     }
 }
 
-/// Asks ssh. If it fails, what is wrong is better told by its start, so the answer is made from what is known here.
-pub(super) fn ask(endpoint: &Endpoint, files: &Files, bound: Duration) -> Effective {
+/// Whether ssh would say nothing when it fails (`LogLevel` QUIET or FATAL). To be told which files it reads it has to be
+/// given another level, so it is asked once more.
+pub(super) fn is_silent(endpoint: &Endpoint, files: &Files, bound: Duration) -> bool {
+    let mut command = asking(endpoint, files, bound, "-G");
+    let (stdout, _) = process::output(&mut command, bound).unwrap_or_default();
+    let level = stdout.lines().find_map(|line| line.strip_prefix("loglevel "));
+    // The names it has for QUIET and FATAL (`log_levels` in log.c).
+    matches!(level, Some("SILENT" | "QUIET" | "FATAL"))
+}
+
+fn asking(endpoint: &Endpoint, files: &Files, bound: Duration, how: &str) -> Command {
     let mut command = Command::new("ssh");
     command
-        .args(["-v", "-G"])
+        .arg(how)
         .args(start::words(endpoint, files, bound))
         .args(["--", endpoint.destination.as_str()])
         .stdin(Stdio::null())
         .current_dir("/");
     start::set_environment(&mut command, files);
+    command
+}
+
+/// Asks ssh. If it fails, what is wrong is better told by its start, so the answer is made from what is known here.
+pub(super) fn ask(endpoint: &Endpoint, files: &Files, bound: Duration) -> Effective {
+    let mut command = asking(endpoint, files, bound, "-vG");
     let (stdout, stderr) = process::output(&mut command, bound).unwrap_or_else(|error: io::Error| {
         tracing::debug!(destination = endpoint.destination, %error, "ssh -G");
         Default::default()

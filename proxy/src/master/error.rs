@@ -138,9 +138,19 @@ impl StartError {
     pub fn cure(&self) -> Option<String> {
         match self {
             StartError::Failed { destination, fault, context } => Some(context.cure(destination, fault)),
-            StartError::TimedOut { destination, connected: true, .. } => Some(stuck(destination)),
-            StartError::TimedOut { destination, .. } => {
-                Some(format!("check that the host is up and that the network lets SSH through to {destination}"))
+            StartError::TimedOut { destination, connected, stderr, .. } => {
+                let cure = if *connected {
+                    stuck(destination)
+                } else {
+                    format!("check that the host is up and that the network lets SSH through to {destination}")
+                };
+                // Over a network that works ssh says nothing either while it waits for a finger.
+                let touch = if said(stderr).is_empty() {
+                    "; a key that wants a touch or a confirmation may be waiting for it"
+                } else {
+                    ""
+                };
+                Some(format!("{cure}{touch}"))
             }
             StartError::Busy { .. } => Some("try again".into()),
             StartError::Crowded { .. } => {
@@ -223,7 +233,9 @@ impl StartError {
             }
             StartError::NotWoken { source, .. } => source.exit_code(),
             StartError::Wake { .. } => exit::CONFIG,
-            StartError::Failed { fault: Fault::PermissionDenied { .. }, .. } => exit::NO_PERMISSION,
+            StartError::Failed {
+                fault: Fault::PermissionDenied { .. } | Fault::AgentRefused { .. }, ..
+            } => exit::NO_PERMISSION,
             StartError::Failed { .. } if self.is_temporary() => exit::UNAVAILABLE,
             StartError::Failed { .. } | StartError::NoSsh { .. } | StartError::PathTooLong { .. } => {
                 exit::CONFIG

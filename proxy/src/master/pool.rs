@@ -326,7 +326,8 @@ impl Pool {
         // Before it starts: should we be killed then, it is known all the same.
         start::write_whole(&files.record, &record.to_text()).map_err(at(&files.record))?;
         let memory = self.memory(endpoint);
-        let error = match self.attempt(endpoint, &files, &pace, deadline, first_command)? {
+        let is_silent = effective::is_silent(endpoint, &files, (left() / 3).min(ASK_BOUND));
+        let error = match self.attempt(endpoint, &files, &pace, deadline, first_command, is_silent)? {
             Attempt::Started { pid } => {
                 if let Err(error) = start::write_whole(&files.record, &record.of_process(pid).to_text()) {
                     let path = files.record.display();
@@ -368,6 +369,7 @@ impl Pool {
         pace: &Pace,
         deadline: Instant,
         first_command: &str,
+        is_silent: bool,
     ) -> Result<Attempt, StartError> {
         let bound = deadline.saturating_duration_since(Instant::now());
         // Without time to connect in there is no use in a turn.
@@ -386,7 +388,7 @@ impl Pool {
             };
             let began = Instant::now();
             let left = deadline.saturating_duration_since(began);
-            match start::attempt(endpoint, files, left, first_command, self.settings.ssh.idle)? {
+            match start::attempt(endpoint, files, left, first_command, self.settings.ssh.idle, is_silent)? {
                 Attempt::Started { pid } => {
                     let milliseconds = began.elapsed().as_millis() as u64;
                     let took = exit::seconds(began.elapsed());

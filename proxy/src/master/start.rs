@@ -157,13 +157,14 @@ pub(super) enum Attempt {
 }
 
 /// Runs ssh once. The caller holds the lock, and no socket is in the way. `idle` is how long the master is to live on
-/// without a client.
+/// without a client. `is_silent`: ssh would not say why it fails.
 pub(super) fn attempt(
     endpoint: &Endpoint,
     files: &Files,
     bound: Duration,
     first_command: &str,
     idle: Duration,
+    is_silent: bool,
 ) -> Result<Attempt, StartError> {
     let deadline = Instant::now() + bound;
     let at = |path: &Path| {
@@ -178,6 +179,7 @@ pub(super) fn attempt(
     let mut command = Command::new("ssh");
     set_environment(&mut command, files);
     command
+        .args(loudly(is_silent))
         .args(arguments(endpoint, files, bound, first_command, idle))
         .env(WITHIN_VARIABLE, bound.as_millis().to_string())
         .stdin(Stdio::null())
@@ -288,6 +290,11 @@ fn end_group(leader: u32, signal: Signal) {
     }
 }
 
+/// What has a silent ssh say why it fails: nobody else knows, and it goes to our log alone.
+fn loudly(is_silent: bool) -> &'static [&'static str] {
+    if is_silent { &["-o", "LogLevel=ERROR"] } else { &[] }
+}
+
 /// ssh's words for a master. Where an option is given more than once the first one counts, except for `-S` and `-E`,
 /// where the last one does. So ours come first where they must hold, then the user's, then our defaults.
 fn arguments(
@@ -322,7 +329,7 @@ pub(super) fn words(endpoint: &Endpoint, files: &Files, bound: Duration) -> Vec<
         hosts.push("\"");
         words.extend(["-o".into(), hosts]);
     }
-    words.extend(endpoint.ssh_options.iter().filter_map(|word| without_master(word)).map(OsString::from));
+    words.extend(endpoint.ssh_options.iter().filter_map(|word| without_ours(word)).map(OsString::from));
     words.extend(["-x", "-a", "-T"].map(OsString::from));
     option(&mut words, "BatchMode=yes");
     let seconds = bound.as_secs() + u64::from(bound.subsec_nanos() > 0);
@@ -348,14 +355,14 @@ fn option(words: &mut Vec<OsString>, option: &str) {
     words.extend(["-o".into(), option.into()]);
 }
 
-/// A second ControlMaster=yes, which is what -M means, would make ssh ask before each use. It may stand among other
-/// letters that take no argument (main in ssh.c of 9.2).
-fn without_master(word: &str) -> Option<String> {
+/// A second ControlMaster=yes, which is what -M means, would make ssh ask before each use; and with -q, which overrules
+/// all options, it would not say why it fails. They may stand among other letters that take no argument (main in ssh.c of 9.2).
+fn without_ours(word: &str) -> Option<String> {
     const PLAIN: &str = "1246afgknqstvxACGKMNTVXYy";
     let Some(letters) = word.strip_prefix('-') else { return Some(word.to_owned()) };
     let plain = letters.find(|letter| !PLAIN.contains(letter)).unwrap_or(letters.len());
     let (plain, rest) = letters.split_at(plain);
-    let left = plain.replace('M', "");
+    let left = plain.replace(['M', 'q'], "");
     (word == "-" || !left.is_empty() || !rest.is_empty()).then(|| format!("-{left}{rest}"))
 }
 
@@ -433,13 +440,19 @@ mod tests {
     }
 
     #[test]
-    fn the_letter_that_makes_a_master_is_left_out_of_the_users_words() {
-        for (word, left) in
-            [("-4MC", "-4C"), ("-MpM", "-pM"), ("-oM", "-oM"), ("M", "M"), ("--", "--"), ("-", "-")]
-        {
-            assert_eq!(without_master(word).as_deref(), Some(left));
+    fn the_letters_that_make_a_master_and_silence_are_left_out_of_the_users_words() {
+        for (word, left) in [
+            ("-4MC", "-4C"),
+            ("-qC", "-C"),
+            ("-MpM", "-pM"),
+            ("-oM", "-oM"),
+            ("M", "M"),
+            ("--", "--"),
+            ("-", "-"),
+        ] {
+            assert_eq!(without_ours(word).as_deref(), Some(left));
         }
-        assert_eq!((without_master("-M"), without_master("-MM")), (None, None));
+        assert_eq!(["-M", "-MM", "-q", "-Mq"].map(without_ours), [const { None }; 4]);
     }
 
     #[test]

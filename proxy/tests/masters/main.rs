@@ -12,6 +12,7 @@ mod crowds;
 mod faults;
 mod hostile;
 mod own_masters;
+mod quiet;
 mod sessions;
 mod slow;
 mod ssh_config;
