@@ -251,6 +251,30 @@ fn no_daemon_can_be_started() {
     );
 }
 
+#[test]
+fn a_socket_that_stays_closed_is_looked_at_again_and_again_at_no_cost() {
+    let world = World::new();
+    let mut mac = world.builder("mac").refusing_forwarding().start();
+    let client = world.client().hook(Hook::Ours).journald().uses(&mac, "ssh-ng", 1).start();
+    for round in 1..=3 {
+        assert_built_there(&client, &format!("round-{round}"));
+        assert_way(&client, "ssh-ng", SESSION);
+        assert_eq!(mac.refused_channels(), round, "{}", mac.log("sshd"));
+        assert_eq!((holders(&client), told(&client, CLOSED)), (1, 1), "{:?}", client.processes());
+        age_notes(&client);
+    }
+    assert_eq!(mac.logins(), 1);
+    // On another master there is not even the first one.
+    client.run("/opt/nix-offload/bin/nix-offload-proxy stop --all");
+    assert_built_there(&client, "another");
+    assert_way(&client, "ssh-ng", SESSION);
+    assert_eq!((mac.refused_channels(), holders(&client), mac.logins()), (4, 0, 2), "{}", mac.log("sshd"));
+    age_notes(&client);
+    without_options(&mut mac);
+    assert_built_there(&client, "open");
+    assert_way(&client, "ssh-ng", SOCKET);
+}
+
 /// Three builds that are under way at the same time.
 fn three_at_once(client: &Client, round: &str) -> Vec<Running> {
     let names = [1, 2, 3].map(|number| format!("{round}-{number}"));

@@ -42,8 +42,8 @@ pub const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
 /// A machine that answered so recently is taken to be well without asking again.
 pub const WARM: Duration = Duration::from_secs(60);
 
-/// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. Each
-/// refusal leaves a small process behind until the master ends.
+/// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. The first
+/// refusal leaves a small process behind until the master ends, so later ones are looked for in another way.
 const SOCKET_AGAIN: Duration = Duration::from_secs(600);
 
 /// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
@@ -371,6 +371,9 @@ impl Reach {
         let refusal = self.stamp(machine).with_extension("refused");
         let mut detour = noted_lately(&refusal, SOCKET_AGAIN).filter(|_| uses_socket(machine));
         if uses_socket(machine) && detour.is_none() {
+            detour = self.still_refused(&refusal, master, deadline)?;
+        }
+        if uses_socket(machine) && detour.is_none() {
             match self.by_socket(master, machine, store_dir, deadline, ahead) {
                 Ok(builder) => {
                     self.keep(master, machine);
@@ -422,6 +425,30 @@ impl Reach {
             // What is said of a program that is there tells more than that another one is not.
             Err(other) if error.is_no_nix() && !other.is_no_nix() => Err(other),
             Err(_) => Err(error),
+        }
+    }
+
+    /// Why the way to the daemon's socket is not to be taken, if it was refused some time ago and is still closed.
+    fn still_refused(
+        &self,
+        refusal: &Path,
+        master: &Master,
+        deadline: Instant,
+    ) -> Result<Option<String>, ReachError> {
+        let Ok(reason) = fs::read_to_string(refusal) else { return Ok(None) };
+        let bound = left(deadline).min(OPEN_BOUND);
+        match master.try_unix_socket(DAEMON_SOCKET, &Builder::first_words(), bound) {
+            Ok(()) => {
+                let _ = fs::remove_file(refusal);
+                Ok(None)
+            }
+            Err(OpenError::Refused { .. }) => {
+                note(refusal, &reason);
+                Ok(Some(reason))
+            }
+            Err(lost @ OpenError::Gone { .. }) => Err(lost.into()),
+            // A daemon that does not answer, perhaps. If it is the link, the next way will tell.
+            Err(error) => Ok(Some(said(&error.into()))),
         }
     }
 

@@ -24,7 +24,7 @@ use nix::{
 };
 
 use super::{
-    OpenError, POLL_INTERVAL, connect,
+    Master, OpenError, POLL_INTERVAL, connect,
     liveness::{self, Liveness},
     mux, process,
     proxy_mode::{self, MAX_MUX_MESSAGE},
@@ -60,7 +60,7 @@ impl Forward {
         fds: [BorrowedFd<'_>; 2],
         bound: Duration,
     ) -> Result<Self, OpenError> {
-        check(host)?;
+        check(host, "host")?;
         let deadline = Instant::now() + bound;
         let gone = |source| OpenError::Gone { control: control.to_owned(), source };
         let mut socket = connect(control, deadline).map_err(gone)?;
@@ -137,13 +137,35 @@ pub(super) fn socket(
     port: u16,
     bound: Duration,
 ) -> Result<UnixStream, OpenError> {
-    check(host)?;
+    check(host, "host")?;
+    by_listener(control, mux::Target::Host(host, port), &[], bound)
+}
+
+impl Master {
+    /// Sees whether somebody at a unix socket on the far side answers these words. Other than that of
+    /// [`Master::open_unix_socket`] a refusal costs nothing, but the stream is of no other use: its far side would not be
+    /// closed with it.
+    ///
+    /// # Errors
+    /// `Refused` when there is no such socket, nobody listens, or sshd does not allow it; see [`OpenError`].
+    pub fn try_unix_socket(&self, path: &str, words: &[u8], bound: Duration) -> Result<(), OpenError> {
+        check(path, "socket path")?;
+        by_listener(self.control_path(), mux::Target::Path(path), words, bound).map(drop)
+    }
+}
+
+fn by_listener(
+    control: &Path,
+    target: mux::Target<'_>,
+    words: &[u8],
+    bound: Duration,
+) -> Result<UnixStream, OpenError> {
     let deadline = Instant::now() + bound;
     let local = control.with_extension(format!("{:012x}.{EXTENSION}", random() >> 16));
-    mux::listen(control, &local, host, port, bound)?;
-    let result = first_byte(control, &local, deadline, bound);
+    mux::listen(control, &local, target, bound)?;
+    let result = first_byte(control, &local, words, deadline, bound);
     // If this fails the master listens on, at a path that nobody knows.
-    let _ = mux::unlisten(control, &local, host, port, bound);
+    let _ = mux::unlisten(control, &local, target, bound);
     let _ = fs::remove_file(&local);
     result
 }
@@ -171,11 +193,14 @@ pub(super) fn belongs(file: &Path, control: &Path) -> bool {
 fn first_byte(
     control: &Path,
     local: &Path,
+    words: &[u8],
     deadline: Instant,
     bound: Duration,
 ) -> Result<UnixStream, OpenError> {
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
-    let socket = connect(local, deadline).map_err(gone)?;
+    let mut socket = connect(local, deadline).map_err(gone)?;
+    // If they are not taken, what is read says why.
+    let _ = socket.write_all(words);
     // The end comes from the far side, or because the master ended.
     let refused = || match liveness::ask(control, ANSWER_BOUND) {
         Liveness::Alive { .. } => {
@@ -199,9 +224,9 @@ fn first_byte(
     }
 }
 
-fn check(host: &str) -> Result<(), OpenError> {
-    if host.is_empty() || host.len() > MAX_HOST || host.contains('\0') {
-        return Err(OpenError::Argument { what: "host" });
+fn check(name: &str, what: &'static str) -> Result<(), OpenError> {
+    if name.is_empty() || name.len() > MAX_HOST || name.contains('\0') {
+        return Err(OpenError::Argument { what });
     }
     Ok(())
 }

@@ -115,15 +115,23 @@ impl OpenSession {
     }
 }
 
-/// Has the master listen at `local`, a path that is free, and have the far side connect to `host` for each client.
+/// What the far side is to connect to.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Target<'a> {
+    /// A port of a host.
+    Host(&'a str, u16),
+    /// A unix socket there.
+    Path(&'a str),
+}
+
+/// Has the master listen at `local`, a path that is free, and have the far side connect to `target` for each client.
 pub(super) fn listen(
     control: &Path,
     local: &Path,
-    host: &str,
-    port: u16,
+    target: Target<'_>,
     bound: Duration,
 ) -> Result<(), OpenError> {
-    let [local, remote] = ends(local, host, port);
+    let [local, remote] = ends(local, target);
     request(control, bound, async |connection| {
         connection.request_port_forward(ForwardType::Local, &local, &remote).await
     })
@@ -133,19 +141,22 @@ pub(super) fn listen(
 pub(super) fn unlisten(
     control: &Path,
     local: &Path,
-    host: &str,
-    port: u16,
+    target: Target<'_>,
     bound: Duration,
 ) -> Result<(), OpenError> {
-    let [local, remote] = ends(local, host, port);
+    let [local, remote] = ends(local, target);
     request(control, bound, async |connection| {
         connection.close_port_forward(ForwardType::Local, &local, &remote).await
     })
 }
 
-fn ends<'a>(local: &'a Path, host: &'a str, port: u16) -> [Socket<'a>; 2] {
-    let local = Socket::UnixSocket { path: Cow::Borrowed(local) };
-    [local, Socket::TcpSocket { port: port.into(), host: Cow::Borrowed(host) }]
+fn ends<'a>(local: &'a Path, target: Target<'a>) -> [Socket<'a>; 2] {
+    let at = |path| Socket::UnixSocket { path: Cow::Borrowed(path) };
+    let target = match target {
+        Target::Host(host, port) => Socket::TcpSocket { port: port.into(), host: Cow::Borrowed(host) },
+        Target::Path(path) => at(Path::new(path)),
+    };
+    [at(local), target]
 }
 
 /// Makes one request on a connection of its own.
