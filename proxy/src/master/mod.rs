@@ -22,6 +22,7 @@ mod everybody;
 mod forward;
 mod handle;
 mod holder;
+mod instances;
 mod keeper;
 mod kept;
 mod liveness;

@@ -15,13 +15,14 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    OpenError, connect,
+    connect,
     diagnosis::{CURE_OF_PROXY, Fault, SAID_BY_PROXY},
     directory::{self, DirectoryError},
     effective,
     error::StartError,
     forward,
     handle::{Avoid, Master, avoided, kill_recorded, remove},
+    instances,
     liveness::{self, ALIVE_BOUND, Liveness},
     lock::lock,
     mux,
@@ -40,16 +41,8 @@ use crate::{
 /// How much longer than its own bound a start waits for that of another, so that two which began together
 /// end with the same error.
 const SHARE_GRACE: Duration = Duration::from_secs(1);
-/// Masters to one far end: more are opened when sshd has no more sessions to give on one (its MaxSessions, 10 by
-/// default).
-const MOST_MASTERS: u32 = 8;
 /// With less time left than this no further connection is begun.
-const LEAST_TIME: Duration = Duration::from_secs(1);
-/// A far side that refuses on so many masters which were made for it has nothing to give at all.
-const MOST_REFUSALS: u32 = 2;
-/// How long sshd may go on counting the session of a new master's first command after that has ended: it frees it
-/// behind what it has read at the same time (`session_close_by_channel` in session.c of OpenSSH 10.0).
-const FIRST_COMMAND_ENDS: Duration = Duration::from_millis(100);
+pub(super) const LEAST_TIME: Duration = Duration::from_secs(1);
 /// How long ssh may take to say what its configuration says. It connects nowhere for that.
 const ASK_BOUND: Duration = Duration::from_secs(2);
 /// How long nobody connects after sshd turned a connection away; doubled each time.
@@ -412,109 +405,6 @@ impl Pool {
         }
     }
 
-    /// Does something on a master that has the means for it: a living one, another one if its sessions are used up
-    /// or its far side does not answer in time, a new one if need be. A dead or hung one is replaced.
-    ///
-    /// `open` may be called several times, until it succeeds or fails in a way that another master would not change:
-    /// `why` gives the reason within an error, unless it is of that kind.
-    ///
-    /// # Errors
-    /// The last error of `open`, or why no master could be started.
-    pub fn with_master<T, E: From<StartError>>(
-        &self,
-        endpoint: &Endpoint,
-        deadline: Instant,
-        first_command: &str,
-        mut open: impl FnMut(&Master) -> Result<T, E>,
-        why: impl Fn(&E) -> Option<&OpenError>,
-    ) -> Result<T, E> {
-        let left = || deadline.saturating_duration_since(Instant::now());
-        let mut last = None;
-        let mut refusals = 0;
-        let mut tried = Vec::new();
-        while let Some(endpoint) = self.next_instance(endpoint, &tried) {
-            tried.push(endpoint.instance);
-            if last.is_some() && left() < LEAST_TIME {
-                break;
-            }
-            let (mut master, mut is_new) = match self.live(&endpoint) {
-                Some(master) => (master, false),
-                None => match (self.start(&endpoint, left(), first_command), &last) {
-                    (Ok(master), _) => (master, true),
-                    // The ones before are well, and there will be room on them.
-                    (Err(_), Some(full)) if matches!(why(full), Some(OpenError::Taken)) => break,
-                    (Err(error), _) => return Err(error.into()),
-                },
-            };
-            let mut is_second_try = false;
-            loop {
-                let error = match open(&master) {
-                    Ok(done) => return Ok(done),
-                    Err(error) => error,
-                };
-                match why(&error) {
-                    Some(OpenError::Refused { .. }) => {
-                        // One that another process started was made for that, which may have its only session.
-                        let is_ours = master.start_time().is_some();
-                        if is_ours && !is_second_try {
-                            thread::sleep(FIRST_COMMAND_ENDS);
-                            is_second_try = true;
-                            continue;
-                        }
-                        master.avoid(Avoid::Full);
-                        refusals += u32::from(is_ours);
-                    }
-                    Some(OpenError::Taken) => {}
-                    // Its other streams may be well: it is left alone. Should its link be dead, ssh notices.
-                    Some(OpenError::TimedOut { master_answers: true, .. }) => master.avoid(Avoid::Silent),
-                    // One that is only slow has others to serve.
-                    Some(OpenError::TimedOut { .. }) if !master.hangs() => master.avoid(Avoid::Silent),
-                    Some(reason) if reason.is_master_lost() && !is_new && left() >= LEAST_TIME => {
-                        let to = endpoint.destination.as_str();
-                        tracing::info!(destination = to, %reason, "replacing the SSH master to {to}: {reason}");
-                        master.retire();
-                        (master, is_new) = (self.start(&endpoint, left(), first_command)?, true);
-                        continue;
-                    }
-                    _ => return Err(error),
-                }
-                let to = endpoint.destination.as_str();
-                tracing::info!(destination = to, "trying another SSH master to {to}");
-                last = Some(error);
-                break;
-            }
-            if refusals >= MOST_REFUSALS {
-                break;
-            }
-        }
-        match last {
-            Some(error) => Err(error),
-            None => Err(StartError::Busy { destination: endpoint.destination.clone(), bound: left() }.into()),
-        }
-    }
-
-    /// The next one to ask of several masters to the same far end: those that should have the means first, then those
-    /// that may have them again, a new one, and those that are most likely dead.
-    fn next_instance(&self, endpoint: &Endpoint, tried: &[u32]) -> Option<Endpoint> {
-        let mut best: Option<(u8, Endpoint)> = None;
-        for number in 0..MOST_MASTERS {
-            let endpoint = Endpoint { instance: endpoint.instance + number, ..endpoint.clone() };
-            if tried.contains(&endpoint.instance) {
-                continue;
-            }
-            let rank = match (self.live(&endpoint), avoided(&self.files(&endpoint))) {
-                (Some(_), None) => return Some(endpoint),
-                (Some(_), Some(Avoid::Full)) => 1,
-                (None, _) => 2,
-                (Some(_), Some(Avoid::Silent)) => 3,
-            };
-            if best.as_ref().is_none_or(|(before, _)| rank < *before) {
-                best = Some((rank, endpoint));
-            }
-        }
-        best.map(|(_, endpoint)| endpoint)
-    }
-
     /// Whether and why no master could be started lately, if it is not yet time to try again.
     pub fn down(&self, endpoint: &Endpoint) -> Option<Down> {
         self.memory(endpoint).pause(SystemTime::now())
@@ -547,11 +437,13 @@ impl Pool {
         !start::starting().is_empty()
     }
 
-    /// Whether this process works for the start of that very master, so that waiting for it would be a circle.
+    /// Whether this process works for the start of that very master, or of another one to the same far end, so that waiting
+    /// for it would be a circle.
     /// A chain of starts that is too long for any sensible configuration counts as one too.
     pub fn is_starting(&self, endpoint: &Endpoint) -> bool {
         let starting = start::starting();
-        starting.len() >= LONGEST_CHAIN || starting.contains(&endpoint.name())
+        starting.len() >= LONGEST_CHAIN
+            || instances::of(endpoint).any(|instance| starting.contains(&instance.name()))
     }
 
     /// How much time this process has, if it works for the start of a master: whoever waits for that gives up soon

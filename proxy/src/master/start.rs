@@ -8,7 +8,7 @@ use std::{
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::mpsc,
+    sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
@@ -43,6 +43,8 @@ const LINK_TRIES: u32 = 3;
 const FINGERPRINT_BOUND: Duration = Duration::from_secs(5);
 /// How long ssh may take to go when asked to.
 const LEAVE_BOUND: Duration = Duration::from_millis(300);
+/// How often a start that has taken half of its time is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// How much of ssh's stderr is looked at, in bytes: its end.
 const STDERR_READ: u64 = 16 * 1024;
 /// How much of the first command's output is kept, in bytes.
@@ -194,13 +196,22 @@ pub(super) fn attempt(
     let pid = child.id();
     // The thread reaps it whenever it ends, which may be after we went on.
     let (ended, wait) = mpsc::channel();
-    let reaper = std::thread::Builder::new().spawn(move || ended.send(child.wait()));
+    let reaper = std::thread::Builder::new()
+        .spawn(move || ended.send(child.wait().is_ok_and(|status| status.success())));
     if let Err(source) = reaper {
         end_group(pid, Signal::SIGKILL);
         return Err(StartError::Io { path: "ssh".into(), source });
     }
 
-    let first = wait.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    // Who waits has something to do on the master, too: a first command that takes its time gets half of it.
+    let half = Instant::now() + bound / 2;
+    let mut first = wait.recv_timeout(half.saturating_duration_since(Instant::now()));
+    while first == Err(RecvTimeoutError::Timeout)
+        && Instant::now() < deadline
+        && !matches!(mux::health(&files.socket, ALIVE_BOUND), Health::Alive { .. })
+    {
+        first = wait.recv_timeout(LOOK_INTERVAL.min(deadline.saturating_duration_since(Instant::now())));
+    }
     // On a machine with too much to do the answer takes its time, and there may be some left.
     let answer = loop {
         match mux::health(&files.socket, ALIVE_BOUND) {
@@ -210,7 +221,7 @@ pub(super) fn attempt(
     };
     if let Health::Alive { pid } = answer {
         // While the first command still runs its output is not complete, but the master is there.
-        if !matches!(&first, Ok(Ok(status)) if status.success()) {
+        if first != Ok(true) {
             let _ = fs::remove_file(&files.output);
         }
         return Ok(Attempt::Started { pid });

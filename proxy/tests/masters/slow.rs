@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::world::{BOUND, Echo, World, gone, wait_until};
+use nix::sys::signal::{Signal, kill};
+use nix_offload_proxy::master::OpenError;
+
+use crate::world::{BOUND, Echo, Trouble, World, gone, wait_until};
 
 /// Has an ssh with a socket to listen on work for three seconds before each look at its connections, as long as there
 /// is a file. That is how it goes on a machine with far too much to do.
@@ -80,4 +83,66 @@ fn a_master_that_is_slow_is_not_given_up() {
     wait_until("it answers again", || !master.hangs() && world.pool.list().unwrap().iter().all(|m| m.alive));
     assert!(!gone(before.pid));
     assert_eq!(world.logins(), 2);
+}
+
+#[test]
+fn a_first_command_that_takes_its_time_leaves_enough_for_the_stream() {
+    let world = World::new();
+    let bound = Duration::from_secs(8);
+    let begin = Instant::now();
+    let master = world.pool.start(&world.endpoint(), bound, "exec sleep 30").unwrap();
+    assert!(begin.elapsed() < bound - Duration::from_secs(1), "{:?}", begin.elapsed());
+    world.pool.stop(&world.only_master()).unwrap();
+
+    // The same for who goes on with it.
+    let deadline = Instant::now() + bound;
+    let opened = world.pool.with_master(
+        &world.endpoint(),
+        deadline,
+        "exec sleep 30",
+        |master| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            master.open_session("cat", left).map_err(Trouble::Open)
+        },
+        why,
+    );
+    Echo::of(opened.unwrap()).ends();
+    assert_eq!(world.logins(), 2);
+    let (same, _) = crate::world::session_on_any(&world.pool, &world.endpoint(), "true", BOUND).unwrap();
+    assert_eq!(same.control_path(), master.control_path());
+}
+
+#[test]
+fn a_master_is_not_left_alone_by_who_had_no_time_to_ask_it() {
+    let world = World::new();
+    let master = world.start();
+    let ask = |deadline: Duration, bound: Duration| {
+        let stopped = world.sshd_sessions();
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGSTOP).unwrap());
+        let asked = world.pool.with_master(
+            &world.endpoint(),
+            Instant::now() + deadline,
+            "true",
+            |master| master.open_session("true", bound).map(drop).map_err(Trouble::Open),
+            why,
+        );
+        stopped.iter().for_each(|pid| kill(*pid, Signal::SIGCONT).unwrap());
+        asked
+    };
+    // With less than a second left nobody makes another one.
+    let late = ask(Duration::from_millis(900), Duration::from_millis(100)).unwrap_err();
+    assert!(matches!(late, Trouble::Open(OpenError::TimedOut { master_answers: true, .. })), "{late:?}");
+    let (same, _) = crate::world::session_on_any(&world.pool, &world.endpoint(), "true", BOUND).unwrap();
+    assert_eq!((same.control_path(), world.logins()), (master.control_path(), 1));
+    // Who had the time is believed.
+    ask(Duration::from_millis(900), Duration::from_millis(600)).unwrap_err();
+    let (other, _) = crate::world::session_on_any(&world.pool, &world.endpoint(), "true", BOUND).unwrap();
+    assert_ne!(other.control_path(), master.control_path());
+}
+
+fn why(error: &Trouble) -> Option<&OpenError> {
+    match error {
+        Trouble::Open(error) => Some(error),
+        Trouble::Start(_) => None,
+    }
 }
