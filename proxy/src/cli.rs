@@ -72,7 +72,7 @@ host, and not where it goes through a ProxyCommand's pipe or another shared conn
 ///
 /// With HOST and PORT it is a ProxyCommand for ssh_config: what it reads goes to the host, what comes from there
 /// it writes. With --via it goes through a jump host, to which one SSH connection is opened and kept for all.
-/// Without --via it uses a shared connection to the host itself if there is one, else TCP.
+/// Without --via it uses TCP or, where that fails, a shared connection to the host itself if there is one.
 #[derive(Debug, Parser)]
 #[command(
     name = "nix-offload-proxy",

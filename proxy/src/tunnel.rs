@@ -1,18 +1,19 @@
 //! Being a ProxyCommand: from a host and a port to a byte stream on stdin and stdout, or to a connected
 //! descriptor for the ssh that asked.
 //!
-//! The ways, in this order: the master of a jump host, if one is named; else a living master to the host itself;
-//! else TCP. A way that failed lately is not tried again before its time.
+//! The ways, in this order: the masters of a jump host, if one is named; else TCP; else a living master to the host
+//! itself. A way that failed lately is not tried again before its time.
 
 mod error;
+mod jump;
 mod opening;
 
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    net::{Shutdown, TcpStream},
+    net::TcpStream,
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     thread,
@@ -20,10 +21,10 @@ use std::{
 };
 
 use crate::{
-    dial::dial,
+    dial::{DialError, dial},
     down::{Memory, Probe, dice},
     exit,
-    master::{Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead, pace::Pace},
+    master::{CloseWrite, Endpoint, Forward, Master, OpenError, Pool, StartError, TimedRead, pace::Pace},
     network,
     passing::send_descriptor,
     wake::Waker,
@@ -31,7 +32,9 @@ use crate::{
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, setsockopt, sockopt},
+    sys::socket::{
+        AddressFamily, Shutdown, SockaddrLike, SockaddrStorage, getsockname, setsockopt, shutdown, sockopt,
+    },
     unistd::{dup2_stdin, dup2_stdout},
 };
 
@@ -118,8 +121,13 @@ pub fn run(pool: &Pool, request: &Request) -> Result<(), TunnelError> {
                 source,
             })
         }
-        Link::Socket(socket) => hand_over(socket),
+        Link::Socket(socket) if request.fdpass => hand_over(socket),
         Link::Tcp(stream) if request.fdpass => hand_over(stream),
+        Link::Socket(socket) => io::stdin()
+            .as_fd()
+            .try_clone_to_owned()
+            .and_then(|input| copy(socket, File::from(input), false))
+            .map_err(|source| TunnelError::Broken { host: request.host.clone(), source }),
         Link::Tcp(stream) => serve(pool, request, stream)
             .map_err(|source| TunnelError::Broken { host: request.host.clone(), source }),
     }
@@ -149,8 +157,9 @@ pub fn check(pool: &Pool, endpoint: &Endpoint, bound: Duration) -> Result<Checke
         endpoint,
         Instant::now() + bound.saturating_mul(2),
         "true",
-        |master| match run_true(master, bound) {
-            Ok(()) => Ok(master.control_path().to_owned()),
+        |master| match run_true(master, bound, bound) {
+            Ok(true) => Ok(master.control_path().to_owned()),
+            Ok(false) => Err(TunnelError::Endless { destination: endpoint.destination.clone(), bound }),
             Err(source) => Err(unanswered(endpoint, source)),
         },
         |error| match error {
@@ -165,16 +174,27 @@ fn unanswered(endpoint: &Endpoint, source: OpenError) -> TunnelError {
     TunnelError::Unanswered { destination: endpoint.destination.clone(), source }
 }
 
-/// The output ends when the command does.
-fn run_true(master: &Master, bound: Duration) -> Result<(), OpenError> {
-    let begin = Instant::now();
-    let (mut reader, _writer, _status) = master.open_session("true", bound)?.split();
-    let late = |_| OpenError::TimedOut { bound, master_answers: true };
-    reader
-        .set_timeout(Some(bound.saturating_sub(begin.elapsed()).max(Duration::from_millis(1))))
-        .map_err(late)?;
+/// Has the far side run `true`. That it is begun within `bound` takes an answer from there. Whether it has ended `grace` later
+/// is another matter: sshd may run something else instead (ForceCommand), which is given no input to wait for.
+fn run_true(master: &Master, bound: Duration, grace: Duration) -> Result<bool, OpenError> {
+    let (mut reader, mut writer, _status) = match master.open_session("true", bound) {
+        Ok(session) => session.split(),
+        Err(error) => return Err(error),
+    };
+    // If this fails the session has ended already.
+    let _ = writer.shutdown();
     // A login shell may say something first; what counts is that it comes to an end.
-    io::copy(&mut reader, &mut io::sink()).map(drop).map_err(late)
+    let _ = reader.set_timeout(Some(grace.max(Duration::from_millis(1))));
+    let end = Instant::now() + grace;
+    let mut chunk = [0; 4096];
+    loop {
+        match reader.read(&mut chunk) {
+            Ok(0) => return Ok(true),
+            Ok(_) if Instant::now() < end => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Ok(_) | Err(_) => return Ok(false),
+        }
+    }
 }
 
 impl Link {
@@ -188,47 +208,73 @@ impl Link {
 
 fn find(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
     // The master to the jump host may itself be started through us: its way there is a direct one.
-    if let Some(via) = request.via.as_ref().filter(|via| !pool.is_starting(via)) {
-        return through(pool, via, request, deadline);
+    match request.via.as_ref().filter(|via| !pool.is_starting(via)) {
+        Some(via) => jump::through(pool, via, request, deadline),
+        None => direct(pool, request, deadline),
     }
-    // What serves the start of a master must not hang on another one to the same host.
-    if !pool.serves_a_start()
-        && let Some(master) = pool.live_to(&request.host, request.port)
-    {
-        match open_on(&master, request, request.bound.min(UNASKED_BOUND)) {
-            Ok(link) => return Ok(link),
-            // It need not be able to; it was only asked because it is there.
-            Err(source) => {
-                tracing::debug!(host = request.host, error = %source, "the master to the host itself is of no use");
-                let (host, port) = (request.host.clone(), request.port);
-                if keeps_descriptors(request, &source)
-                    && !(is_lost(&master, &source, request.bound) && master.retire())
-                {
-                    return Err(TunnelError::Via { via: host.clone(), host, port, source });
-                }
-            }
-        }
-    }
-    direct(pool, request, deadline)
 }
 
 fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<Link, TunnelError> {
     let (host, port) = (&request.host, request.port);
     let memory = Memory::of(pool.directory(), format!("{host} {port}"));
+    if deadline.is_none()
+        && memory.pause(SystemTime::now()).is_some()
+        && let Some(link) = over_its_master(pool, request)
+    {
+        return Ok(link);
+    }
     let _probe = not_down(&memory, pool, deadline, host, || format!("{host} port {port}"))?;
     take_turn(pool, request)?;
-    match dial(host, port, request.bound) {
+    let source = match connect(request) {
         Ok(stream) => {
             reached(&memory, pool, host);
-            Ok(Link::Tcp(stream))
+            return Ok(Link::Tcp(stream));
         }
-        Err(source) => {
-            let lacks_network = source.may_lack_network() && network::is_absent();
-            let error = TunnelError::Direct { host: host.clone(), port, source };
-            // That is no fault of the host's.
-            Err(if lacks_network { error } else { failed(&memory, pool, host, error) })
+        Err(source) => source,
+    };
+    let lacks_network = source.may_lack_network() && network::is_absent();
+    let error = TunnelError::Direct { host: host.clone(), port, source };
+    if let Some(link) = over_its_master(pool, request) {
+        // The host is up; it is this way to it that need not be tried again at once.
+        memory.failed(&exit::reason(&error), SystemTime::now());
+        return Ok(link);
+    }
+    // A lack of network is no fault of the host's.
+    Err(if lacks_network { error } else { failed(&memory, pool, host, error) })
+}
+
+/// The last way: over a living master to the host itself, which nobody asked for. It comes behind TCP, because sshd sees
+/// such a login come from itself (`from=` and `Match Address` would count only while a master lives), and many a host
+/// cannot reach its own address. The master gets none of our descriptors, so that another attempt can follow; and it is not
+/// ended whatever comes of this, for it has its own users.
+fn over_its_master(pool: &Pool, request: &Request) -> Option<Link> {
+    let (host, port) = (&request.host, request.port);
+    // What serves the start of a master must not hang on another one to the same host.
+    if pool.serves_a_start() {
+        return None;
+    }
+    let master = pool.live_to(host, port)?;
+    let memory = Memory::of(pool.directory(), format!("{host} {port} over its own master"));
+    let _probe = memory.admit(SystemTime::now()).ok()?;
+    match master.connect_to(host, port, request.bound.min(UNASKED_BOUND)) {
+        Ok(socket) => {
+            memory.clear();
+            Some(Link::Socket(socket))
+        }
+        Err(error) => {
+            tracing::debug!(host, %error, "the master to the host itself is of no use");
+            memory.failed(&exit::reason(&error), SystemTime::now());
+            None
         }
     }
+}
+
+/// By TCP. The end of a host that falls silent is seen by nobody else, where ssh is handed the connection.
+fn connect(request: &Request) -> Result<TcpStream, DialError> {
+    let stream = dial(&request.host, request.port, request.bound)?;
+    // Without it the connection is as good until then.
+    let _ = setsockopt(&stream, sockopt::KeepAlive, &true);
+    Ok(stream)
 }
 
 /// Not all at once: see [`Pace`]. A start of a master has had its turn already.
@@ -288,40 +334,6 @@ fn failed(memory: &Memory, pool: &Pool, host: &str, error: TunnelError) -> Tunne
     }
 }
 
-fn through(
-    pool: &Pool,
-    via: &Endpoint,
-    request: &Request,
-    deadline: Option<Instant>,
-) -> Result<Link, TunnelError> {
-    let (host, port, jump) = (&request.host, request.port, &via.destination);
-    let of_host = Memory::of(pool.directory(), format!("{host} {port} via {}", via.name()));
-    let probe_of_jump = not_down(&pool.memory(via), pool, deadline, via.host(), || jump.clone())?;
-    let _probe = not_down(&of_host, pool, deadline, host, || format!("{host} port {port} through {jump}"))?;
-    let start = || pool.start(via, request.bound, "true");
-    let master = start()?;
-    drop(probe_of_jump);
-    take_turn(pool, request)?;
-    let mut opened = open_on(&master, request, patience(request, deadline, Instant::now()));
-    if let Err(error) = &opened
-        && error.is_master_lost()
-        && is_lost(&master, error, request.bound)
-        && (master.retire() || !keeps_descriptors(request, error))
-    {
-        opened = open_on(&start()?, request, patience(request, deadline, Instant::now()));
-    }
-    match opened {
-        Ok(link) => {
-            reached(&of_host, pool, host);
-            Ok(link)
-        }
-        Err(source) => {
-            let error = TunnelError::Via { host: host.clone(), port, via: jump.clone(), source };
-            Err(failed(&of_host, pool, host, error))
-        }
-    }
-}
-
 fn open_on(master: &Master, request: &Request, bound: Duration) -> Result<Link, OpenError> {
     let Request { host, port, .. } = request;
     if request.fdpass {
@@ -348,21 +360,11 @@ fn keeps_descriptors(request: &Request, error: &OpenError) -> bool {
 
 fn keeps(request: &Request, error: &TunnelError) -> bool {
     match error {
-        TunnelError::Via { source, .. } => keeps_descriptors(request, source),
+        TunnelError::Via { source, .. } | TunnelError::Silent { source, .. } => {
+            keeps_descriptors(request, source)
+        }
         TunnelError::Waking { source, .. } => keeps(request, source),
         _ => false,
-    }
-}
-
-/// Silence may be that of the host behind a link that works: then a command on the jump host ends in time. It has
-/// all the time there is, for a master that is only slow carries the streams of others.
-fn is_lost(master: &Master, error: &OpenError, bound: Duration) -> bool {
-    match error {
-        OpenError::TimedOut { master_answers: true, .. } => {
-            run_true(master, bound).is_err_and(|error| error.is_master_lost())
-        }
-        OpenError::TimedOut { .. } => master.hangs(),
-        _ => true,
     }
 }
 
@@ -374,8 +376,9 @@ fn not_down(
     host: &str,
     way: impl Fn() -> String,
 ) -> Result<Option<Probe>, TunnelError> {
-    // Who waits tries at a pace of its own, and so do all while a host is being woken.
-    if deadline.is_some() {
+    // Who waits tries at a pace of its own, and so do all while a host is being woken. A start of a master is made when its
+    // starter's own memory says so: refused here it would count as one more attempt that failed, without one.
+    if deadline.is_some() || pool.serves_a_start() {
         return Ok(None);
     }
     let down = match memory.admit(SystemTime::now()) {
@@ -424,29 +427,29 @@ fn serve(pool: &Pool, request: &Request, stream: TcpStream) -> io::Result<()> {
         );
         let pace = pace(pool, request);
         pace.hold_off(pause);
-        pace.take_turn(Instant::now() + TURN_BOUND).then(|| dial(host, port, request.bound).ok())?
+        pace.take_turn(Instant::now() + TURN_BOUND).then(|| connect(request).ok())?
     };
     // Not those of the standard library, which keep data back.
     let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let (stream, ended) = opening::pass(stream, &mut input, again)?;
-    copy(&stream, input, ended)
+    // ssh cannot do this for a pipe.
+    stream.set_nodelay(true)?;
+    copy(stream, input, ended)
 }
 
 /// Copies both ways until both have ended. The end of each is passed on at once.
-fn copy(stream: &TcpStream, mut input: File, ended: bool) -> io::Result<()> {
-    // ssh cannot do this for a pipe.
-    stream.set_nodelay(true)?;
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
+fn copy(stream: impl Into<OwnedFd>, mut input: File, ended: bool) -> io::Result<()> {
+    let stream = File::from(stream.into());
     let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let up = stream.try_clone()?;
     let upwards = thread::spawn(move || {
         let result = if ended { Ok(()) } else { pump(&mut input, &mut &up) };
         // What was written before is still sent.
-        let _ = up.shutdown(Shutdown::Write);
+        let _ = shutdown(up.as_raw_fd(), Shutdown::Write);
         result
     });
     // When this fails the other direction is not waited for: the process ends, and with it the connection.
-    if downwards(stream, &output)? == Ending::NobodyReads {
+    if downwards(&stream, &output)? == Ending::NobodyReads {
         return Ok(());
     }
     drop(output);
@@ -469,7 +472,7 @@ enum Ending {
 }
 
 /// From the host to stdout. That nobody reads there any more is seen while nothing comes, too.
-fn downwards(mut stream: &TcpStream, mut output: &File) -> io::Result<Ending> {
+fn downwards(mut stream: &File, mut output: &File) -> io::Result<Ending> {
     let mut chunk = vec![0; CHUNK];
     loop {
         let mut fds =

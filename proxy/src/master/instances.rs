@@ -3,16 +3,17 @@
 //! Must never start ssh by itself, nor know what the streams are for.
 
 use std::{
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
 use super::{
-    OpenError,
+    OpenError, clients,
     error::StartError,
     handle::{Avoid, Master, avoided},
     name::Endpoint,
     pool::{LEAST_TIME, Pool},
+    start::LINK_SILENCE,
 };
 
 /// Masters to one far end: more are opened when sshd has no more sessions to give on one (its MaxSessions, 10 by
@@ -26,10 +27,27 @@ const FIRST_COMMAND_ENDS: Duration = Duration::from_millis(100);
 
 /// Whoever had less time than this to open a stream on a master knows nothing of its link.
 const FAIR_BOUND: Duration = Duration::from_millis(500);
+/// What a client leaves on a master at most that did not open a stream for it in time: the stream, and the question
+/// whether the far side answers at all. Both stay until it does.
+const LEFT_BEHIND: usize = 2;
 
 /// All that may be asked, the one that is named first.
 pub(super) fn of(endpoint: &Endpoint) -> impl Iterator<Item = Endpoint> {
     (0..MOST_MASTERS).map(|number| Endpoint { instance: endpoint.instance + number, ..endpoint.clone() })
+}
+
+impl Master {
+    /// Has everybody ask it last for a while, because the far side of its link did not answer.
+    pub(crate) fn leave_alone(&self) {
+        self.avoid(Avoid::Silent);
+    }
+
+    /// Whether it may be ended though it answers: the far side of its link was silent for so long that its link is cut, or
+    /// nobody has a stream on it but whoever asks this, who could open none.
+    pub(crate) fn is_dispensable(&self, silence: Duration) -> bool {
+        let clients = || clients::count(&fs::read_to_string("/proc/net/unix").ok()?, self.control_path());
+        silence >= LINK_SILENCE || clients().is_some_and(|count| count <= LEFT_BEHIND)
+    }
 }
 
 impl Pool {

@@ -39,6 +39,8 @@ const LAST_WORD: Duration = Duration::from_secs(1);
 /// is cut off is noticed within 40 seconds.
 const LINK_INTERVAL: Duration = Duration::from_secs(10);
 const LINK_TRIES: u32 = 3;
+/// After so long a silence that has happened.
+pub(super) const LINK_SILENCE: Duration = LINK_INTERVAL.saturating_mul(LINK_TRIES + 1);
 /// How long the second connection, for the sake of the host's key, may take.
 const FINGERPRINT_BOUND: Duration = Duration::from_secs(5);
 /// How long ssh may take to go when asked to.

@@ -43,6 +43,19 @@ pub enum TunnelError {
         #[source]
         source: OpenError,
     },
+    /// The connection to the jump host does not answer.
+    #[error("cannot connect to {host} port {port}: the connection to {via} is silent")]
+    Silent {
+        /// The host.
+        host: String,
+        /// Its port.
+        port: u16,
+        /// The jump host.
+        via: String,
+        /// What was seen of it.
+        #[source]
+        source: OpenError,
+    },
     /// The jump host cannot be reached.
     #[error(transparent)]
     Start(#[from] StartError),
@@ -99,6 +112,14 @@ pub enum TunnelError {
         #[source]
         source: OpenError,
     },
+    /// The host took a command and does not end it.
+    #[error("{destination} took the command `true` and has not ended it within {} s", bound.as_secs_f32())]
+    Endless {
+        /// The destination as it was given.
+        destination: String,
+        /// How long it was waited for.
+        bound: Duration,
+    },
     /// It worked and then broke.
     #[error("the connection to {host} broke")]
     Broken {
@@ -142,6 +163,12 @@ impl TunnelError {
             TunnelError::Via { host, via, source: OpenError::TimedOut { .. }, .. } => {
                 Some(format!("check that {host} is up and that {via} can reach it"))
             }
+            TunnelError::Silent { via, .. } => {
+                Some(format!("try again, which takes another connection to {via}; check that {via} is up"))
+            }
+            TunnelError::Endless { destination, .. } => Some(format!(
+                "see what sshd runs instead on {destination} (ForceCommand, command= in authorized_keys)"
+            )),
             TunnelError::Start(error) => error.cure(),
             TunnelError::KnownDown { .. } => Some("nix-offload-proxy --wait waits for it instead".into()),
             TunnelError::Waking { .. } => Some("nix-offload-proxy --wait waits longer".into()),
@@ -163,7 +190,10 @@ impl TunnelError {
             TunnelError::Via { source: OpenError::Argument { .. }, .. } | TunnelError::NoSocket => {
                 exit::USAGE
             }
-            TunnelError::Via { .. } | TunnelError::Unanswered { .. } => exit::UNAVAILABLE,
+            TunnelError::Via { .. }
+            | TunnelError::Silent { .. }
+            | TunnelError::Unanswered { .. }
+            | TunnelError::Endless { .. } => exit::UNAVAILABLE,
             TunnelError::Start(error) => error.exit_code(),
             TunnelError::KnownDown { .. } | TunnelError::Waking { .. } | TunnelError::Crowded { .. } => {
                 exit::TEMPORARY
@@ -177,6 +207,7 @@ impl TunnelError {
     pub(super) fn is_worth_waiting(&self) -> bool {
         match self {
             TunnelError::Direct { .. }
+            | TunnelError::Silent { .. }
             | TunnelError::KnownDown { .. }
             | TunnelError::Waking { .. }
             | TunnelError::Crowded { .. } => true,

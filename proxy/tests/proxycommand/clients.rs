@@ -7,10 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use crate::world::{MIB, Said, World, hash_of, pattern_file, run, wait_until};
-
-/// Debian's own, which python3-paramiko is for. Another python3 may come first in PATH.
-const PYTHON: &str = "/usr/bin/python3";
+use crate::world::{MIB, PYTHON, Said, World, hash_of, pattern_file, run, wait_until};
 
 /// Some hundred files in some directories, a large one, an empty one and a link.
 fn make_tree(root: &Path) {

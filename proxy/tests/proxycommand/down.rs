@@ -1,11 +1,15 @@
 //! Hosts that are down: how they fail, and how fast the second time.
 
 use std::{
+    fs,
     net::{TcpListener, TcpStream},
-    time::{Duration, Instant},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::world::{World, free_port};
+use serde_json::Value;
+
+use crate::world::{BOUND, World, free_port, wait_until};
 
 /// An address that swallows connections, and what keeps it so.
 fn black_hole() -> (u16, TcpListener, Vec<TcpStream>) {
@@ -97,4 +101,56 @@ fn a_bastion_that_is_down_fails_fast_for_every_host_behind_it() {
         assert!(said.err.contains("bastion is not tried again before"), "{said:?}");
         println!("{host} failed in {:?}", begin.elapsed());
     }
+}
+
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The pauses of all that is noted to be down grow to minutes, as after many failures.
+fn lengthen_pauses(world: &World) -> usize {
+    let next = SystemTime::now().duration_since(UNIX_EPOCH).unwrap() + Duration::from_secs(200);
+    let notes = fs::read_dir(world.pool.directory().join("down")).unwrap().map(|entry| entry.unwrap().path());
+    let notes: Vec<_> = notes.filter(|path| path.extension().is_some_and(|e| e == "down")).collect();
+    for note in &notes {
+        let mut down: Value = serde_json::from_slice(&fs::read(note).unwrap()).unwrap();
+        down["next"] = next.as_secs_f64().into();
+        fs::write(note, down.to_string()).unwrap();
+    }
+    notes.len()
+}
+
+/// Its starter has a memory of its own, by which it was its turn.
+#[test]
+fn what_a_proxy_command_remembers_does_not_hold_up_the_start_of_a_master() {
+    let world = World::new();
+    let proxy = world.proxy_command("--via bastion");
+    world.write_client_config(&format!("Host late\n HostName 127.0.0.9\n ProxyCommand {proxy} %h %p\n"));
+    let late = world.endpoint("late");
+    let error = world.pool.start(&late, BOUND, "true").unwrap_err();
+    assert!(error.to_string().contains("the far side refused"), "{error}");
+    // The master, and the way of its ProxyCommand.
+    assert_eq!(lengthen_pauses(&world), 2);
+    let mut words: Vec<String> = world.enter().split(' ').map(String::from).collect();
+    words.extend(["/usr/sbin/sshd", "-D", "-e", "-o", "ListenAddress=127.0.0.9", "-p"].map(String::from));
+    words.extend([world.port.to_string(), "-f".into(), world.path("bastion.conf").display().to_string()]);
+    let log = fs::File::create(world.path("late.log")).unwrap();
+    let mut command = Command::new(&words[0]);
+    let _sshd = Running(command.args(&words[1..]).stdin(Stdio::null()).stderr(log).spawn().unwrap());
+    let listens = || fs::read_to_string(world.path("late.log")).unwrap().contains("Server listening");
+    wait_until("it listens", listens);
+    // Everybody else leaves it alone.
+    let mut others = world.via();
+    others.extend(["127.0.0.9".into(), world.port.to_string()]);
+    let said = world.proxy().args(&others).output().unwrap();
+    assert_eq!(said.status.code(), Some(75), "{said:?}");
+    world.pool.start(&late, BOUND, "true").unwrap();
+    // And what it found is known to all.
+    let said = world.proxy().args(&others).output().unwrap();
+    assert_eq!(said.status.code(), Some(0), "{said:?}");
 }

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use crate::world::{BOUND, MIB, World, free_port, hash_of, pattern_file, run, wait_until};
+use crate::world::{BOUND, Echo, MIB, World, free_port, hash_of, pattern_file, run, wait_until};
 
 #[test]
 fn sixty_four_mib_go_both_ways_at_once() {
@@ -199,4 +199,20 @@ fn a_host_that_comes_up_is_waited_for() {
     assert!(output.status.success() && output.stdout == b"here", "{output:?}");
     assert!(begin.elapsed() < BOUND);
     assert!(!noted(), "a success is the end of the note");
+}
+
+#[test]
+fn a_connection_that_is_handed_over_notices_that_the_host_has_gone() {
+    let world = World::new();
+    for host in ["direct", "fddirect"] {
+        let echo = Echo::begin(&world, host);
+        // The kernel asks an idle connection whether the far side is there: the timer 02 of tcp(7)'s table.
+        let port = format!(":{:04X}", world.bastion_port);
+        wait_until("the kernel asks", || {
+            let table = fs::read_to_string("/proc/net/tcp").unwrap();
+            let mut ours = table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+            ours.any(|row| row[2].ends_with(&port) && row[3] == "01" && row[5].starts_with("02:"))
+        });
+        echo.ends();
+    }
 }

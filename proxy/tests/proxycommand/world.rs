@@ -4,11 +4,11 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, ChildStdout, Command, Output, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -25,6 +25,8 @@ use tempfile::TempDir;
 pub(crate) const BOUND: Duration = Duration::from_secs(30);
 pub(crate) const MIB: usize = 1024 * 1024;
 const SSHD: &str = "/usr/sbin/sshd";
+/// Debian's own. Another python3 may come first in PATH.
+pub(crate) const PYTHON: &str = "/usr/bin/python3";
 
 /// What a command said and how it ended.
 #[derive(Debug)]
@@ -177,6 +179,33 @@ impl World {
         format!("nsenter --net --target {}", self.hosts[0].id())
     }
 
+    /// The process that listens at one of the hosts, 2, 3 or 4.
+    pub(crate) fn host(&self, number: usize) -> u32 {
+        self.hosts[number - 2].id()
+    }
+
+    /// Has an address among the hosts swallow connections, for as long as what this gives lives.
+    pub(crate) fn swallow(&self, address: &str, port: u16) -> Swallowing {
+        const SCRIPT: &str = "import socket, sys\n\
+            place = (sys.argv[1], int(sys.argv[2]))\n\
+            listener, queue, full = socket.socket(), [], False\n\
+            listener.bind(place)\n\
+            listener.listen(0)\n\
+            while not full:\n\
+            \x20   queue.append(socket.socket())\n\
+            \x20   queue[-1].settimeout(0.3)\n\
+            \x20   try: queue[-1].connect(place)\n\
+            \x20   except TimeoutError: full = True\n\
+            print('full', flush=True)\n\
+            sys.stdin.read()\n";
+        let mut command = entering(self.hosts[0].id());
+        command.args([PYTHON, "-c", SCRIPT, address, &port.to_string()]);
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = [0; 5];
+        process.stdout.as_mut().unwrap().read_exact(&mut line).unwrap();
+        Swallowing(process)
+    }
+
     pub(crate) fn endpoint(&self, destination: &str) -> Endpoint {
         let mut endpoint = Endpoint::new(destination).unwrap();
         endpoint.ssh_options = vec!["-F".into(), self.path("ssh_config").display().to_string()];
@@ -216,6 +245,46 @@ impl World {
         lines
             .filter(|line| line.starts_with(env!("CARGO_BIN_EXE_nix-offload-proxy")) && line.contains(&mark))
             .count()
+    }
+}
+
+/// See [`World::swallow`].
+pub(crate) struct Swallowing(Child);
+
+impl Drop for Swallowing {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A session on a host, which must give back what it gets.
+pub(crate) struct Echo {
+    ssh: Child,
+    from: BufReader<ChildStdout>,
+}
+
+impl Echo {
+    pub(crate) fn begin(world: &World, host: &str) -> Echo {
+        let mut ssh = world.client("ssh");
+        let mut ssh = ssh.args([host, "cat"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let from = BufReader::new(ssh.stdout.take().unwrap());
+        let mut echo = Echo { ssh, from };
+        echo.says("begun");
+        echo
+    }
+
+    pub(crate) fn says(&mut self, word: &str) {
+        writeln!(self.ssh.stdin.as_mut().unwrap(), "{word}").unwrap();
+        let mut line = String::new();
+        self.from.read_line(&mut line).unwrap();
+        assert_eq!(line, format!("{word}\n"));
+    }
+
+    /// It ends by itself, as one that nothing happened to does.
+    pub(crate) fn ends(mut self) {
+        drop(self.ssh.stdin.take());
+        assert!(self.ssh.wait().unwrap().success());
     }
 }
 
