@@ -1,6 +1,10 @@
 //! Outputs arrive as they are, and are registered as the stock hook would.
 
+use std::time::Instant;
+
 use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, World, drv, event};
+
+use crate::support::SOON;
 
 /// Everything a file system can hold that a store path may.
 const ZOO: &str = r#"d "zoo" ''
@@ -452,4 +456,24 @@ fn directories_nested_too_deeply_are_named_as_our_limit() {
     // The cure.
     client.nix_build(&needs("user"), &["--builders", ""]).assert_success();
     client.verify_store();
+}
+
+/// A builder whose store lost contents in a crash: the path is valid there, and its file is empty.
+#[test]
+fn an_output_that_lost_its_contents_over_there_is_refused_at_once() {
+    for protocol in ["ssh-ng", "ssh"] {
+        let world = World::new();
+        let mac = world.builder("mac").start();
+        let client = world.client().hook(Hook::Ours).uses(&mac, protocol, 1).start();
+        let big = drv::script("big", "mkdir $out; head -c 100000 /dev/zero > $out/file");
+        let path = client.nix_build(&big, &["-j0"]).assert_success().out_path();
+        client.run(&format!("nix-store --delete {path}"));
+        mac.run(&format!("chmod u+w {path}/file; : > {path}/file"));
+        let begin = Instant::now();
+        let built = client.nix_build(&big, &["-j0"]);
+        built.assert_failure().assert_stderr_has("shorter than the");
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        assert!(!client.exists(&path), "half of it is left");
+        client.verify_store();
+    }
 }

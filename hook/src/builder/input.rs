@@ -1,5 +1,6 @@
 //! Reading what a builder sends: with a deadline, and no further than a NAR reaches.
 
+use crate::wire::nar::NarEnd;
 use nix_offload_proxy::master::TimedRead;
 use std::io::{self, BufRead, BufReader, Read};
 use std::time::Instant;
@@ -44,17 +45,26 @@ impl Read for Input {
     }
 }
 
-/// A NAR of known length inside the stream, so that whoever reads it cannot read too far.
+/// A NAR of known length inside the stream, so that whoever reads it cannot read too far: neither behind that length nor
+/// behind the archive's own end. If the archive is shorter nothing follows it that would be for its reader, and perhaps
+/// nothing at all, which would be waited for.
 pub(super) struct Counted<'a> {
-    pub(super) inner: &'a mut Input,
+    inner: &'a mut Input,
+    end: NarEnd,
     pub(super) left: u64,
     pub(super) broken: Option<io::Error>,
+}
+
+impl<'a> Counted<'a> {
+    pub(super) fn new(inner: &'a mut Input, nar_size: u64) -> Self {
+        Self { inner, end: NarEnd::default(), left: nar_size, broken: None }
+    }
 }
 
 impl Read for Counted<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let wanted = usize::try_from(self.left).unwrap_or(usize::MAX).min(buffer.len());
-        if wanted == 0 {
+        if wanted == 0 || self.end.is_over() {
             return Ok(0);
         }
         let got = match self.inner.read(&mut buffer[..wanted]) {
@@ -63,6 +73,8 @@ impl Read for Counted<'_> {
         };
         match got {
             Ok(n) => {
+                // What was read behind its end is lost. Nobody misses it: `left` shows that the talk is over.
+                let n = self.end.pass(&buffer[..n]);
                 self.left -= n as u64;
                 Ok(n)
             }

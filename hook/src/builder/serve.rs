@@ -380,7 +380,7 @@ impl ServeStore {
         }
         send(&mut self.output, doing, &request)?;
         for info in infos {
-            let mut nar = Counted { inner: &mut self.input, left: info.nar_size, broken: None };
+            let mut nar = Counted::new(&mut self.input, info.nar_size);
             let received = receive(info, &mut nar);
             if let Some(error) = nar.broken.take() {
                 // The receiver's error only repeats this one.

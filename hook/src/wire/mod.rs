@@ -7,6 +7,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 pub mod hook;
+pub mod nar;
 pub mod serve;
 pub mod worker;
 

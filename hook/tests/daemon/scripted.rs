@@ -164,6 +164,27 @@ fn a_receiver_that_stops_early_ends_the_talk() {
     assert!(matches!(error, BuilderError::Protocol { .. }), "{error}");
 }
 
+/// As after a crash that left a file of a valid path empty: the archive ends before its time, and the daemon waits for
+/// the next request.
+#[test]
+fn an_archive_that_is_shorter_than_was_said_is_noticed_at_its_end() {
+    let mut nar = Vec::new();
+    nix_archive::nar::encode_regular(&mut nar, b"", false).unwrap();
+    let size = nar.len() as u64;
+    let answer = [&LAST.to_le_bytes()[..], &nar].concat();
+    for (bytes, infos) in [
+        (answer.clone(), vec![info(size + 1000)]),
+        // The answer for the next one is there as well.
+        ([answer.clone(), answer.clone()].concat(), vec![info(size + 8), info(size)]),
+    ] {
+        let mut seen = Vec::new();
+        let receive = |_: &PathInfo, nar: &mut dyn Read| nar.read_to_end(&mut seen).map(drop);
+        let error = after_greeting(&bytes, true).nars(&infos, receive, &mut |_| {}).unwrap_err();
+        assert!(matches!(error, BuilderError::Protocol { .. }), "{error}");
+        assert_eq!(seen, nar);
+    }
+}
+
 #[test]
 fn a_daemon_that_refuses_an_upload_and_reads_no_further_does_not_hang_us() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
