@@ -471,7 +471,10 @@ impl Relay<'_> {
             Event::Start { kind: activity::REALISE | activity::COPY_PATHS | activity::BUILDS, .. } => {}
             Event::Start { .. } if self.activities.len() >= MAX_ACTIVITIES => {}
             Event::Start { id, level, kind, text, fields } => {
-                let kind = if kind == activity::FILE_TRANSFER { activity::UNKNOWN } else { kind };
+                // Its text may be all that can be shown of it.
+                let is_readable = activity::is_readable(kind, fields);
+                let (kind, fields) = if is_readable { (kind, fields) } else { (activity::UNKNOWN, &[][..]) };
+                let level = level.min(Verbosity::Vomit as u64);
                 let ours = self.nix.start(level, kind, &String::from_utf8_lossy(text), fields);
                 self.activities.insert(id, ours);
             }

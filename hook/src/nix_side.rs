@@ -3,7 +3,7 @@
 //! Every line goes out whole, in one write. Must never be given text that was not rendered by `wire::hook`, or comes
 //! from Nix's own hook.
 
-use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, result};
+use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, log_line, result};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
@@ -56,12 +56,9 @@ impl NixSide {
         self.line(&Line::Message { level, text });
     }
 
-    /// Appends a line to the build's log, verbatim.
+    /// Appends a line to the build's log.
     pub fn log_line(&self, line: &[u8]) {
-        let mut whole = Vec::with_capacity(line.len() + 1);
-        whole.extend_from_slice(line);
-        whole.push(b'\n');
-        self.write_log(&whole);
+        self.write_log(&log_line(line));
     }
 
     /// Notes in the build's log that it entered a phase.

@@ -80,6 +80,47 @@ fn phases_and_lines_come_as_results_of_the_builds_activity() {
     }
 }
 
+/// What a build may say to the Nix that runs it, with things in the places of others.
+#[test]
+fn no_words_of_a_build_end_the_command() {
+    const HOSTILE: &str = r#"
+@nix {"action":"start","id":1,"level":4294967295,"type":101,"text":"a download","fields":[7]}
+@nix {"action":"result","id":1,"type":101,"fields":[7]}
+@nix {"action":"result","id":1,"type":101}
+@nix {"action":"result","id":1,"type":104,"fields":[7]}
+@nix {"action":"result","id":1,"type":105,"fields":["x"]}
+@nix {"action":"result","id":1,"type":105,"fields":[1]}
+@nix {"action":"result","id":1,"type":106,"fields":[]}
+@nix {"action":"result","id":1,"type":107,"fields":[7]}
+@nix {"action":"result","id":1,"type":100,"fields":["x"]}
+@nix {"action":"result","id":1,"type":4711,"fields":["x"]}
+@nix {"action":"stop","id":1}
+@nix {"action":"msg","level":99,"msg":"hello"}
+"#;
+    // A Nix that reads this in a build's log for itself ends, if it is 2.8.
+    const MALFORMED: &str = "@nix {\"action\":\"start\"}\n";
+    let world = World::new();
+    for builder in Release::ALL {
+        let mac = world.builder(&format!("mac-{}", builder.name())).release(builder).start();
+        let hostile =
+            if builder == Release::Bookworm { HOSTILE.into() } else { format!("{HOSTILE}{MALFORMED}") };
+        mac.write("/hostile", &hostile);
+        for release in Release::ALL {
+            let name = format!("from-{}-to-{}", builder.name(), release.name());
+            let client =
+                world.client().named(&name).release(release).hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+            let says = drv::script(&name, "cat /hostile; echo the end; echo x > $out");
+            // With a terminal's bar, with lines for programs, and as they come.
+            for format in ["bar", "internal-json", "raw"] {
+                let says = says.replace(&name, &format!("{name}-{format}"));
+                let built = client.nix_build(&says, &["-j0", "--log-format", format]);
+                let log = client.build_log(&built.assert_success().out_path());
+                assert!(log.ends_with("the end\n"), "{log}");
+            }
+        }
+    }
+}
+
 #[test]
 fn bytes_that_are_no_text_survive_in_the_log() {
     let world = World::new();

@@ -555,6 +555,8 @@ fn handle(
         }
         Message::Result { id, kind, fields } => match (kind, builds.contains(&id), fields.first()) {
             (result::BUILD_LOG_LINE, _, Some(Field::Text(line))) => on(Event::LogLine(line)),
+            // A build can say such things of a download that it claims to make.
+            _ if !result::is_readable(kind, &fields) => {}
             (result::SET_PHASE, true, Some(Field::Text(phase))) => on(Event::Phase(phase)),
             (_, true, _) => {}
             _ => on(Event::Result { id, kind, fields: &fields }),

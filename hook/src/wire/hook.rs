@@ -198,10 +198,14 @@ pub enum Verbosity {
     Info = 3,
     /// Shown with `-v`.
     Talkative = 4,
+    /// The least important of all.
+    Vomit = 7,
 }
 
 /// Kinds of activities (`ActivityType` in `src/libutil/include/nix/util/logging.hh`).
 pub mod activity {
+    use super::Field;
+
     /// Without a meaning of its own.
     pub const UNKNOWN: u64 = 0;
     /// One path is copied; fields: path, from, to.
@@ -217,16 +221,67 @@ pub mod activity {
     pub const BUILDS: u64 = 104;
     /// A derivation is built; fields: derivation, machine, round, rounds.
     pub const BUILD: u64 = 105;
+    const OPTIMISE_STORE: u64 = 106;
+    const VERIFY_PATHS: u64 = 107;
+    const SUBSTITUTE: u64 = 108;
+    const QUERY_PATH_INFO: u64 = 109;
+    const POST_BUILD_HOOK: u64 = 110;
+    const BUILD_WAITING: u64 = 111;
+    const FETCH_TREE: u64 = 112;
+
+    /// Whether Nix can show such an activity. The programs of its users read fields by their places and end at once if one
+    /// is missing or of the other type (`getS` and `getI` in `src/libmain/progress-bar.cc` of 2.8 to 2.34), and what a
+    /// builder tells may be the words of a build.
+    pub fn is_readable(kind: u64, fields: &[Field]) -> bool {
+        match kind {
+            UNKNOWN | REALISE | COPY_PATHS | BUILDS | OPTIMISE_STORE | VERIFY_PATHS | BUILD_WAITING
+            | FETCH_TREE => true,
+            POST_BUILD_HOOK => matches!(fields, [Field::Text(_), ..]),
+            SUBSTITUTE | QUERY_PATH_INFO => matches!(fields, [Field::Text(_), Field::Text(_), ..]),
+            COPY_PATH => matches!(fields, [Field::Text(_), Field::Text(_), Field::Text(_), ..]),
+            BUILD => {
+                matches!(fields, [Field::Text(_), Field::Text(_), Field::Int(_), Field::Int(_), ..])
+            }
+            // Nix takes it for a line of the log; of any other kind nothing is known.
+            _ => false,
+        }
+    }
 }
 
 /// Kinds of results of an activity (`ResultType` in the same file).
 pub mod result {
+    use super::Field;
+
+    const FILE_LINKED: u64 = 100;
     /// A line of the build's log.
     pub const BUILD_LOG_LINE: u64 = 101;
+    const UNTRUSTED_PATH: u64 = 102;
+    const CORRUPTED_PATH: u64 = 103;
     /// The build entered a phase.
     pub const SET_PHASE: u64 = 104;
     /// Fields: done, expected, running, failed.
     pub const PROGRESS: u64 = 105;
+    const SET_EXPECTED: u64 = 106;
+    const POST_BUILD_LOG_LINE: u64 = 107;
+    const FETCH_STATUS: u64 = 108;
+
+    /// Whether Nix can read such a result; see [`super::activity::is_readable`]. Besides, Nix itself takes the first field of
+    /// a log line for a text, and ends the whole command if it is none (`src/libstore/build/`: `derivation-goal.cc` of 2.8
+    /// and 2.26, `derivation-building-goal.cc` of 2.34).
+    pub fn is_readable(kind: u64, fields: &[Field]) -> bool {
+        match kind {
+            UNTRUSTED_PATH | CORRUPTED_PATH => true,
+            FILE_LINKED => matches!(fields, [Field::Int(_), ..]),
+            BUILD_LOG_LINE | SET_PHASE | POST_BUILD_LOG_LINE | FETCH_STATUS => {
+                matches!(fields, [Field::Text(_), ..])
+            }
+            SET_EXPECTED => matches!(fields, [Field::Int(_), Field::Int(_), ..]),
+            PROGRESS => {
+                matches!(fields, [Field::Int(_), Field::Int(_), Field::Int(_), Field::Int(_), ..])
+            }
+            _ => false,
+        }
+    }
 }
 
 /// A field of an activity or result. Nix takes nothing but these two; anything else ends the whole command.
@@ -325,6 +380,18 @@ impl Line<'_> {
         }
         format!("@nix {value}\n").into_bytes()
     }
+}
+
+/// A line of the build's log as bytes for descriptor 4, with its end.
+///
+/// What begins with `@nix ` there is an instruction to Nix. A line of a builder's log that does was no instruction to the
+/// builder's Nix, and one without all its parts ends the whole command here (2.8 `src/libutil/logging.cc`,
+/// `handleJSONLogMessage`), so a blank makes it a text again. Nix writes over a line from its beginning after a carriage
+/// return; the builder's has done that.
+pub fn log_line(line: &[u8]) -> Vec<u8> {
+    let quote = if line.starts_with(b"@nix ") { &b" "[..] } else { b"" };
+    let text = line.iter().map(|byte| if matches!(byte, b'\r' | b'\n') { b' ' } else { *byte });
+    quote.iter().copied().chain(text).chain([b'\n']).collect()
 }
 
 /// A text as one line without control characters.
@@ -448,6 +515,49 @@ mod tests {
         assert_eq!(Reply::Decline.render(), b"# decline\n");
         assert_eq!(Reply::DeclinePermanently.render(), b"# decline-permanently\n");
         assert_eq!(Reply::Postpone.render(), b"# postpone\n");
+    }
+
+    #[test]
+    fn what_nix_could_not_read_is_told_apart() {
+        let (text, int) = (Field::from("x"), Field::from(7));
+        let two = [text.clone(), text.clone()];
+        for (kind, good) in [
+            (100, vec![int.clone(), int.clone()]),
+            (101, vec![text.clone()]),
+            (104, vec![text.clone()]),
+            (105, vec![int.clone(); 4]),
+            (106, vec![int.clone(); 2]),
+            (107, vec![text.clone()]),
+            (108, vec![text.clone()]),
+        ] {
+            assert!(result::is_readable(kind, &good), "{kind}");
+            for field in 0..good.len().min(if kind == 100 { 1 } else { 4 }) {
+                let mut bad = good.clone();
+                bad[field] = if matches!(good[field], Field::Int(_)) { text.clone() } else { int.clone() };
+                assert!(!result::is_readable(kind, &bad) && !result::is_readable(kind, &good[..field]));
+            }
+        }
+        assert!(!result::is_readable(109, &two) && result::is_readable(102, &[]));
+        assert!(activity::is_readable(activity::UNKNOWN, &[]) && !activity::is_readable(113, &two));
+        assert!(activity::is_readable(108, &two) && !activity::is_readable(108, &two[..1]));
+        assert!(!activity::is_readable(activity::FILE_TRANSFER, &two), "for Nix a line of the log");
+        let build = [text.clone(), text, int.clone(), int];
+        assert!(activity::is_readable(activity::BUILD, &build));
+        assert!(!activity::is_readable(activity::BUILD, &build[1..]));
+    }
+
+    #[test]
+    fn no_line_of_a_log_is_an_instruction_to_nix() {
+        for (line, rendered) in [
+            (&b"a line"[..], &b"a line\n"[..]),
+            (b"", b"\n"),
+            (b"@nix {}", b" @nix {}\n"),
+            (b"x @nix {}", b"x @nix {}\n"),
+            (b"?nix {}\r@", b"?nix {} @\n"),
+            (b"x\n@nix {}", b"x @nix {}\n"),
+        ] {
+            assert_eq!(log_line(line), rendered);
+        }
     }
 
     #[test]
