@@ -15,9 +15,10 @@ use crate::sending::{Mark, Sending};
 use crate::slots::Held;
 use crate::store::{CycleError, DatabaseError, Location, Query, RestoreError};
 use crate::wire::hook::{Job, Verbosity, activity};
-use crate::wire::worker::{BuildResult, Options, Outcome};
+use crate::wire::worker::{BuildResult, Options, Outcome, Own};
 use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -139,6 +140,9 @@ pub struct Task<'a> {
     pub machine: &'a str,
     /// Who sends what to it.
     pub sending: &'a Sending,
+    /// What the machine has of its own where [`sets_options`] says that options are set; None if it has not been asked, none
+    /// within if it does not tell.
+    pub own: &'a Cell<Option<Option<Own>>>,
     /// The build may have to wait for a lease, so nothing that begins it is sent in advance.
     pub is_leased: bool,
     /// What can be done here while the builder is at work, with the slot if there still is one.
@@ -147,6 +151,12 @@ pub struct Task<'a> {
     pub review: Option<Review<'a>>,
     /// Called as soon as the build is over.
     pub ended: &'a dyn Fn(),
+}
+
+/// Whether these settings are to be told to a machine's daemon. Without need they are not, for options replace what the
+/// machine has of its own, and that must be asked for first. `timeout` needs no help from over there.
+pub fn sets_options(settings: &Settings) -> bool {
+    settings.flag("keep-failed") || settings.number("max-silent-time", 0) > 0
 }
 
 /// What happened, for the log.
@@ -233,9 +243,10 @@ impl Task<'_> {
             let closure: BTreeSet<&StorePath> = inputs.iter().collect();
             direct.iter().all(|path| closure.contains(path))
         });
-        // With options set in between, the requests would not follow each other.
+        // What is not known yet is asked for before the build.
+        let is_known = !sets_options(self.settings) || self.own.get().is_some();
         let guessed = way == Way::Derivation
-            && !self.settings.flag("keep-failed")
+            && is_known
             && !self.is_leased
             && direct.as_ref().is_some_and(|direct| is_there(direct));
         let direct = direct.unwrap_or_else(|| inputs.clone());
@@ -370,6 +381,19 @@ impl Task<'_> {
         Ok(())
     }
 
+    /// What the machine's daemon is told. If it does not tell what it has of its own, that is not replaced only for the sake of
+    /// a clock which can be kept here, though less well: only whole lines are heard.
+    fn options(&self) -> Option<Options> {
+        let keep_failed = self.settings.flag("keep-failed");
+        let own = self.own.get().flatten();
+        (sets_options(self.settings) && (keep_failed || own.is_some())).then(|| Options {
+            keep_failed,
+            max_silent_time: self.settings.number("max-silent-time", 0),
+            timeout: self.settings.number("timeout", 0),
+            own: own.unwrap_or_default(),
+        })
+    }
+
     fn build(
         &self,
         builder: &mut Builder,
@@ -377,16 +401,15 @@ impl Task<'_> {
         prepared: &Prepared,
         relay: &mut Relay<'_>,
     ) -> Result<BuildResult, JobError> {
+        let keep_failed = self.settings.flag("keep-failed");
+        let options = self.options();
         let clocks = Clocks {
             max_silent_time: self.settings.number("max-silent-time", 0),
+            is_silence_ended_there: options.is_some(),
             timeout: self.settings.number("timeout", 0),
             review: self.review,
         };
-        let keep_failed = self.settings.flag("keep-failed");
-        if keep_failed {
-            // Options are set only for this: they would also replace the builder's own `cores`.
-            let options =
-                Options { keep_failed, max_silent_time: clocks.max_silent_time, timeout: clocks.timeout };
+        if let Some(options) = options {
             builder.set_options(options, &mut |e| relay.pass(e))?;
         }
         let result = match prepared.closure {

@@ -37,8 +37,12 @@ fn far(release: Release, offload: &str) -> Far {
 impl Far {
     /// Builds, and says how many flights that took.
     fn flights(&self, expression: &str) -> u64 {
+        self.flights_with(expression, &[])
+    }
+
+    fn flights_with(&self, expression: &str, options: &[&str]) -> u64 {
         let before = self.relay.flights();
-        self.client.nix_build(expression, &["-j0"]).assert_success();
+        self.client.nix_build(expression, &[&["-j0"], options].concat()).assert_success();
         self.relay.flights() - before
     }
 }
@@ -70,6 +74,15 @@ fn what_is_opened_in_advance_makes_no_more_flights() {
         println!("{}: {flights} flights", release.name());
         assert!(flights <= 25, "{} flights on {}", flights, release.name());
     }
+}
+
+#[test]
+fn options_cost_no_round_trip_once_the_machine_was_asked_for_its_own() {
+    let far = far(Release::Bookworm, NOTHING_IN_ADVANCE);
+    let options = ["--keep-failed", "--option", "max-silent-time", "600"];
+    far.client.nix_build(&drv::trivial("warm-up"), &[&["-j0"], &options[..]].concat()).assert_success();
+    let flights = far.flights_with(&drv::chain(10), &options);
+    assert!((19..=22).contains(&flights), "{flights} flights");
 }
 
 #[test]

@@ -174,6 +174,63 @@ fn silence_and_slowness_end_a_build_here_and_there() {
 }
 
 #[test]
+fn a_build_that_ends_no_line_is_not_silent() {
+    const DOTS: &str = "for i in 1 2 3 4 5 6 7 8 9 10; do printf .; sleep 0.4; done; echo; echo x > $out";
+    let world = World::new();
+    for release in Release::ALL {
+        let mac = world.builder(release.name()).release(release).start();
+        let name = format!("to-{}", release.name());
+        let client = world.client().named(&name).hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+        // A machine that has never been asked, and one that has.
+        for dots in ["first", "next"] {
+            let dots =
+                client.nix_build(&drv::script(dots, DOTS), &["-j0", "--option", "max-silent-time", "1"]);
+            assert_eq!(client.build_log(&dots.assert_success().out_path()), "..........\n", "{dots}");
+        }
+        let silent = drv::script("silent", "printf .; sleep 4711; echo x > $out");
+        let ended = client.nix_build(&silent, &["-j0", "--option", "max-silent-time", "1"]);
+        ended.assert_failure().assert_stderr_has("timed out after 1 seconds");
+        assert_eq!(ended.code(), 101, "{ended}");
+        assert!(ended.took() < Duration::from_secs(20), "{ended}");
+    }
+}
+
+#[test]
+fn a_builders_own_settings_stay_whatever_it_is_told_of_a_build() {
+    let world = World::new();
+    for release in Release::ALL {
+        let mac = world.builder(release.name()).release(release).nix_conf("cores = 7").start();
+        let name = format!("to-{}", release.name());
+        let client = world.client().named(&name).hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+        let cores = |name: &str, options: &[&str]| {
+            let args = [&["-j0"], options].concat();
+            let built = client.nix_build(&drv::script(name, "echo $NIX_BUILD_CORES > $out"), &args);
+            client.read(&built.assert_success().out_path())
+        };
+        let asked = || client.run("ls /run/nix-offload/answered").contains("settings");
+        assert_eq!(cores("plain", &["--option", "timeout", "600"]), "7\n");
+        assert!(!asked(), "nothing is asked for without need");
+        assert_eq!(cores("kept", &["--keep-failed"]), "7\n", "{}", release.name());
+        assert!(asked());
+        assert_eq!(cores("kept-again", &["--keep-failed"]), "7\n");
+        assert_eq!(cores("silent", &["--option", "max-silent-time", "600"]), "7\n");
+    }
+}
+
+#[test]
+fn a_builder_that_cannot_be_asked_for_its_settings_builds_all_the_same() {
+    let world = World::new();
+    let mac = world.builder("mac").key_options(r#"command="nix-daemon --stdio""#).start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let built = client.nix_build(&drv::trivial("kept"), &["-j0", "--keep-failed"]);
+    assert!(built.assert_success().took() < SOON, "{built}");
+    let silent = drv::script("silent", "sleep 4712; echo x > $out");
+    let ended = client.nix_build(&silent, &["-j0", "--option", "max-silent-time", "1"]);
+    ended.assert_failure().assert_stderr_has("timed out after 1 seconds of silence");
+    assert_eq!(ended.code(), 101, "{ended}");
+}
+
+#[test]
 fn the_daemons_clients_see_and_keep_lines_too() {
     let world = World::new();
     let mac = world.builder("mac").start();

@@ -134,9 +134,7 @@ fn both_clocks_and_a_kill_end_the_build_there() {
     for (number, release) in Release::ALL.into_iter().enumerate() {
         let mac = untrusted(&world, release).start();
         let client = plan(&world, release).uses(&mac, "ssh-ng", 1).start();
-        for (clock, words) in
-            [("max-silent-time", "timed out after 1 seconds of silence"), ("timeout", "timed out")]
-        {
+        for (clock, words) in [("max-silent-time", "timed out after 1 seconds"), ("timeout", "timed out")] {
             let seconds = format!("47{number}{}", clock.len());
             let build = drv::silent_sleep(&format!("slow-{clock}"), &seconds);
             let ended = client.nix_build(&build, &["-j0", "--option", clock, "1"]);

@@ -4,7 +4,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use super::BuilderError;
-use crate::wire::worker::{self, Version};
+use crate::wire::worker::{self, Options, Version};
 use nix_derivation::{Derivation, StoreDir, StorePath};
 
 /// Requests to be sent before the answers to those before them are known, so that many cost the time of one.
@@ -22,6 +22,11 @@ impl Ahead {
     /// [`super::Builder::hold_and_query`].
     pub fn hold_and_query(&mut self, store_dir: &StoreDir, paths: &[StorePath], substitute: bool) {
         put_hold_and_query(&mut self.0, Version::newest(), store_dir, paths, Some((paths, substitute)));
+    }
+
+    /// [`super::Builder::set_options`].
+    pub fn set_options(&mut self, options: Options) {
+        worker::put_set_options(&mut self.0, options);
     }
 
     /// [`super::Builder::build`].

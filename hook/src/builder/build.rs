@@ -85,7 +85,7 @@ impl Builder {
             let mut heard = started;
             let mut reviews = Reviews::begin(clocks.review);
             loop {
-                let silent = seconds(clocks.max_silent_time).and_then(|d| heard.checked_add(d));
+                let silent = seconds(clocks.silence()).and_then(|d| heard.checked_add(d));
                 let limit = [end, silent].into_iter().flatten().min();
                 if reviews.is_any() {
                     let looked = look_in(input, &mut reviews, limit)?;
@@ -103,7 +103,7 @@ impl Builder {
                                 BuilderError::TimedOut(clocks.timeout)
                             }
                             (None, _) => BuilderError::TimedOut(clocks.timeout),
-                            _ => BuilderError::Silent(clocks.max_silent_time),
+                            _ => BuilderError::Silent(clocks.silence()),
                         });
                     }
                     other => other.map_err(|e| BuilderError::wire(DOING, e))?,

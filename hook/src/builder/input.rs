@@ -3,17 +3,26 @@
 use crate::wire::nar::NarEnd;
 use nix_offload_proxy::master::TimedRead;
 use std::io::{self, BufRead, BufReader, Read};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long to look for what should be there already. No stream can be told to wait for no time at all.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// The reading side, with a point in time after which a read fails with `TimedOut`.
 pub(super) struct Input {
     pub(super) inner: BufReader<Box<dyn TimedRead + Send>>,
     pub(super) deadline: Option<Instant>,
     /// Whether the stream has a timeout set now.
-    pub(super) timed: bool,
+    timed: bool,
+    /// The deadline that had passed when somebody looked whether something was there already.
+    late: Option<Instant>,
 }
 
 impl Input {
+    pub(super) fn new(reader: Box<dyn TimedRead + Send>) -> Self {
+        Self { inner: BufReader::with_capacity(32 << 10, reader), deadline: None, timed: false, late: None }
+    }
+
     /// Waits until something comes, which is left there.
     pub(super) fn wait(&mut self) -> io::Result<()> {
         self.keep_time()?;
@@ -23,10 +32,15 @@ impl Input {
     fn keep_time(&mut self) -> io::Result<()> {
         if self.inner.buffer().is_empty() && (self.deadline.is_some() || self.timed) {
             let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            // We may have been kept from reading for so long ourselves. What has come meanwhile counts, but not what goes on
+            // coming.
             if left.is_some_and(|left| left.is_zero()) {
-                return Err(io::ErrorKind::TimedOut.into());
+                if self.late == self.deadline {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                self.late = self.deadline;
             }
-            self.inner.get_mut().set_timeout(left)?;
+            self.inner.get_mut().set_timeout(left.map(|left| left.max(LOOK)))?;
             self.timed = left.is_some();
         }
         Ok(())

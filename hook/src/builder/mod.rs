@@ -28,12 +28,18 @@ use nix_derivation::{StoreDir, StorePath};
 use nix_offload_proxy::master::{CloseWrite, Stream};
 use send::{send_asked, send_framed, send_many};
 use std::collections::BTreeSet;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Operations sent together before their answers are read: their answers must fit the receive window.
 const BATCH: usize = 1000;
+
+/// A builder that keeps `max-silent-time` itself is not believed to do so after so many times that time without a line.
+const LOOSER: u64 = 10;
+
+/// Nor before so many seconds.
+const LEAST_LOOSE: u64 = 3600;
 
 /// Activities of a builder that are followed at a time.
 pub(crate) const MAX_ACTIVITIES: usize = 10_000;
@@ -93,10 +99,24 @@ pub type OnArrival<'a> = &'a mut dyn FnMut(&[PathInfo]);
 pub struct Clocks<'a> {
     /// Nix's setting `max-silent-time`.
     pub max_silent_time: u64,
+    /// The builder was told to keep that, and hears what is no whole line yet. What comes here then is only lines.
+    pub is_silence_ended_there: bool,
     /// Nix's setting `timeout`.
     pub timeout: u64,
     /// None if nobody does.
     pub review: Option<Review<'a>>,
+}
+
+impl Clocks<'_> {
+    /// Seconds without a line after which a build is ended; 0 for never.
+    fn silence(&self) -> u64 {
+        match self.max_silent_time {
+            0 => 0,
+            // The builder is relied upon, unless nothing at all comes for far longer than that.
+            time if self.is_silence_ended_there => time.saturating_mul(LOOSER).max(LEAST_LOOSE),
+            time => time,
+        }
+    }
 }
 
 /// A connection to a builder's store. After an error it is not to be used again.
@@ -173,8 +193,7 @@ impl Builder {
     ) -> Result<Self, BuilderError> {
         const DOING: &str = "greeting the daemon";
         let Stream { reader, writer } = stream;
-        let mut input =
-            Input { inner: BufReader::with_capacity(32 << 10, reader), deadline: None, timed: false };
+        let mut input = Input::new(reader);
         let mut output = writer;
         input.deadline = Some(Instant::now() + bound);
         let no_answer = |source: WireError| {

@@ -14,7 +14,7 @@ use crate::wire::worker::{self, BuildResult, Options, Outcome};
 use nix_derivation::{Derivation, HashAlgorithm, NixHash, NixHasher, StoreDir, StorePath};
 use nix_offload_proxy::master::{SessionEnd, SessionStatus, Stream};
 use std::collections::BTreeSet;
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
 /// How long the far side may take to end after it was told to, or to say why it did.
@@ -84,8 +84,8 @@ impl ServeStore {
     ) -> Result<Self, (BuilderError, A)> {
         const DOING: &str = "greeting nix-store";
         let Stream { reader, writer } = stream;
-        let deadline = Some(Instant::now() + bound);
-        let mut input = Input { inner: BufReader::with_capacity(32 << 10, reader), deadline, timed: false };
+        let mut input = Input::new(reader);
+        input.deadline = Some(Instant::now() + bound);
         let mut output = writer;
         let mut greeting = Vec::new();
         serve::put_greeting(&mut greeting, offer);
@@ -237,6 +237,7 @@ impl ServeStore {
             inputs.iter(),
             options,
         );
+        let clocks = Clocks { is_silence_ended_there: true, ..clocks };
         self.pass_aside(on)?;
         self.building = true;
         // The far side answers nothing before it has read all.
@@ -266,9 +267,10 @@ impl ServeStore {
         };
         let mut end = after(started, clocks.timeout);
         let mut heard = started;
+        let mut late = None;
         let mut reviews = Reviews::begin(clocks.review);
         while self.input.inner.buffer().is_empty() {
-            let silent = after(heard, clocks.max_silent_time);
+            let silent = after(heard, clocks.silence());
             let limit = [end, silent].into_iter().flatten().min();
             let next = match reviews.due() {
                 Due::Over => return Err(BuilderError::CalledOff),
@@ -280,14 +282,17 @@ impl ServeStore {
                 Due::Wait(next) => next,
             };
             let left = |until: Instant| until.saturating_duration_since(Instant::now());
-            if limit.is_some_and(|limit| left(limit).is_zero()) {
+            let is_over = limit.is_some_and(|limit| left(limit).is_zero());
+            // We may have been kept from listening for so long ourselves: what was said meanwhile counts.
+            if is_over && late == limit {
                 let too_long = end.is_some_and(|end| silent.is_none_or(|silent| end < silent));
                 return Err(if too_long {
                     BuilderError::TimedOut(clocks.timeout)
                 } else {
-                    BuilderError::Silent(clocks.max_silent_time)
+                    BuilderError::Silent(clocks.silence())
                 });
             }
+            late = limit.filter(|_| is_over);
             let line = &mut self.line;
             let timeout = [limit, next].into_iter().flatten().min().map(left);
             let answers = self.aside.listen(timeout, &mut |bytes| {

@@ -44,7 +44,7 @@ impl Task<'_> {
             };
         }
         let mut ahead = Ahead::default();
-        if closure.is_none() && !self.settings.flag("keep-failed") && !self.is_leased {
+        if closure.is_none() && !self.is_leased {
             self.build_and_fetch(&mut ahead, prepared, job)?;
         }
         let ahead = ahead.if_small();

@@ -21,6 +21,9 @@ impl Task<'_> {
         job: &Job,
     ) -> Result<(), JobError> {
         let store_dir = &self.location.store_dir;
+        if let Some(options) = self.options() {
+            ahead.set_options(options);
+        }
         ahead.build(store_dir, self.drv_path, self.drv, &prepared.direct);
         let paths: Vec<StorePath> = self.wanted(job)?.iter().map(|output| output.path.clone()).collect();
         let fetched: Vec<StorePath> =

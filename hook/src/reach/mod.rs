@@ -6,6 +6,7 @@
 mod error;
 mod health;
 mod local;
+mod own;
 mod seen;
 mod session;
 mod shell;

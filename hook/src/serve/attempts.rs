@@ -5,7 +5,7 @@
 use super::moving::Outlook;
 use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, PATIENT_BOUND, Stage};
 use crate::derivation;
-use crate::job::{Blame, JobError, Report, Task};
+use crate::job::{self, Blame, JobError, Report, Task};
 use crate::lease::Lease;
 use crate::plan::machine::Machine;
 use crate::plan::telling;
@@ -16,6 +16,7 @@ use crate::slots::Held;
 use crate::state::End;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -212,6 +213,11 @@ impl Hook<'_> {
         };
         let calls_off = |ran: Duration| outlook.is_some_and(|outlook| outlook.finds(ran));
         let leases = self.shared_slots(machine);
+        let sets_options = job::sets_options(self.settings);
+        let own = Cell::new(None);
+        if sets_options {
+            own.set(self.reach.own_settings(machine, self.settings));
+        }
         let sending = Sending::to(self.reach.directory(), &machine.name);
         let task = Task {
             nix: self.nix,
@@ -222,6 +228,7 @@ impl Hook<'_> {
             outputs: &candidate.outputs,
             machine: &machine.name,
             sending: &sending,
+            own: &own,
             is_leased: leases.is_some(),
             meanwhile: &meanwhile,
             review: outlook.map(|outlook| outlook.review(&calls_off)),
@@ -272,6 +279,9 @@ impl Hook<'_> {
                     attempt -= 1;
                     continue;
                 }
+            }
+            if sets_options && own.get().is_none() && connection.builder.daemon().is_some() {
+                own.set(Some(self.reach.ask_own_settings(machine, self.settings)));
             }
             let trusted = self.reach.trust(machine, &mut connection.builder);
             let seen_way = trust::way(&candidate.drv, trusted);

@@ -10,12 +10,14 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod greeting;
+mod options;
 mod result;
 
 pub(super) use greeting::find_magic;
 pub use greeting::{
     MAX_BANNER, NEWEST_MINOR, OLDEST_MINOR, Peer, Version, put_greeting, read_greeting, read_peer,
 };
+pub use options::{Options, Own, put_set_options};
 pub use result::{BuildResult, Outcome, read_build_result, read_keyed_build_result};
 pub(super) use result::{read_build_times, read_built_outputs};
 
@@ -38,7 +40,6 @@ pub(super) const MAX_REFERENCES: u64 = 1 << 20;
 
 const OP_BUILD_PATHS: u64 = 9;
 const OP_ADD_TEMP_ROOT: u64 = 11;
-const OP_SET_OPTIONS: u64 = 19;
 const OP_QUERY_PATH_INFO: u64 = 26;
 const OP_QUERY_VALID_PATHS: u64 = 31;
 const OP_BUILD_DERIVATION: u64 = 36;
@@ -176,40 +177,6 @@ fn read_fields(source: &mut impl Read) -> Result<Vec<Field>, WireError> {
             }),
         }
     })
-}
-
-/// Options of the builder's daemon that a client may set for its connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Options {
-    /// Keep the directory of a failed build.
-    pub keep_failed: bool,
-    /// Seconds without output after which a build is ended; 0 for never.
-    pub max_silent_time: u64,
-    /// Seconds after which a build is ended; 0 for never.
-    pub timeout: u64,
-}
-
-/// Appends the operation that sets options; it has no answer.
-pub fn put_set_options(buffer: &mut Vec<u8>, options: Options) {
-    put_u64(buffer, OP_SET_OPTIONS);
-    put_u64(buffer, options.keep_failed.into());
-    put_u64(buffer, 0); // keep-going
-    put_u64(buffer, 0); // fallback
-    put_u64(buffer, 3); // verbosity: info
-    put_u64(buffer, 1); // max-jobs: one build is asked for at a time
-    put_u64(buffer, options.max_silent_time);
-    put_u64(buffer, 1); // obsolete: use of a build hook
-    put_u64(buffer, 7); // build output as results of the build's activity, not as texts
-    put_u64(buffer, 0); // obsolete: log type
-    put_u64(buffer, 0); // obsolete: print build trace
-    put_u64(buffer, 0); // cores: all
-    put_u64(buffer, 1); // use of substitutes, as by default
-    let overrides: &[(&str, u64)] = if options.timeout > 0 { &[("timeout", options.timeout)] } else { &[] };
-    put_u64(buffer, overrides.len() as u64);
-    for (name, value) in overrides {
-        put_str(buffer, name);
-        put_str(buffer, &value.to_string());
-    }
 }
 
 /// Appends the operation that keeps a path from the garbage collector while the connection is open. Answer: a

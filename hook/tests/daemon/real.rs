@@ -273,7 +273,7 @@ fn a_failing_build_is_a_result_and_the_connection_goes_on() {
 fn both_clocks_end_a_build() {
     let directory = tempfile::tempdir().unwrap();
     let mut store = Store::new(directory.path().join("nix"), &directory.path().join("store"));
-    let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, review: None };
+    let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, ..Clocks::default() };
     let cases = [
         ("silent", "sleep 30", clock(1, 20)),
         ("long", "while :; do echo on; sleep 0.1; done", clock(20, 1)),
@@ -297,6 +297,53 @@ fn both_clocks_end_a_build() {
     }
 }
 
+/// As after a suspended terminal, which keeps whoever passes the log on from reading.
+#[test]
+fn what_came_while_we_were_held_up_is_read_before_a_clock_ends_the_build() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut store = Store::new(directory.path().join("nix"), &directory.path().join("store"));
+    for (max_silent_time, timeout) in [(1, 0), (0, 1)] {
+        let gate = directory.path().join(format!("gate-{timeout}"));
+        let done = directory.path().join(format!("done-{timeout}"));
+        let script = format!(
+            "echo begun; until [ -e {} ]; do sleep 0.02; done; echo x > $out; : > {}",
+            gate.display(),
+            done.display()
+        );
+        let (drv_path, drv) = store.instantiate(&expression(&format!("held-up-{timeout}"), &script));
+        let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
+        let mut builder = store.daemon(NEWEST_MINOR);
+        let begin = Instant::now();
+        let mut hold = |event: Event<'_>| {
+            if matches!(event, Event::LogLine(_)) {
+                fs::write(&gate, "").unwrap();
+                // Until the build has ended and the clock has run out, and some time for the result to come.
+                while !done.exists() || begin.elapsed() < Duration::from_secs(3) {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            }
+        };
+        let clocks = Clocks { max_silent_time, timeout, ..Clocks::default() };
+        let result = builder.build(&drv_path, &drv, &inputs, clocks, &mut hold);
+        assert_eq!(result.unwrap().outcome(false), Outcome::Built);
+    }
+}
+
+/// The clock is not stopped by what goes on coming.
+#[test]
+fn a_build_that_never_stops_talking_is_ended_in_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut store = Store::new(directory.path().join("nix"), &directory.path().join("store"));
+    let (drv_path, drv) = store.instantiate(&expression("yes", "exec yes"));
+    let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
+    let mut builder = store.daemon(NEWEST_MINOR);
+    let begin = Instant::now();
+    let clocks = Clocks { timeout: 1, ..Clocks::default() };
+    let error = builder.build(&drv_path, &drv, &inputs, clocks, &mut |_| {}).unwrap_err();
+    assert!(matches!(error, BuilderError::TimedOut(1)), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+}
+
 #[test]
 fn options_are_obeyed() {
     let directory = tempfile::tempdir().unwrap();
@@ -305,7 +352,7 @@ fn options_are_obeyed() {
         store.instantiate(&expression("kept", "echo evidence > $NIX_BUILD_TOP/evidence; exit 1"));
     let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
     let mut builder = store.daemon(NEWEST_MINOR);
-    let options = Options { keep_failed: true, max_silent_time: 0, timeout: 60 };
+    let options = Options { keep_failed: true, timeout: 60, ..Options::default() };
     builder.set_options(options, &mut |_| {}).unwrap();
     let mut texts = String::new();
     let mut collect = |event: Event<'_>| {

@@ -92,7 +92,7 @@ fn a_build_that_is_called_off_is_given_up_at_once_be_it_silent_or_not() {
                 };
                 let (first, every) = (Duration::from_millis(300), Duration::from_millis(50));
                 let review = Some(Review { first, every, calls_off: &calls_off });
-                let clocks = Clocks { max_silent_time: 0, timeout: 60, review };
+                let clocks = Clocks { timeout: 60, review, ..Clocks::default() };
                 let error = build(&mut store, how, &drv, clocks, &Cell::default()).unwrap_err();
                 let context = format!("{release} {name} {how:?}: {error}");
                 assert!(matches!(error, BuilderError::CalledOff), "{context}");
@@ -124,7 +124,7 @@ fn a_build_whose_answer_is_there_is_not_given_up_and_looking_does_not_count_as_i
             };
             let (first, every) = (Duration::from_millis(100), Duration::from_millis(100));
             let review = Some(Review { first, every, calls_off: &calls_off });
-            let clocks = Clocks { max_silent_time: 0, timeout: 60, review };
+            let clocks = Clocks { timeout: 60, review, ..Clocks::default() };
             let built = build(&mut store, how, &drv, clocks, &socket);
             let built = built.unwrap_or_else(|error| panic!("{release} {how:?}: {error}"));
             assert_eq!((built.outcome(false), looked.get()), (Outcome::Built, 1), "{release} {how:?}");
@@ -148,7 +148,7 @@ fn the_time_that_looking_takes_is_on_no_clock_of_the_build() {
         };
         let (first, every) = (Duration::from_millis(100), BOUND);
         let review = Some(Review { first, every, calls_off: &calls_off });
-        let clocks = Clocks { max_silent_time: 1, timeout: 60, review };
+        let clocks = Clocks { max_silent_time: 1, timeout: 60, review, ..Clocks::default() };
         let built = build(&mut store, how, &drv, clocks, &Cell::default());
         assert_eq!(built.unwrap().outcome(false), Outcome::Built, "{how:?}");
     }
@@ -165,7 +165,7 @@ fn nixs_clocks_end_a_build_that_is_looked_at_too() {
     {
         let drv = store.instantiate(&expression(name, script));
         for how in EVERY_WAY {
-            let clocks = Clocks { max_silent_time, timeout, review };
+            let clocks = Clocks { max_silent_time, timeout, review, ..Clocks::default() };
             let ended = build(&mut store, how, &drv, clocks, &Cell::default());
             let is_over = match &ended {
                 Ok(result) => how == How::Serve && result.outcome(false) == Outcome::TimedOut,

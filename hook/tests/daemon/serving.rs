@@ -252,7 +252,7 @@ fn both_clocks_end_a_build_there() {
     for (release, root) in releases() {
         let directory = tempfile::tempdir().unwrap();
         let store = store_in(directory.path(), root);
-        let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, review: None };
+        let clock = |max_silent_time, timeout| Clocks { max_silent_time, timeout, ..Clocks::default() };
         let cases = [
             ("silent", "sleep 30", clock(1, 20)),
             ("long", "while :; do echo on; sleep 0.1; done", clock(20, 1)),
@@ -276,6 +276,21 @@ fn both_clocks_end_a_build_there() {
 }
 
 #[test]
+fn a_build_that_ends_no_line_is_not_silent() {
+    for (release, root) in releases() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store_in(directory.path(), root);
+        let dots = "for i in 1 2 3 4 5 6 7 8; do printf .; sleep 0.4; done; echo x > $out";
+        let (drv_path, drv) = store.instantiate(&expression("dots", dots));
+        let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
+        let mut serving = serving(&store, NEWEST_MINOR);
+        let clocks = Clocks { max_silent_time: 1, ..Clocks::default() };
+        let built = serving.build(&drv_path, &drv, &inputs, clocks, &mut |_| {});
+        assert_eq!(built.unwrap().outcome(false), Outcome::Built, "{release}");
+    }
+}
+
+#[test]
 fn a_failed_builds_directory_is_kept_when_asked_for() {
     for (release, root) in releases() {
         let directory = tempfile::tempdir().unwrap();
@@ -284,7 +299,7 @@ fn a_failed_builds_directory_is_kept_when_asked_for() {
             store.instantiate(&expression("kept", "echo evidence > $NIX_BUILD_TOP/evidence; exit 1"));
         let inputs: Vec<StorePath> = drv.input_sources().iter().cloned().collect();
         let mut serving = serving(&store, NEWEST_MINOR);
-        serving.set_options(Options { keep_failed: true, max_silent_time: 0, timeout: 60 });
+        serving.set_options(Options { keep_failed: true, timeout: 60, ..Options::default() });
         let mut log = Vec::new();
         serving.build(&drv_path, &drv, &inputs, Clocks::default(), &mut events(&mut log)).unwrap();
         let said = log.join("\n");
