@@ -266,6 +266,7 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
         .machines("ssh-ng://far x86_64-linux - 4 3\nssh-ng://named x86_64-linux - 4 2")
         .start();
     uplink.lead_to(&client);
+    client.write("/etc/nix/offload.toml", "[ssh]\nconnect-timeout = 40\n");
     let no_network = "this machine has no network";
 
     let built = client.nix_build(&many("offline", 5), &["-j1"]);
@@ -282,8 +283,10 @@ fn without_any_network_builds_are_done_here_at_once_and_elsewhere_as_soon_as_the
         again.took(),
         stock.took()
     );
-    assert!(again.took() < stock.took() + Duration::from_secs(1), "{again}");
-    assert!(built.took() < stock.took() + Duration::from_secs(2), "{built}");
+    // Nobody waited for a machine even once.
+    for output in [&again, &built] {
+        assert!(output.took() < stock.took() + Duration::from_secs(20), "{output}");
+    }
     // What cannot be built here is told so at once, and waits.
     let waiting = client.spawn_nix_build(&drv::where_built("waiting"), &["-j0"]);
     wait_until("the user is told", SOON, || {

@@ -223,5 +223,4 @@ fn what_the_proxy_saw_down_the_hook_leaves_alone_and_the_other_way_round() {
     let known = client.command(PROXY).args(["--via", "mac", "localhost", "22"]).run();
     assert_eq!(known.code(), 75, "{known}");
     known.assert_stderr_has("mac is not tried again before").assert_stderr_has("connection refused");
-    assert!(known.took() < Duration::from_secs(2), "{known}");
 }
