@@ -225,7 +225,7 @@ fn to_json(machine: &Machine, answer: &Result<Answer, ReachError>) -> Value {
         }),
         Err(error) => json!({
             "url": machine.name,
-            "error": exit::report(error, None).trim_start_matches("error: "),
+            "error": exit::reason(error),
             "hint": slip(machine).or_else(|| error.cure()),
         }),
     }
@@ -281,7 +281,7 @@ fn to_text(report: &mut String, machine: &Machine, answer: &Result<Answer, Reach
             line("Round trip", &format!("{} ms", ms(answer.round_trip)));
         }
         Err(error) => {
-            line("Error", exit::report(error, None).trim_start_matches("error: "));
+            line("Error", &exit::reason(error));
             if let Some(cure) = error.cure().filter(|_| slip(machine).is_none()) {
                 line("Hint", &cure);
             }

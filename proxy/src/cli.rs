@@ -287,16 +287,15 @@ fn connect(args: ConnectArgs) -> Result<(), Failure> {
     let (bound, wait) = (cut(bound), wait.map(cut));
     let request = tunnel::Request { host, port, via, fdpass: args.fdpass, bound, wait };
     tunnel::run(&pool, &request).map_err(|error| {
-        let report = exit::report(&error, None);
+        let reason = exit::reason(&error);
         tracing::warn!(
             event = "no connection",
             host = request.host,
             port = request.port,
-            error = report,
-            "{}",
-            exit::reason(&error)
+            error = reason,
+            "{reason}"
         );
-        pool.tell_starter(report.strip_prefix("error: ").unwrap_or(&report), error.cure().as_deref());
+        pool.tell_starter(&reason, error.cure().as_deref());
         error.into()
     })
 }
@@ -330,7 +329,7 @@ fn check(args: CheckArgs) -> Result<String, Failure> {
                     &json!({
                         "destination": destination,
                         "answers": false,
-                        "error": exit::report(&error, None).trim_start_matches("error: "),
+                        "error": exit::reason(&error),
                         "hint": error.cure(),
                         "milliseconds": milliseconds,
                     })

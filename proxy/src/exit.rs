@@ -17,11 +17,26 @@ pub const NO_PERMISSION: u8 = 77;
 /// Something is set up wrongly on this machine (`EX_CONFIG`).
 pub const CONFIG: u8 = 78;
 
-/// Renders an error, its chain of causes and the cure: `error: a: b: c`, then `hint: ...` if there is one.
-/// Without a newline at the end. Line breaks within become blanks, and a cause whose text the line has
-/// already is not repeated.
+/// What a command says when it fails: `error: `, and then as [`reason_and_cure`].
 pub fn report(error: &dyn Error, cure: Option<&str>) -> String {
-    let mut text = format!("error: {}", one_line(&error.to_string()));
+    format!("error: {}", reason_and_cure(error, cure))
+}
+
+/// An error with its chain of causes, and below it the cure: `a: b: c`, then `hint: ...` if there is one.
+/// Without a newline at the end.
+pub fn reason_and_cure(error: &dyn Error, cure: Option<&str>) -> String {
+    let mut text = reason(error);
+    if let Some(cure) = cure {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "\nhint: {}", one_line(cure));
+    }
+    text
+}
+
+/// An error with its chain of causes in one line, to be quoted: `a: b: c`. Line breaks within become blanks, and a
+/// cause whose text the line has already is not repeated.
+pub fn reason(error: &dyn Error) -> String {
+    let mut text = one_line(&error.to_string());
     let mut source = error.source();
     while let Some(cause) = source {
         let cause_text = one_line(&cause.to_string());
@@ -31,16 +46,7 @@ pub fn report(error: &dyn Error, cure: Option<&str>) -> String {
         }
         source = cause.source();
     }
-    if let Some(cure) = cure {
-        let _ = write!(text, "\nhint: {}", one_line(cure));
-    }
     text
-}
-
-/// An error with its causes in one line, to be quoted.
-pub fn reason(error: &dyn Error) -> String {
-    let text = report(error, None);
-    text.strip_prefix("error: ").unwrap_or(&text).to_owned()
 }
 
 /// The first line of a text, to be quoted in one line.
@@ -79,6 +85,8 @@ mod tests {
             report(&error, Some("look\nagain")),
             "error: cannot open the door: no key: lost\nhint: look again"
         );
+        assert_eq!(reason(&error), "cannot open the door: no key: lost");
+        assert_eq!(reason_and_cure(&error, Some("look")), "cannot open the door: no key: lost\nhint: look");
     }
 
     #[test]

@@ -263,6 +263,24 @@ fn the_last_word_on_a_build_is_where_it_was_built_and_not_where_it_was_to_be() {
 }
 
 #[test]
+fn why_slots_cannot_be_looked_at_is_told_of_that_machine() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).machines("ssh-ng://odd x86_64-linux - 1 9\n").start();
+    let slot = "/nix/var/nix/current-load/ssh-ng:__odd-0";
+    client.run(&format!("mkdir -p /nix/var/nix/current-load; ln -s ssh-ng:__odd-0 {slot}"));
+    let expression = drv::where_built("x");
+    let drv_path = instantiated(&client, &expression);
+    let reason = format!("failed: cannot use {slot}: ");
+    let text = explained(&client, &drv_path)["machines"][1]["reason"].to_string();
+    assert!(text.starts_with(&format!("\"{reason}")), "{text}");
+    client.nix_build(&expression, &["-j0"]).assert_success();
+    let told = client.nix_offload(&["explain", "--last", &drv_path]);
+    let text = told.assert_success().stdout();
+    assert!(text.contains(&format!("ssh-ng://odd  {reason}")), "{text}");
+}
+
+#[test]
 fn what_was_forgotten_is_looked_for_in_the_journal() {
     let world = World::new();
     let mac = world.builder("mac").start();

@@ -264,9 +264,7 @@ impl Desk<'_> {
         let _choosing = self.slots.lock("main-lock");
         plan::decide(&question, |index| match survey.look(&self.machines[index]) {
             Ok(look) => look.known,
-            Err(error) => {
-                Known::ready(Load::default()).with_health(Health::Failed(exit::report(&error, None)))
-            }
+            Err(error) => Known::ready(Load::default()).with_health(Health::Failed(exit::reason(&error))),
         })
     }
 

@@ -175,8 +175,7 @@ impl ReachError {
 
     /// Cause and cure as one text for Nix's user.
     pub fn describe(&self) -> String {
-        let text = exit::report(self, self.cure().as_deref());
-        text.strip_prefix("error: ").unwrap_or(&text).replace("\nhint: ", "\n  hint: ")
+        exit::reason_and_cure(self, self.cure().as_deref()).replace("\nhint: ", "\n  hint: ")
     }
 }
 

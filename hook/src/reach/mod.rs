@@ -306,7 +306,7 @@ impl Reach {
                 Some(Reached { builder, way: Way::Socket, detour: None, nix_version })
             }
             Err(error) => {
-                let reason = exit::report(&error, None);
+                let reason = exit::reason(&error);
                 tracing::debug!(builder = machine.name, reason, "not reached by a stream opened in advance");
                 None
             }
@@ -357,7 +357,7 @@ impl Reach {
             if error.is_other_protocol()
                 && let Ok(builder) = session.daemon()
             {
-                return Ok(reached(builder, Way::Session, Some(said(&error))));
+                return Ok(reached(builder, Way::Session, Some(exit::reason(&error))));
             }
             return Err(error);
         }
@@ -382,7 +382,7 @@ impl Reach {
                 }
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
-                    let reason = said(&error);
+                    let reason = exit::reason(&error);
                     tracing::info!(
                         event = "the daemon's socket is not open to us",
                         builder = machine.name,
@@ -405,7 +405,7 @@ impl Reach {
         };
         match session.serve() {
             Ok(store) => {
-                let reason = said(&error);
+                let reason = exit::reason(&error);
                 tracing::info!(
                     event = "no daemon can be started for us",
                     builder = machine.name,
@@ -420,7 +420,7 @@ impl Reach {
             Err(lost @ ReachError::Open(_)) => Err(lost),
             Err(slow @ ReachError::Daemon(BuilderError::NoAnswer { .. })) => {
                 // A slow shell, and this one was the last of several; next time it is the first.
-                note(&no_daemon, &said(&error));
+                note(&no_daemon, &exit::reason(&error));
                 Err(slow)
             }
             // What is said of a program that is there tells more than that another one is not.
@@ -449,7 +449,7 @@ impl Reach {
             }
             Err(lost @ OpenError::Gone { .. }) => Err(lost.into()),
             // A daemon that does not answer, perhaps. If it is the link, the next way will tell.
-            Err(error) => Ok(Some(said(&error.into()))),
+            Err(error) => Ok(Some(exit::reason(&ReachError::from(error)))),
         }
     }
 
@@ -538,11 +538,6 @@ fn note(path: &Path, text: &str) {
 fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
     let noted = fs::metadata(note).and_then(|m| m.modified()).ok()?;
     if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
-}
-
-/// An error with its causes as one line.
-fn said(error: &ReachError) -> String {
-    exit::report(error, None).trim_start_matches("error: ").to_owned()
 }
 
 fn left(deadline: Instant) -> Duration {

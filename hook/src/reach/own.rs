@@ -8,6 +8,7 @@ use crate::config::Settings;
 use crate::plan::here::Here;
 use crate::plan::machine::Machine;
 use crate::wire::worker::Own;
+use nix_offload_proxy::exit;
 use nix_offload_proxy::master::Stream;
 use std::io;
 use std::path::PathBuf;
@@ -60,7 +61,7 @@ impl Reach {
                 // Others may be asking just that.
                 Err(error) if error.is_crowded() && Instant::now() < deadline => thread::sleep(PAUSE),
                 Err(error) if error.is_crowded() => return None,
-                Err(error) => break Err(super::said(&error)),
+                Err(error) => break Err(exit::reason(&error)),
                 Ok(beside) => break ask(beside.stream, deadline),
             }
             if let Some(known) = self.own_settings(machine, settings) {

@@ -432,10 +432,7 @@ impl Hook<'_> {
 fn one_report(error: &JobError) -> String {
     match error {
         JobError::Failed { message, .. } => message.clone(),
-        other => {
-            let text = exit::report(other, None);
-            text.strip_prefix("error: ").unwrap_or(&text).to_owned()
-        }
+        other => exit::reason(other),
     }
 }
 

@@ -212,7 +212,7 @@ impl Hook<'_> {
                     look.known
                 }
                 Err(error) => {
-                    let reason = exit::report(&error, None);
+                    let reason = exit::reason(&error);
                     fault = Some(error);
                     unused.with_health(Health::Failed(reason))
                 }

@@ -93,8 +93,7 @@ impl<'a> Handover<'a> {
                 (reply, stock)
             }
             Err(error) => {
-                let text = exit::report(&error, None);
-                let text = text.strip_prefix("error: ").unwrap_or(&text);
+                let text = exit::reason(&error);
                 let name = derivation::name_in(&request.drv_path);
                 tracing::warn!(
                     event = "Nix's own hook failed",
@@ -102,7 +101,7 @@ impl<'a> Handover<'a> {
                     reason = why,
                     "'{name}' is left to Nix's own hook ({why}): {text}"
                 );
-                self.tell(request, why, text);
+                self.tell(request, why, &text);
                 (Reply::Decline, None)
             }
         }

@@ -131,11 +131,10 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     match Hook::new(&nix, &settings, &fleet.machines) {
         Ok(hook) => hook.run(&mut source, verbosity),
         Err(unable) => {
-            let text = exit::report(&unable, unable.cure().as_deref());
-            let text = text.strip_prefix("error: ").unwrap_or(&text);
+            let text = exit::reason_and_cure(&unable, unable.cure().as_deref());
             if matches!(unable, Unable::Location(_)) {
                 let handover = Handover::new(&nix, &settings, verbosity, fleet.machines.iter());
-                return handover::serve_all(handover, &mut source, text);
+                return handover::serve_all(handover, &mut source, &text);
             }
             tracing::error!("cannot build remotely: {text}");
             nix.message(Verbosity::Error, &format!("nix-offload cannot build remotely: {text}"));
@@ -368,12 +367,11 @@ impl<'a> Hook<'a> {
         let candidate = match self.candidate(&request, *times) {
             Ok(candidate) => candidate,
             Err(unfit) => {
-                let reason = exit::report(&unfit, None);
-                let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
+                let reason = exit::reason(&unfit);
                 let (event, name) = ("not for us", derivation::name_in(&request.drv_path));
                 tracing::info!(event, derivation = request.drv_path, reason, "'{name}' is {event}: {reason}");
                 if unfit.is_for_stock() {
-                    return Answer::from(handover.ask(Among::All, &request, reason));
+                    return Answer::from(handover.ask(Among::All, &request, &reason));
                 }
                 return Answer::Reply(Reply::Decline);
             }

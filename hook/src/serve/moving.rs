@@ -172,7 +172,7 @@ impl Outlook<'_, '_> {
             worth.is_some()
         });
         drop(distrusted);
-        let (decision, slot) = decided.map_err(|error| exit::report(&error, None))?;
+        let (decision, slot) = decided.map_err(|error| exit::reason(&error))?;
         // No other hook may be there to do it: Nix asks for nothing while this build is all that is left.
         hook.try_what_ailed(&decision);
         let (Verdict::Accept(index), Some(slot), Some(worth)) = (&decision.verdict, slot, worth) else {
