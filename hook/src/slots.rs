@@ -27,7 +27,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
-/// The right to choose.
+/// The file of [`Slots::lock_choice`], by the name that stock hooks have for it.
 const MAIN_LOCK: &str = "main-lock";
 
 /// Longest thing that a holder says, in bytes.
@@ -75,6 +75,15 @@ pub struct Holder {
     pub expected: Option<f64>,
 }
 
+/// A machine's slots, counted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Count {
+    /// How many of them are taken.
+    pub load: Load,
+    /// The number of the first free one, from 0 on; none if all are taken.
+    pub free: Option<u64>,
+}
+
 /// Watches for slots becoming free.
 #[derive(Debug)]
 pub struct Watch(Inotify);
@@ -99,15 +108,13 @@ impl Slots {
         Self { directory }
     }
 
-    /// Waits for a lock of that name.
-    ///
-    /// `main-lock` is the right to choose: whoever counts slots to take one holds it, stock hooks too, and for
-    /// microseconds only.
+    /// Waits for the right to choose a machine. Whoever counts slots to take one holds it, stock hooks too
+    /// (`main-lock`), and for a moment only; so must those who count for another reason, for counting locks each free slot.
     ///
     /// # Errors
     /// If the lock cannot be opened or taken.
-    pub fn lock(&self, name: &str) -> Result<Held, SlotError> {
-        wait_for(self.directory.join(name))
+    pub fn lock_choice(&self) -> Result<Held, SlotError> {
+        wait_for(self.directory.join(MAIN_LOCK))
     }
 
     /// Which machines ever had a slot taken. Others need not be counted, which matters with a thousand of them.
@@ -117,24 +124,23 @@ impl Slots {
         Used(entries.filter_map(name).collect())
     }
 
-    /// Counts a machine's taken slots, and gives the number of a free one if there is one.
+    /// Counts a machine's taken slots, and finds a free one, among the first `max_jobs`.
     ///
     /// # Errors
     /// If a lock cannot be opened or tried.
-    pub fn count(&self, machine: &str, max_jobs: u64) -> Result<(Load, Option<u64>), SlotError> {
-        let mut load = Load::default();
-        let mut free = None;
+    pub fn count(&self, machine: &str, max_jobs: u64) -> Result<Count, SlotError> {
+        let mut count = Count::default();
         for number in 0..max_jobs {
             let path = self.path(machine, number);
             // Only a descriptor for writing tells those who watch when it is closed, so a look uses none.
             match lock(&path, FlockArg::LockExclusiveNonblock, false) {
                 // Slots above the first free one may be taken and count, so go on.
-                Ok(Some(_)) => drop(free.get_or_insert(number)),
-                Ok(None) => load.taken += 1,
+                Ok(Some(_)) => drop(count.free.get_or_insert(number)),
+                Ok(None) => count.load.taken += 1,
                 Err(source) => return Err(SlotError { path, source }),
             }
         }
-        Ok((load, free))
+        Ok(count)
     }
 
     /// Takes a slot; `None` if it is not free after all.
@@ -147,7 +153,8 @@ impl Slots {
         held.map(|held| held.map(|held| Held(vec![held]))).map_err(|source| SlotError { path, source })
     }
 
-    /// Takes the first free slot of so many.
+    /// Takes the first free slot of the first `slots` that a machine, or whatever else `name` stands for, has; `None` if
+    /// all are taken.
     ///
     /// # Errors
     /// If a lock cannot be opened or tried.
@@ -177,7 +184,8 @@ impl Slots {
         Ok((taken.len() as u64 == needed && needed > 0).then_some(Held(taken)))
     }
 
-    /// Takes the first free slot of so many, or waits for one until `bound` is over.
+    /// The same, but waits up to `bound` for one to be given back. It looks again every few milliseconds, so it is for
+    /// short waits; for long ones there is [`Slots::watch`].
     ///
     /// # Errors
     /// If a lock cannot be opened or tried.
@@ -206,7 +214,7 @@ impl Slots {
     /// The builds that run on a machine, each once; none within for those of which nobody says anything.
     pub fn running(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
         // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
-        let _choosing = self.lock(MAIN_LOCK);
+        let _choosing = self.lock_choice();
         let mut running: Vec<Option<Holder>> = Vec::new();
         for holder in self.holders(machine, max_jobs) {
             if holder.is_none() || !running.contains(&holder) {
@@ -346,7 +354,7 @@ mod tests {
     }
 
     fn take(slots: &Slots, machine: &str, jobs: u64) -> (u64, Option<Held>) {
-        let (load, free) = slots.count(machine, jobs).unwrap();
+        let Count { load, free } = slots.count(machine, jobs).unwrap();
         (load.taken, free.map(|number| slots.take(machine, number).unwrap().unwrap()))
     }
 
@@ -387,11 +395,11 @@ mod tests {
         let (_state, slots) = slots();
         let first = slots.take("m", 1).unwrap();
         assert!(slots.take_many("m", 4, 4).unwrap().is_none());
-        assert_eq!(slots.count("m", 4).unwrap().0.taken, 1);
+        assert_eq!(slots.count("m", 4).unwrap().load.taken, 1);
         let three = slots.take_many("m", 4, 3).unwrap();
-        assert_eq!(slots.count("m", 4).unwrap().0.taken, 4);
+        assert_eq!(slots.count("m", 4).unwrap().load.taken, 4);
         drop((first, three));
-        assert_eq!(slots.count("m", 4).unwrap().0.taken, 0);
+        assert_eq!(slots.count("m", 4).unwrap().load.taken, 0);
         assert!(slots.used().has("m") && !slots.used().has("n"));
     }
 
@@ -423,7 +431,7 @@ mod tests {
     #[test]
     fn the_files_have_the_names_of_nix() {
         let (state, slots) = slots();
-        let _choosing = slots.lock("main-lock").unwrap();
+        let _choosing = slots.lock_choice().unwrap();
         let _slot = take(&slots, "ssh://a@b", 1);
         let directory = state.path().join("current-load");
         assert!(directory.join("main-lock").exists());
@@ -433,7 +441,7 @@ mod tests {
     #[test]
     fn a_machine_without_slots_is_never_free_and_a_long_name_works() {
         let (_state, slots) = slots();
-        assert!(slots.count("m", 0).unwrap().1.is_none());
+        assert!(slots.count("m", 0).unwrap().free.is_none());
         let long = "x".repeat(300);
         let (_, held) = take(&slots, &long, 1);
         assert!(held.is_some());
@@ -446,7 +454,7 @@ mod tests {
         let (_state, slots) = slots();
         let held = take(&slots, "m", 1).1.unwrap();
         let watch = slots.watch().unwrap();
-        let choosing = slots.lock("main-lock").unwrap();
+        let choosing = slots.lock_choice().unwrap();
         slots.count("m", 1).unwrap();
         drop(choosing);
         let begin = Instant::now();

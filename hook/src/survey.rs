@@ -11,7 +11,7 @@ use crate::queue::{Queue, Waiting, Wish};
 use crate::reach::{Ailing, Reach, Vitals, Wanted};
 use crate::sampler::Samples;
 use crate::sending;
-use crate::slots::{Holder, SlotError, Slots, Used};
+use crate::slots::{Count, Holder, SlotError, Slots, Used};
 use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
@@ -136,9 +136,9 @@ impl<'a> Survey<'a> {
             return Ok(Look { known, free: None, waiting: 0 });
         }
         let is_used = self.used.has(&machine.name);
-        let (load, free) = match is_used {
+        let Count { load, free } = match is_used {
             true => self.slots.count(&machine.name, machine.max_jobs)?,
-            false => (Load::default(), (machine.max_jobs > 0).then_some(0)),
+            false => Count { load: Load::default(), free: (machine.max_jobs > 0).then_some(0) },
         };
         let waiting =
             self.waiting.of(&machine.name, machine.max_jobs, machine.max_jobs.saturating_sub(load.taken));

@@ -261,7 +261,7 @@ impl Desk<'_> {
             now,
         };
         // Nobody who chooses meanwhile is to see the slots that we look at as taken.
-        let _choosing = self.slots.lock("main-lock");
+        let _choosing = self.slots.lock_choice();
         plan::decide(&question, |index| match survey.look(&self.machines[index]) {
             Ok(look) => look.known,
             Err(error) => Known::ready(Load::default()).with_health(Health::Failed(exit::reason(&error))),

@@ -196,7 +196,7 @@ impl Hook<'_> {
         let mut free: Vec<Option<u64>> = vec![None; self.machines.len()];
         let mut fault = None;
         let unasked = self.not_to_be_asked(candidate, stage);
-        let _choosing = self.slots.lock("main-lock")?;
+        let _choosing = self.slots.lock_choice()?;
         let decision = plan::decide(&question, |index| {
             let unused = Known::ready(Load::default());
             if let Some(health) = health(index) {

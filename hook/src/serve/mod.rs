@@ -541,7 +541,7 @@ impl<'a> Hook<'a> {
             let (machine, slots) = (&self.machines[winner], decision.weight(winner));
             let slot = self
                 .slots
-                .lock("main-lock")
+                .lock_choice()
                 .and_then(|_choosing| self.slots.take_many(&machine.name, machine.max_jobs, slots));
             if let Ok(Some(slot)) = slot {
                 log_first(&candidate.request.drv_path, &machine.name);

@@ -73,7 +73,7 @@ mod tests {
         assert!(fs::read_dir(directory.path()).unwrap().next().is_none(), "a look makes no files");
         let held = [slots.take("ssh://m", 1), slots.take("ssh://m", 3), slots.take("ssh://other", 0)];
         assert_eq!(look(), 2);
-        assert_eq!(slots.count("ssh://m", 4).unwrap().0.taken, 2);
+        assert_eq!(slots.count("ssh://m", 4).unwrap().load.taken, 2);
         drop(held);
         assert_eq!(look(), 0);
     }

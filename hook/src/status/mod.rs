@@ -162,7 +162,7 @@ impl Desk {
     fn row(&self, survey: &Survey<'_>, machine: &Machine, now: SystemTime) -> Row {
         let look = {
             // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
-            let _choosing = self.slots.lock("main-lock");
+            let _choosing = self.slots.lock_choice();
             survey.look(machine)
         };
         let mut row = Row {
