@@ -13,7 +13,7 @@ use crate::plan::trust::Account;
 use crate::reach::{DAEMON_SOCKET, Reach, ReachError, ReachSetupError, Way};
 use crate::vantage::{self, Vantage, VantageError};
 use nix_derivation::StoreDir;
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use serde_json::{Value, json};
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt::Write as _;
@@ -78,6 +78,12 @@ impl PingError {
             Self::Setup(_) | Self::NoMachines(_) => exit::CONFIG,
             Self::Output(_) => exit::FAILURE,
         }
+    }
+}
+
+impl From<PingError> for Failure {
+    fn from(error: PingError) -> Self {
+        Failure::new(&error, error.cure().as_deref(), error.exit_code())
     }
 }
 

@@ -12,7 +12,8 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::{
-    exit, listing,
+    exit::{self, Failure},
+    listing,
     log::{self, Fallback},
     master::{Endpoint, Pool, PoolError, SetupError, StartError},
     removal,
@@ -220,12 +221,6 @@ struct StopArgs {
     json: bool,
 }
 
-/// A failed command: the error for people and the code for scripts.
-struct Failure {
-    report: String,
-    code: u8,
-}
-
 impl Failure {
     /// Both, one below the other.
     fn after(self, before: Option<Failure>) -> Failure {
@@ -263,10 +258,7 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     match result.and_then(|text| print(&text)) {
         Ok(()) => ExitCode::from(exit::OK),
-        Err(Failure { report, code }) => {
-            let _ = writeln!(io::stderr(), "{report}");
-            ExitCode::from(code)
-        }
+        Err(failure) => ExitCode::from(failure.tell()),
     }
 }
 
@@ -454,7 +446,7 @@ fn print(text: &str) -> Result<(), Failure> {
     match writeln!(io::stdout(), "{text}") {
         // Whoever reads has seen enough.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure { report: exit::report(&error, None), code: exit::FAILURE })
+            Err(Failure::new(&error, None, exit::FAILURE))
         }
         _ => Ok(()),
     }
@@ -462,19 +454,19 @@ fn print(text: &str) -> Result<(), Failure> {
 
 impl From<SetupError> for Failure {
     fn from(error: SetupError) -> Self {
-        Failure { report: exit::report(&error, error.cure().as_deref()), code: exit::CONFIG }
+        Failure::new(&error, error.cure().as_deref(), exit::CONFIG)
     }
 }
 
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
-        Failure { report: exit::report(&error, error.cure().as_deref()), code: error.exit_code() }
+        Failure::new(&error, error.cure().as_deref(), error.exit_code())
     }
 }
 
 impl From<tunnel::TunnelError> for Failure {
     fn from(error: tunnel::TunnelError) -> Self {
-        Failure { report: exit::report(&error, error.cure().as_deref()), code: error.exit_code() }
+        Failure::new(&error, error.cure().as_deref(), error.exit_code())
     }
 }
 
@@ -486,13 +478,13 @@ impl From<removal::RemovalError> for Failure {
             }
             _ => (None, exit::FAILURE),
         };
-        Failure { report: exit::report(&error, cure), code }
+        Failure::new(&error, cure, code)
     }
 }
 
 impl From<PoolError> for Failure {
     fn from(error: PoolError) -> Self {
         let code = if matches!(error, PoolError::Busy { .. }) { exit::TEMPORARY } else { exit::FAILURE };
-        Failure { report: exit::report(&error, None), code }
+        Failure::new(&error, None, code)
     }
 }

@@ -1,6 +1,11 @@
 //! How a command ends: one line for the error with its causes, one for the cure, and a code scripts can use.
 
-use std::{error::Error, fmt::Write, time::Duration};
+use std::{
+    error::Error,
+    fmt::Write as _,
+    io::{self, Write},
+    time::Duration,
+};
 
 /// All went well.
 pub const OK: u8 = 0;
@@ -16,6 +21,29 @@ pub const TEMPORARY: u8 = 75;
 pub const NO_PERMISSION: u8 = 77;
 /// Something is set up wrongly on this machine (`EX_CONFIG`).
 pub const CONFIG: u8 = 78;
+
+/// A failed command.
+#[derive(Debug)]
+pub struct Failure {
+    /// What people read, without a newline at the end.
+    pub report: String,
+    /// The code for scripts.
+    pub code: u8,
+}
+
+impl Failure {
+    /// Of an error, as [`report`] renders it.
+    pub fn new(error: &dyn Error, cure: Option<&str>, code: u8) -> Self {
+        Self { report: report(error, cure), code }
+    }
+
+    /// Says it on stderr; gives the code.
+    pub fn tell(self) -> u8 {
+        // Nowhere is left to report that this failed.
+        let _ = writeln!(io::stderr(), "{}", self.report);
+        self.code
+    }
+}
 
 /// What a command says when it fails: `error: `, and then as [`reason_and_cure`].
 pub fn report(error: &dyn Error, cure: Option<&str>) -> String {

@@ -24,7 +24,7 @@ use hosts::{Found, LookedUp};
 use machines::{Judged, Own, Target};
 use nix::unistd::{Group, User, getegid, geteuid};
 use nix_conf::Assignment;
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use nix_offload_proxy::settings::{self as offload, Settings as SshSettings, SettingsError};
 use serde_json::{Value, json};
 use settings::{Facts, Reader, plural};
@@ -66,6 +66,12 @@ pub enum CheckError {
     /// It cannot be written.
     #[error("cannot write the report")]
     Output(#[source] io::Error),
+}
+
+impl From<CheckError> for Failure {
+    fn from(error: CheckError) -> Self {
+        Failure::new(&error, None, exit::FAILURE)
+    }
 }
 
 /// Looks at everything and prints the report; gives the exit code. With `strict` warnings count as errors do.

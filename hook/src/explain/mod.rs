@@ -22,7 +22,7 @@ use crate::store::{Location, Query};
 use crate::survey::{self, Needs, Survey};
 use crate::vantage::{Vantage, VantageError};
 use installable::{InstallableError, Place};
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -64,7 +64,7 @@ impl ExplainError {
     }
 
     /// Another program's words that belong above the error.
-    pub fn said(&self) -> Option<&str> {
+    fn said(&self) -> Option<&str> {
         match self {
             Self::Installable(error) => error.said(),
             _ => None,
@@ -78,6 +78,16 @@ impl ExplainError {
             Self::Installable(error) => error.exit_code(),
             Self::Output(_) => exit::FAILURE,
         }
+    }
+}
+
+impl From<ExplainError> for Failure {
+    fn from(error: ExplainError) -> Self {
+        let Failure { mut report, code } = Failure::new(&error, error.cure().as_deref(), error.exit_code());
+        if let Some(said) = error.said() {
+            report.insert_str(0, &format!("{said}\n"));
+        }
+        Failure { report, code }
     }
 }
 

@@ -6,7 +6,7 @@ use super::local::LocalError;
 use crate::builder::BuilderError;
 use crate::plan::trust::Distrust;
 use crate::slots::SlotError;
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use nix_offload_proxy::master::{EndpointError, OpenError, SetupError, StartError};
 use thiserror::Error;
 
@@ -201,5 +201,11 @@ impl ReachSetupError {
             Self::Locks(_) => None,
             Self::SshOptions(_) => Some("close the quote, or put a backslash before it".into()),
         }
+    }
+}
+
+impl From<ReachSetupError> for Failure {
+    fn from(error: ReachSetupError) -> Self {
+        Failure::new(&error, error.cure().as_deref(), exit::CONFIG)
     }
 }

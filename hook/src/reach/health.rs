@@ -2,7 +2,7 @@
 //!
 //! Must never decide whether a machine that is to be left alone is used all the same.
 
-use super::{Reach, ReachError, endpoint, note, noted_lately};
+use super::{Reach, ReachError, ReachSetupError, endpoint, note, noted_lately};
 use crate::builder::Ahead;
 use crate::config;
 use crate::plan::machine::Machine;
@@ -171,9 +171,8 @@ impl Reach {
         }
     }
 
-    /// Connects to the machine of a line of the list, in the place of a hook that called [`Reach::try_again`], and notes
-    /// what came of it. `name` is what the hook calls the machine.
-    pub fn probe(&self, name: &str, line: &str) {
+    /// See [`probe`].
+    fn probe(&self, name: &str, line: &str) {
         let fleet = config::parse_machines("probe", line, &BTreeSet::new(), &|_| Ok(None));
         let Some(mut machine) = fleet.machines.into_iter().next() else {
             tracing::error!(
@@ -234,6 +233,15 @@ impl Reach {
     fn health_of_host(&self, machine: &Machine) -> Option<Memory> {
         endpoint(machine, &self.ssh_options).ok().map(|endpoint| self.pool.memory(&endpoint))
     }
+}
+
+/// Connects to the machine of a line of the list, in the place of a hook that called [`Reach::try_again`], and notes what
+/// came of it. `name` is what the hook calls the machine. To be called by a process of its own.
+///
+/// # Errors
+/// As of [`Reach::new`]. That the machine cannot be reached is none.
+pub fn probe(name: &str, line: &str) -> Result<(), ReachSetupError> {
+    Reach::new(|name| std::env::var_os(name)).map(|reach| reach.probe(name, line))
 }
 
 impl Vitals {

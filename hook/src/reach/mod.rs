@@ -14,7 +14,7 @@ mod speed;
 mod trust;
 
 pub use error::{ReachError, ReachSetupError};
-pub use health::{Ailing, FIRST_PAUSE, Vitals};
+pub use health::{Ailing, FIRST_PAUSE, Vitals, probe};
 pub use seen::{Seen, Wanted};
 pub use shell::{Beside, Open};
 pub use speed::Speed;

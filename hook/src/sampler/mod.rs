@@ -23,6 +23,7 @@ use crate::slots::{FileLocks, SlotError, Slots};
 use conversation::{Conversation, Silence};
 use hangs::Hangs;
 use interest::{List, Post};
+use nix_offload_proxy::exit::{self, Failure};
 use own_load::OwnLoad;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
@@ -67,6 +68,12 @@ pub enum SamplerError {
     /// It was not started by a hook.
     #[error("standard input is not the sampler's lock, so this program was not started by a hook")]
     NotStartedByHook,
+}
+
+impl From<SamplerError> for Failure {
+    fn from(error: SamplerError) -> Self {
+        Failure::new(&error, None, exit::FAILURE)
+    }
 }
 
 /// Is the sampler, until nobody wants to know anything any more. To be called by a process of its own. Standard input is

@@ -15,7 +15,7 @@ use crate::reach::Reach;
 use crate::slots::{Holder, Slots};
 use crate::survey::Survey;
 use crate::vantage::{Vantage, VantageError};
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::thread;
@@ -53,6 +53,12 @@ impl StatusError {
             Self::Vantage(error) => error.exit_code(),
             Self::Output(_) => exit::FAILURE,
         }
+    }
+}
+
+impl From<StatusError> for Failure {
+    fn from(error: StatusError) -> Self {
+        Failure::new(&error, error.cure().as_deref(), error.exit_code())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::plan::machine::Machine;
 use crate::slots::Holder;
 use crate::state::Withholdings;
 use crate::vantage::{Vantage, VantageError};
-use nix_offload_proxy::exit;
+use nix_offload_proxy::exit::{self, Failure};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -75,6 +75,12 @@ impl WithholdError {
             Self::Write { .. } => exit::CONFIG,
             Self::Output(_) => exit::FAILURE,
         }
+    }
+}
+
+impl From<WithholdError> for Failure {
+    fn from(error: WithholdError) -> Self {
+        Failure::new(&error, error.cure().as_deref(), error.exit_code())
     }
 }
 
