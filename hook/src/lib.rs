@@ -5,6 +5,7 @@ pub mod check;
 pub mod cli;
 pub mod config;
 pub mod derivation;
+pub mod digest;
 pub mod explain;
 pub mod fds;
 pub mod files;

@@ -12,8 +12,8 @@
 //!
 //! Must never look at slots, or know what is built.
 
+use crate::digest;
 use nix::unistd::getppid;
-use nix_derivation::{HashAlgorithm, hash_bytes};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
@@ -31,8 +31,6 @@ const DOOR: &str = "door";
 const DRAFT: &str = "draft";
 /// The most bytes of the names of machines that are read.
 const MOST_NAMES: u64 = 1 << 20;
-/// Digits of the hash that makes a line's name.
-const NAME_DIGITS: usize = 20;
 /// The time of those that nobody overtakes any more.
 const FIRST: u64 = 0;
 
@@ -308,8 +306,7 @@ impl Name {
 impl Wish {
     /// A name for those that wish the same.
     pub fn name(&self) -> String {
-        let digest = hash_bytes(HashAlgorithm::Sha256, self.to_text().as_bytes()).to_nix_base16_string();
-        digest.chars().skip("sha256:".len()).take(NAME_DIGITS).collect()
+        digest::short(&self.to_text())
     }
 
     fn to_text(&self) -> String {

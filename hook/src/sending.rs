@@ -6,17 +6,18 @@
 //! after it. Another file says for each who sends how much is still on its way, for those who choose a machine. Must never
 //! speak to a machine, or wait while it holds a lock.
 
+use crate::digest;
 use crate::path_info::PathInfo;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
-use nix_derivation::{HashAlgorithm, StorePath, hash_bytes};
-
+use nix_derivation::StorePath;
+use nix_offload_proxy::small_file::in_directory;
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::OnceLock;
@@ -98,13 +99,7 @@ impl Load {
         let directory = sending.path.parent()?.join(LOADS);
         let path = directory.join(unique());
         let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let file = open().or_else(|error| {
-            if error.kind() != io::ErrorKind::NotFound {
-                return Err(error);
-            }
-            DirBuilder::new().mode(0o700).recursive(true).create(&directory)?;
-            open()
-        });
+        let file = in_directory(&directory, || in_directory(&path, open));
         let load = Self { file: file.ok()?, path, machine: sending.machine.clone(), bytes };
         load.file.try_lock().ok()?;
         load.write();
@@ -153,11 +148,9 @@ fn unique() -> String {
 impl Sending {
     /// To the machine of that name. `directory` is the runtime directory.
     pub fn to(directory: &Path, machine: &str) -> Self {
-        let digest = hash_bytes(HashAlgorithm::Sha256, machine.as_bytes()).to_nix_base16_string();
-        let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
         Self {
             machine: machine.to_owned(),
-            path: directory.join(DIRECTORY).join(name),
+            path: directory.join(DIRECTORY).join(digest::short(machine)),
             file: OnceLock::new(),
         }
     }
@@ -222,23 +215,9 @@ impl Sending {
         if let Some(file) = self.file.get() {
             return Ok(file);
         }
-        let open = || {
-            OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .open(&self.path)
-        };
-        let file = open().or_else(|error| match (error.kind(), self.path.parent()) {
-            (io::ErrorKind::NotFound, Some(parent)) => {
-                // Another process may make it at the same time.
-                let _ = fs::create_dir(parent);
-                open()
-            }
-            _ => Err(error),
-        })?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        let file = in_directory(&self.path, || options.open(&self.path))?;
         Ok(self.file.get_or_init(|| file))
     }
 

@@ -15,13 +15,14 @@ pub use history::{History, Record};
 pub use told::Told;
 pub use withheld::{Entry, Withholdings};
 
+use crate::digest;
 use nix::unistd::geteuid;
-use nix_derivation::{HashAlgorithm, hash_bytes};
+use nix_offload_proxy::small_file::{NEW, write_whole};
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -31,8 +32,6 @@ use std::time::Duration;
 const VARIABLE: &str = "NIX_OFFLOAD_STATE_DIR";
 /// Root's.
 const SYSTEM: &str = "/var/lib/nix-offload";
-/// What a file's name ends with while it is written.
-const NEW: &str = "new";
 /// One of so many writes looks for what was left of others.
 const TIDYING: u64 = 64;
 
@@ -93,8 +92,8 @@ impl Ledger {
     }
 
     fn file(&self, key: &str) -> PathBuf {
-        let digest = hash_bytes(HashAlgorithm::Sha256, key.as_bytes()).to_nix_base16_string();
-        let number = digest.get(7..15).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
+        let digest = digest::short(key);
+        let number = digest.get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
         self.directory.join(format!("{:04x}", number % self.files))
     }
 }
@@ -126,22 +125,11 @@ fn options() -> OpenOptions {
 
 /// Writes a file whole, and makes its directory if need be.
 fn write(path: &Path, text: &str) -> io::Result<()> {
-    // No other process has this name, and nobody else can have made it before.
-    let chance = RandomState::new().build_hasher().finish();
-    let new = path.with_extension(format!("{chance:x}.{NEW}"));
-    let open = || options().write(true).create_new(true).open(&new);
-    let mut file = match open() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(path.parent().ok_or(error)?)?;
-            open()?
-        }
-        other => other?,
-    };
-    let written = file.write_all(text.as_bytes()).and_then(|()| fs::rename(&new, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&new);
-    }
-    if chance.is_multiple_of(TIDYING) {
+    let written = write_whole(path, text).or_else(|error| match (error.kind(), path.parent()) {
+        (io::ErrorKind::NotFound, Some(directory)) => make(directory).and_then(|()| write_whole(path, text)),
+        _ => Err(error),
+    });
+    if RandomState::new().build_hasher().finish().is_multiple_of(TIDYING) {
         tidy(path);
     }
     written

@@ -8,13 +8,10 @@
 
 use std::{
     collections::HashMap,
-    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
+    fs::{self, File, OpenOptions, TryLockError},
     hash::{BuildHasher, Hasher, RandomState},
-    io::{self, Write},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{DirBuilderExt, OpenOptionsExt},
-    },
+    io,
+    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -22,6 +19,8 @@ use std::{
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+
+use crate::small_file::{in_directory, write_whole};
 
 /// The pause after the first failure, unless the caller has another. Short: somebody may just be starting the host.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
@@ -226,26 +225,9 @@ impl Memory {
             "failures": down.failures,
             "next": down.next.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
             "told": down.told,
-        });
-        let temporary =
-            self.path.with_extension(format!("{:x}.new", RandomState::new().build_hasher().finish()));
-        let open = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary);
-        self.making(open)
-            .and_then(|mut file| file.write_all(text.to_string().as_bytes()))
-            .and_then(|()| fs::rename(&temporary, &self.path))
-            .is_ok()
-    }
-
-    /// Opens a file in the directory, which is made if need be.
-    fn making(&self, open: impl Fn() -> io::Result<File>) -> io::Result<File> {
-        match (open(), self.path.parent()) {
-            (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
-                // Another process may make it at the same time.
-                let _ = DirBuilder::new().mode(0o700).create(directory);
-                open()
-            }
-            (other, _) => other,
-        }
+        })
+        .to_string();
+        in_directory(&self.path, || write_whole(&self.path, &text)).is_ok()
     }
 
     /// What whoever tries holds a lock on.
@@ -257,7 +239,8 @@ impl Memory {
     fn lock_probe(&self) -> io::Result<Option<File>> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = self.making(|| options.open(self.probe()))?;
+        let path = self.probe();
+        let file = in_directory(&path, || options.open(&path))?;
         match file.try_lock() {
             Ok(()) => {
                 // Since when.
@@ -284,7 +267,8 @@ impl Memory {
     fn turn(&self) -> Option<File> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
-        let file = self.making(|| options.open(self.path.with_file_name(TURN))).ok()?;
+        let path = self.path.with_file_name(TURN);
+        let file = in_directory(&path, || options.open(&path)).ok()?;
         let end = Instant::now() + TURN_BOUND;
         loop {
             match file.try_lock() {

@@ -14,5 +14,6 @@ pub mod network;
 mod passing;
 pub mod removal;
 pub mod settings;
+pub mod small_file;
 pub mod tunnel;
 pub mod wake;

@@ -21,16 +21,17 @@ pub use speed::Speed;
 
 use crate::builder::{Ahead, Builder, BuilderError, Store};
 use crate::config::Settings;
+use crate::digest;
 use crate::plan::machine::{Machine, Scheme};
 use crate::slots::Slots;
 use crate::wire::worker::Version;
-use nix_derivation::{HashAlgorithm, StoreDir, hash_bytes};
+use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Recipe, Stream};
+use nix_offload_proxy::small_file;
 use session::Session;
 use std::ffi::OsString;
 use std::fs;
-use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -497,10 +498,7 @@ impl Reach {
     }
 
     fn stamp(&self, machine: &Machine) -> PathBuf {
-        let identity = self.identity(machine);
-        let digest = hash_bytes(HashAlgorithm::Sha256, identity.as_bytes()).to_nix_base16_string();
-        let name: String = digest.chars().skip("sha256:".len()).take(20).collect();
-        self.pool.directory().join("answered").join(name)
+        self.pool.directory().join("answered").join(digest::short(&self.identity(machine)))
     }
 }
 
@@ -525,13 +523,7 @@ fn is_younger(time: SystemTime, bound: Duration) -> bool {
 
 /// Leaves a note for other hooks. That it cannot be left only costs them time.
 fn note(path: &Path, text: &str) {
-    if let Err(error) = fs::write(path, text)
-        && error.kind() == io::ErrorKind::NotFound
-        && let Some(parent) = path.parent()
-    {
-        let _ = fs::create_dir(parent);
-        let _ = fs::write(path, text);
-    }
+    let _ = small_file::in_directory(path, || fs::write(path, text));
 }
 
 /// What was noted, if it was not too long ago.

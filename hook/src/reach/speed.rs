@@ -2,6 +2,7 @@
 //!
 //! Must never be taken for more than that: builds that share a link each see a part of it.
 
+use nix_offload_proxy::small_file;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -53,8 +54,7 @@ impl Speed {
         let said =
             |average: Option<f64>| average.map_or_else(|| "-".into(), |average| format!("{average:.0}"));
         let text = format!("{} {}\n", said(averages.sending), said(averages.fetching));
-        let new = self.path.with_extension(format!("speed.{}", std::process::id()));
-        let _ = fs::write(&new, text).and_then(|()| fs::rename(&new, &self.path));
+        let _ = small_file::write_whole(&self.path, &text);
     }
 
     fn read(&self) -> Averages {

@@ -7,12 +7,13 @@
 use crate::plan::machine::{Machine, Scheme, StoreUri};
 use crate::reach::Reach;
 use nix::unistd::geteuid;
+use nix_offload_proxy::small_file;
 use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -120,15 +121,8 @@ impl<'a> Interest<'a> {
             slots: self.slots.clone(),
             machines: self.machines.iter().filter(|machine| machine.uri.is_ours()).map(subject).collect(),
         };
-        match DirBuilder::new().mode(0o700).create(&self.directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
-        }
-        let new = file.with_extension(std::process::id().to_string());
-        let mut written =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-        written.write_all(&serde_json::to_vec(&list)?)?;
-        fs::rename(&new, file)
+        let text = serde_json::to_string(&list)?;
+        small_file::in_directory(file, || small_file::write_whole(file, &text))
     }
 }
 

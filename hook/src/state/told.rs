@@ -1,18 +1,17 @@
 //! What the user of one Nix command has been told already. Nix starts a new hook for each build that one accepted.
 
+use crate::digest;
 use nix::unistd::getppid;
-use nix_derivation::{HashAlgorithm, hash_bytes};
+use nix_offload_proxy::small_file::in_directory;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// So many different things are told in one command.
 const MOST: usize = 32;
-/// Digits of the hash that stands for what was told.
-const DIGITS: usize = 20;
 
 /// The memory of one Nix command: the process that started this one.
 #[derive(Debug, Clone)]
@@ -34,8 +33,7 @@ impl Told {
 
     /// Whether this is still to be told; it counts as told from now on. What cannot be kept for others is told by them, too.
     pub fn is_first(&self, what: &str) -> bool {
-        let digest = hash_bytes(HashAlgorithm::Sha256, what.as_bytes()).to_nix_base16_string();
-        let digest: String = digest.chars().skip("sha256:".len()).take(DIGITS).collect();
+        let digest = digest::short(what);
         let mut here = self.here.borrow_mut();
         if here.len() >= MOST || !here.insert(digest.clone()) {
             return false;
@@ -43,15 +41,7 @@ impl Told {
         let Some((pid, born)) = self.command else { return true };
         let path = self.directory.join(format!("{pid}-{born}-{digest}"));
         let create = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        let created = match create() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // Another hook may do the same.
-                let _ = DirBuilder::new().mode(0o700).create(&self.directory);
-                create()
-            }
-            other => other,
-        };
-        match created {
+        match in_directory(&path, create) {
             Ok(_) if self.clean(pid, born) <= MOST => true,
             Ok(_) => {
                 let _ = fs::remove_file(&path);

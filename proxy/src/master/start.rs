@@ -1,9 +1,8 @@
 //! Starting one master: ssh's command line, the wait for its first command, and what it left behind.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     fs::{self, File, OpenOptions},
-    hash::{BuildHasher, Hasher, RandomState},
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::{fs::OpenOptionsExt, process::CommandExt},
     path::{Path, PathBuf},
@@ -27,6 +26,7 @@ use super::{
     process, traffic,
 };
 use crate::key_file;
+pub(super) use crate::small_file::write_whole;
 
 /// Set for every ssh that is started here: the names of the masters that are being started, from the outermost
 /// on. A ProxyCommand of ours knows by it that it serves a start and must not wait for that start.
@@ -428,17 +428,6 @@ pub(super) fn first_output(files: &Files) -> Option<String> {
     File::open(&files.output).ok()?.take(OUTPUT_READ).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes).trim().to_owned();
     (!text.is_empty()).then_some(text)
-}
-
-/// Replaces a file in one step, whoever else does so at the same moment.
-pub(super) fn write_whole(path: &Path, text: &str) -> io::Result<()> {
-    let mut name = path.file_name().unwrap_or(OsStr::new("file")).to_owned();
-    name.push(format!(".{:x}.new", RandomState::new().build_hasher().finish()));
-    let temporary = path.with_file_name(name);
-    private_file(&temporary)?
-        .write_all(text.as_bytes())
-        .and_then(|()| fs::rename(&temporary, path))
-        .inspect_err(|_| drop(fs::remove_file(&temporary)))
 }
 
 #[cfg(test)]

@@ -1,0 +1,82 @@
+//! Small files that processes leave for each other: made with their directory, and written whole.
+//!
+//! Must never know what they say.
+
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    hash::{BuildHasher, Hasher, RandomState},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::Path,
+};
+
+/// What the name of a file ends with while it is written.
+pub const NEW: &str = "new";
+
+/// Does something with a file. If that fails because its directory is missing, the directory is made, for us alone, and
+/// it is done again. The one above is not made.
+///
+/// # Errors
+/// Of the last attempt.
+pub fn in_directory<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match (act(), path.parent()) {
+        (Err(error), Some(directory)) if error.kind() == io::ErrorKind::NotFound => {
+            // Another process may make it at the same time.
+            let _ = DirBuilder::new().mode(0o700).create(directory);
+            act()
+        }
+        (done, _) => done,
+    }
+}
+
+/// Writes a file, for us alone, or replaces it, in one step, whoever else does so at the same moment. Until then what is
+/// written is called like the file, with an extension of a number of its own and [`NEW`]. Whoever is killed meanwhile
+/// leaves that behind.
+///
+/// # Errors
+/// If it cannot be written. Then the file is as it was.
+pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    // No other process has this name, and nobody else can have made it before.
+    let number = RandomState::new().build_hasher().finish();
+    let new = path.with_extension(format!("{number:x}.{NEW}"));
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| fs::rename(&new, path))
+        .inspect_err(|_| drop(fs::remove_file(&new)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_missing_directory_is_made_and_not_the_one_above_it() {
+        let above = tempfile::tempdir().unwrap();
+        let directory = above.path().join("made");
+        let path = directory.join("f");
+        in_directory(&path, || write_whole(&path, "x")).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&directory), mode(&path)), (0o700, 0o600));
+        let deep = above.path().join("no/such/f");
+        let error = in_directory(&deep, || write_whole(&deep, "x")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(!above.path().join("no").exists());
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f.json");
+        write_whole(&path, "a long one").unwrap();
+        // Who reads it meanwhile has the old one to its end.
+        let before = fs::File::open(&path).unwrap();
+        write_whole(&path, "short").unwrap();
+        assert_eq!(io::read_to_string(before).unwrap(), "a long one");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "short");
+        let occupied = directory.path().join("d");
+        fs::create_dir_all(occupied.join("x")).unwrap();
+        write_whole(&occupied, "x").unwrap_err();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+}
