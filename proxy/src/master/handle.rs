@@ -33,7 +33,7 @@ const END_BOUND: Duration = Duration::from_millis(200);
 pub struct Master {
     files: Files,
     destination: String,
-    socket_identity: Option<(u64, i64, i64)>,
+    socket_identity: Option<SocketIdentity>,
     /// Somebody opened it by hand; it is not ours to end.
     foreign: bool,
     took: Option<Duration>,
@@ -59,7 +59,7 @@ impl Avoid {
 
 impl Master {
     pub(super) fn of(files: Files, destination: String) -> Self {
-        let socket_identity = socket_identity(&files.socket);
+        let socket_identity = SocketIdentity::of(&files.socket);
         Master { files, destination, socket_identity, foreign: false, took: None }
     }
 
@@ -163,7 +163,7 @@ impl Master {
             return false;
         }
         let is_there = || {
-            let now = socket_identity(&self.files.socket);
+            let now = SocketIdentity::of(&self.files.socket);
             now.is_some() && now == self.socket_identity
         };
         let Ok(Some(_lock)) = lock(&self.files.lock, Instant::now() + RETIRE_BOUND) else {
@@ -185,7 +185,7 @@ impl Master {
 
     /// Whether its control socket is where it was, and still its own: neither given up nor replaced.
     pub fn is_in_place(&self) -> bool {
-        self.socket_identity.is_some() && socket_identity(&self.files.socket) == self.socket_identity
+        self.socket_identity.is_some() && SocketIdentity::of(&self.files.socket) == self.socket_identity
     }
 
     /// Whether its process does nothing, though somebody waits for it. One that is only slow does not hang.
@@ -220,10 +220,23 @@ impl Master {
     }
 }
 
-/// Tells one control socket from its successor of the same name: inode numbers are used again at once.
-pub(super) fn socket_identity(socket: &Path) -> Option<(u64, i64, i64)> {
-    let metadata = fs::symlink_metadata(socket).ok()?;
-    Some((metadata.ino(), metadata.ctime(), metadata.ctime_nsec()))
+/// What tells one control socket from its successor of the same name: inode numbers are used again at once, so there is the
+/// time of the last change, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SocketIdentity {
+    inode: u64,
+    /// Seconds since 1970.
+    changed: i64,
+    /// Nanoseconds besides.
+    changed_nanos: i64,
+}
+
+impl SocketIdentity {
+    /// None if there is no socket.
+    pub(super) fn of(socket: &Path) -> Option<Self> {
+        let metadata = fs::symlink_metadata(socket).ok()?;
+        Some(Self { inode: metadata.ino(), changed: metadata.ctime(), changed_nanos: metadata.ctime_nsec() })
+    }
 }
 
 /// Whether a master is to be left alone just now.

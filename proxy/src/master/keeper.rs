@@ -5,11 +5,12 @@
 //! streams are for, and never end while a channel is being confirmed: the master would end with it (see `holder`).
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
+    mem,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, RawFd},
         unix::{
             fs::MetadataExt,
             net::{UnixListener, UnixStream},
@@ -34,7 +35,7 @@ use nix::{
 use super::{
     connect,
     dialogue::{Broken, Confirmed, Dialogue},
-    handle::socket_identity,
+    handle::SocketIdentity,
     holder::Holder,
     kept::{MAX_PACKET, Recipe, Word},
     lock::lock,
@@ -78,11 +79,11 @@ pub fn keep(control: &Path, door: &Path, lock: &Path) -> io::Result<()> {
     let Some(door) = Door::open(door, lock)? else { return Ok(()) };
     let keeper = Keeper {
         control: control.to_owned(),
-        started_with: socket_identity(control),
+        started_with: SocketIdentity::of(control),
         recipe,
         opening,
-        most: most.into(),
         target: 1,
+        most: most.into(),
         streams: VecDeque::new(),
         waiting: VecDeque::new(),
         guarded: Vec::new(),
@@ -132,9 +133,7 @@ impl Door {
         let listener = UnixListener::from(socket);
         Ok(Some(Door { listener, path: path.to_owned(), lock_path: lock_path.to_owned(), lock }))
     }
-}
 
-impl Door {
     /// Nobody has removed its lock, as whoever stops the master does. Then the files may be another keeper's.
     fn is_ours(&self) -> bool {
         self.lock.metadata().is_ok_and(|metadata| metadata.nlink() > 0)
@@ -222,14 +221,32 @@ struct Client {
     asked: bool,
 }
 
+/// Which descriptors have something to be read, by their numbers.
+#[derive(Default)]
+struct Ready(HashSet<RawFd>);
+
+impl Ready {
+    fn of(polled: &[PollFd<'_>]) -> Self {
+        let ready = polled.iter().filter(|fd| fd.any().unwrap_or(true));
+        Self(ready.map(|fd| fd.as_fd().as_raw_fd()).collect())
+    }
+
+    fn has(&self, what: &impl AsFd) -> bool {
+        self.0.contains(&what.as_fd().as_raw_fd())
+    }
+}
+
 struct Keeper {
     control: PathBuf,
-    started_with: Option<(u64, i64, i64)>,
+    /// Of the control socket of the master that the streams are on.
+    started_with: Option<SocketIdentity>,
     recipe: Recipe,
     opening: Vec<u8>,
-    /// So many streams are to be ready or being opened, at most and now.
-    most: usize,
+    /// How many streams there are to be now, ready or being opened: one at first, and one more each time that somebody has
+    /// to wait.
     target: usize,
+    /// The most that `target` becomes.
+    most: usize,
     streams: VecDeque<Prepared>,
     waiting: VecDeque<Client>,
     guarded: Vec<Guarded>,
@@ -252,7 +269,9 @@ impl Keeper {
         let mut door = Some(door);
         loop {
             let now = Instant::now();
-            if door.as_ref().is_some_and(|door| !door.is_ours()) || self.master() != self.started_with {
+            // Another master may take the place of ours, started from another configuration.
+            let master = SocketIdentity::of(&self.control);
+            if door.as_ref().is_some_and(|door| !door.is_ours()) || master != self.started_with {
                 self.is_closing = true;
             }
             if self.is_closing || (!self.is_wanted() && now >= self.wanted_at + IDLE) {
@@ -268,11 +287,7 @@ impl Keeper {
                 self.hand_out();
                 self.refill(now);
             } else {
-                self.streams
-                    .drain(..)
-                    .collect::<Vec<_>>()
-                    .into_iter()
-                    .for_each(|stream| self.discard(stream));
+                mem::take(&mut self.streams).into_iter().for_each(|stream| self.discard(stream));
                 let is_idle = self.abandoned.is_empty() && self.guarded.is_empty() && self.leaving.is_empty();
                 if is_idle && self.wake_at.is_none() {
                     tracing::debug!(control = %self.control.display(), "no more streams are wanted");
@@ -287,11 +302,6 @@ impl Keeper {
         }
     }
 
-    /// Which master there is now. Another one may take the place of ours, started from another configuration.
-    fn master(&self) -> Option<(u64, i64, i64)> {
-        socket_identity(&self.control)
-    }
-
     /// Closes a stream that nobody has, now or when that is possible.
     fn discard(&mut self, stream: Prepared) {
         match stream.close() {
@@ -302,6 +312,38 @@ impl Keeper {
 
     /// Sleeps until something happens and takes it in.
     fn wait(&mut self, door: Option<&Door>, now: Instant) -> Result<(), Errno> {
+        let ready = self.sleep(door, now)?;
+        for stream in mem::take(&mut self.streams) {
+            let kept = if ready.has(&stream.socket) { self.advance(stream) } else { Some(stream) };
+            self.streams.extend(kept);
+        }
+        for stream in mem::take(&mut self.abandoned) {
+            let kept = if ready.has(&stream.socket) { self.advance(stream) } else { Some(stream) };
+            kept.into_iter().for_each(|stream| self.discard(stream));
+        }
+        let is_gone = |guarded: &Guarded| ready.has(&guarded.client) && has_ended(&guarded.client);
+        let (gone, rest): (Vec<_>, Vec<_>) = mem::take(&mut self.guarded).into_iter().partition(is_gone);
+        self.guarded = rest;
+        for mut parting in mem::take(&mut self.leaving) {
+            if ready.has(&parting) && parting.is_over() {
+                self.wake_at.get_or_insert(now + WAKE);
+            } else {
+                self.leaving.push(parting);
+            }
+        }
+        self.leaving.extend(gone.into_iter().map(|guarded| Parting::begin(guarded.socket)));
+        for client in mem::take(&mut self.waiting) {
+            let kept = if ready.has(&client.connection) { self.listen(client) } else { Some(client) };
+            self.waiting.extend(kept);
+        }
+        if let Some(door) = door.filter(|door| ready.has(&door.listener)) {
+            self.let_in(door);
+        }
+        Ok(())
+    }
+
+    /// Sleeps until something happens, or it is time for something. What has happened is in what was found.
+    fn sleep(&self, door: Option<&Door>, now: Instant) -> Result<Ready, Errno> {
         let until = self
             .streams
             .iter()
@@ -317,53 +359,18 @@ impl Keeper {
             let left = until.saturating_duration_since(now) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        let watched: [Vec<BorrowedFd<'_>>; 6] = [
-            self.streams.iter().map(|stream| stream.socket.as_fd()).collect(),
-            self.abandoned.iter().map(|stream| stream.socket.as_fd()).collect(),
-            self.guarded.iter().map(|guarded| guarded.client.as_fd()).collect(),
-            self.leaving.iter().map(|parting| parting.as_fd()).collect(),
-            self.waiting.iter().map(|client| client.connection.as_fd()).collect(),
-            door.filter(|_| !self.is_paused()).map(|door| door.listener.as_fd()).into_iter().collect(),
-        ];
-        let mut fds: Vec<PollFd<'_>> =
-            watched.iter().flatten().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
+        let streams = self.streams.iter().chain(&self.abandoned).map(|stream| stream.socket.as_fd());
+        let guarded = self.guarded.iter().map(|guarded| guarded.client.as_fd());
+        let leaving = self.leaving.iter().map(|parting| parting.as_fd());
+        let waiting = self.waiting.iter().map(|client| client.connection.as_fd());
+        let door = door.filter(|_| !self.is_paused()).map(|door| door.listener.as_fd());
+        let watched = streams.chain(guarded).chain(leaving).chain(waiting).chain(door);
+        let mut fds: Vec<PollFd<'_>> = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, timeout) {
-            Err(Errno::EINTR) => return Ok(()),
-            other => other?,
-        };
-        let mut fds = fds.iter().map(|fd| fd.any().unwrap_or(true));
-        let [streams, abandoned, guarded, leaving, waiting, visitors] =
-            watched.map(|those| fds.by_ref().take(those.len()).collect::<Vec<bool>>());
-        for (stream, is_ready) in self.streams.drain(..).collect::<Vec<_>>().into_iter().zip(streams) {
-            let kept = if is_ready { self.advance(stream) } else { Some(stream) };
-            self.streams.extend(kept);
+            Err(Errno::EINTR) => Ok(Ready::default()),
+            Err(errno) => Err(errno),
+            Ok(_) => Ok(Ready::of(&fds)),
         }
-        for (stream, is_ready) in self.abandoned.drain(..).collect::<Vec<_>>().into_iter().zip(abandoned) {
-            if let Some(stream) = if is_ready { self.advance(stream) } else { Some(stream) } {
-                self.discard(stream);
-            }
-        }
-        let mut gone = Vec::new();
-        for (guarded, is_ready) in self.guarded.drain(..).collect::<Vec<_>>().into_iter().zip(guarded) {
-            let list = if is_ready && has_ended(&guarded.client) { &mut gone } else { &mut self.guarded };
-            list.push(guarded);
-        }
-        for (mut parting, is_ready) in self.leaving.drain(..).collect::<Vec<_>>().into_iter().zip(leaving) {
-            if is_ready && parting.is_over() {
-                self.wake_at.get_or_insert(now + WAKE);
-            } else {
-                self.leaving.push(parting);
-            }
-        }
-        self.leaving.extend(gone.into_iter().map(|guarded| Parting::begin(guarded.socket)));
-        for (client, is_ready) in self.waiting.drain(..).collect::<Vec<_>>().into_iter().zip(waiting) {
-            let kept = if is_ready { self.listen(client) } else { Some(client) };
-            self.waiting.extend(kept);
-        }
-        if let Some(door) = door.filter(|_| visitors.contains(&true)) {
-            self.let_in(door);
-        }
-        Ok(())
     }
 
     fn let_in(&mut self, door: &Door) {
@@ -409,9 +416,9 @@ impl Keeper {
     /// Whoever waits may have better luck without us.
     fn fail(&mut self) {
         self.paused_until = Some(Instant::now() + PAUSE);
-        let (asked, rest): (Vec<Client>, Vec<Client>) =
-            self.waiting.drain(..).partition(|client| client.asked);
-        self.waiting = rest.into();
+        let (asked, rest): (VecDeque<Client>, VecDeque<Client>) =
+            mem::take(&mut self.waiting).into_iter().partition(|client| client.asked);
+        self.waiting = rest;
         for client in asked {
             let _ = (&client.connection).write_all(&Word::None.to_packet());
         }
@@ -512,8 +519,9 @@ impl Keeper {
     /// A far side that does not answer in time is not asked again at once.
     fn give_up_late_ones(&mut self, now: Instant) {
         let is_late = |stream: &Prepared| !stream.is_ready() && now >= stream.since + OPENING;
-        let (late, rest): (Vec<Prepared>, Vec<Prepared>) = self.streams.drain(..).partition(is_late);
-        self.streams = rest.into();
+        let (late, rest): (VecDeque<Prepared>, VecDeque<Prepared>) =
+            mem::take(&mut self.streams).into_iter().partition(is_late);
+        self.streams = rest;
         if !late.is_empty() {
             late.into_iter().for_each(|stream| self.discard(stream));
             self.fail();
@@ -528,3 +536,7 @@ fn has_ended(mut client: &UnixStream) -> bool {
         Ok(len) => len == 0,
     }
 }
+
+#[cfg(test)]
+#[path = "tests/keeper.rs"]
+mod tests;
