@@ -15,6 +15,7 @@
 use crate::digest;
 use nix::unistd::getppid;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -120,7 +121,7 @@ impl Queue {
         came: SystemTime,
         most: u64,
     ) -> Result<Option<Place>, QueueError> {
-        let line = format!("{}-u{user}", wish.name());
+        let line = Line::of(&wish, Whose::User(user));
         let door = self.door()?;
         let theirs = || self.names().into_iter().filter(|name| name.line == line);
         // Some of them may have been killed.
@@ -137,19 +138,14 @@ impl Queue {
     /// How many builds wait, and for what.
     pub fn waiting(&self) -> Waiting {
         const TRIES: usize = 3;
-        for _ in 1..TRIES {
-            if let Some(waiting) = self.try_waiting() {
-                return waiting;
-            }
-        }
-        self.try_waiting().unwrap_or_default()
+        (0..TRIES).find_map(|_| self.try_waiting()).unwrap_or_default()
     }
 
     /// The same; none if a place that matters was given another name or left meanwhile.
     fn try_waiting(&self) -> Option<Waiting> {
-        let mut lines: BTreeMap<String, Vec<Name>> = BTreeMap::new();
+        let mut lines: BTreeMap<Line, Vec<Name>> = BTreeMap::new();
         for name in self.names() {
-            if name.line.contains("-u") {
+            if name.line.whose != Whose::All {
                 lines.entry(name.line.clone()).or_default().push(name);
             }
         }
@@ -182,7 +178,7 @@ impl Queue {
     }
 
     /// A place in a line. Needs the door.
-    fn ticket(&self, door: &File, line: String, time: u64, wish: &Wish) -> Result<Ticket, QueueError> {
+    fn ticket(&self, door: &File, line: Line, time: u64, wish: &Wish) -> Result<Ticket, QueueError> {
         let number = self.next_number(door);
         let name = Name { line, time, number };
         // It has its name when it is locked, so one that is not is nobody's.
@@ -281,10 +277,53 @@ impl Queue {
     }
 }
 
+/// A line in which places are.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Line {
+    /// [`Wish::name`] of what all in it wish.
+    wish: String,
+    whose: Whose,
+}
+
+/// Who stands in a line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Whose {
+    /// The builds of one user.
+    User(u32),
+    /// The first of each user's line.
+    All,
+}
+
+impl Line {
+    fn of(wish: &Wish, whose: Whose) -> Self {
+        Self { wish: wish.name(), whose }
+    }
+
+    /// Reads what [`fmt::Display`] writes.
+    fn parse(text: &str) -> Option<Self> {
+        let (wish, whose) = text.rsplit_once('-')?;
+        let whose = match whose.strip_prefix('u') {
+            Some(user) => Whose::User(user.parse().ok()?),
+            None if whose == "all" => Whose::All,
+            None => return None,
+        };
+        Some(Self { wish: wish.to_owned(), whose })
+    }
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.whose {
+            Whose::User(user) => write!(f, "{}-u{user}", self.wish),
+            Whose::All => write!(f, "{}-all", self.wish),
+        }
+    }
+}
+
 /// The name of a place.
 #[derive(Debug)]
 struct Name {
-    line: String,
+    line: Line,
     /// In milliseconds since 1970.
     time: u64,
     number: u64,
@@ -294,7 +333,7 @@ impl Name {
     fn parse(name: &str) -> Option<Self> {
         let (line, number) = name.rsplit_once('.')?;
         let (line, time) = line.rsplit_once('.')?;
-        Some(Self { line: line.to_owned(), time: time.parse().ok()?, number: number.parse().ok()? })
+        Some(Self { line: Line::parse(line)?, time: time.parse().ok()?, number: number.parse().ok()? })
     }
 
     /// The lower, the sooner its turn.
@@ -363,7 +402,7 @@ impl Place {
         if !self.queue.wait_for(&mut self.ticket, until)? {
             return Ok(None);
         }
-        let line = format!("{}-all", self.wish.name());
+        let line = Line::of(&self.wish, Whose::All);
         let turn = self.queue.door().and_then(|door| self.queue.ticket(&door, line, FIRST, &self.wish));
         let mut turn = turn?;
         let is_first = self.queue.wait_for(&mut turn, until)?;
@@ -384,7 +423,7 @@ impl Turn {
     /// If files cannot be written.
     pub fn change(self, wish: Wish) -> Result<Place, QueueError> {
         let Place { queue, user, came, .. } = &self.place;
-        let line = format!("{}-u{user}", wish.name());
+        let line = Line::of(&wish, Whose::User(*user));
         let ticket = queue.door().and_then(|door| queue.ticket(&door, line, *came, &wish))?;
         Ok(Place { queue: queue.clone(), wish, user: *user, came: *came, ticket })
     }
@@ -394,7 +433,7 @@ impl Turn {
     pub fn has_elder(&self) -> bool {
         let Place { queue, wish, .. } = &self.place;
         let is_elder = |name: &Name| {
-            name.line.ends_with("-all")
+            name.line.whose == Whose::All
                 && name.line != self.turn.name.line
                 && name.number < self.turn.name.number
         };

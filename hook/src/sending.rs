@@ -251,6 +251,14 @@ impl Sending {
         }
         Ok(false)
     }
+
+    fn free(&self, places: impl IntoIterator<Item = i64>) {
+        let Some(file) = self.file.get() else { return };
+        for place in places {
+            // That they are freed with the file, at the end of the process, is soon enough if this fails.
+            let _ = change(file, place, libc::F_UNLCK, false);
+        }
+    }
 }
 
 impl Shares<'_> {
@@ -313,16 +321,6 @@ impl Shares<'_> {
 impl Drop for Shares<'_> {
     fn drop(&mut self) {
         self.sending.free(std::mem::take(&mut self.locked));
-    }
-}
-
-impl Sending {
-    fn free(&self, places: impl IntoIterator<Item = i64>) {
-        let Some(file) = self.file.get() else { return };
-        for place in places {
-            // That they are freed with the file, at the end of the process, is soon enough if this fails.
-            let _ = change(file, place, libc::F_UNLCK, false);
-        }
     }
 }
 

@@ -85,36 +85,31 @@ impl Memory {
 
     /// Machines that the last decision left alone for what is known of their health.
     pub(super) fn left_alone(&self) -> Vec<usize> {
-        let latest = self.latest.borrow();
-        let refusals = latest.iter().flat_map(|decision| decision.refusals());
-        let ailing =
-            refusals.filter(|(_, refusal)| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)));
-        ailing.map(|(index, _)| index).collect()
+        self.refused(|refusal| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)))
     }
 
     /// Machines that the last decision left out because they were not to be waited for.
     pub(super) fn unasked(&self) -> HashSet<usize> {
-        let latest = self.latest.borrow();
-        let refusals = latest.iter().flat_map(|decision| decision.refusals());
-        refusals.filter(|(_, refusal)| **refusal == Refusal::Unasked).map(|(index, _)| index).collect()
+        self.refused(|refusal| *refusal == Refusal::Unasked)
     }
 
     /// Machines that the last decision passed over for what they said of themselves.
     pub(super) fn short(&self) -> Vec<usize> {
-        let latest = self.latest.borrow();
-        let refusals = latest.iter().flat_map(|decision| decision.refusals());
-        let short = refusals.filter(|(_, refusal)| {
+        self.refused(|refusal| {
             matches!(refusal, Refusal::Short { .. } | Refusal::Inhibited(_) | Refusal::Recalled { .. })
-        });
-        short.map(|(index, _)| index).collect()
+        })
     }
 
     /// Those of them that are to be asked before they get a build.
     pub(super) fn recalled(&self) -> HashSet<usize> {
+        self.refused(|refusal| matches!(refusal, Refusal::Recalled { .. }))
+    }
+
+    /// Machines that the last decision passed over for such a reason.
+    fn refused<C: FromIterator<usize>>(&self, is_such: impl Fn(&Refusal) -> bool) -> C {
         let latest = self.latest.borrow();
         let refusals = latest.iter().flat_map(|decision| decision.refusals());
-        let recalled = refusals.filter(|(_, refusal)| matches!(refusal, Refusal::Recalled { .. }));
-        recalled.map(|(index, _)| index).collect()
+        refusals.filter(|(_, refusal)| is_such(refusal)).map(|(index, _)| index).collect()
     }
 
     /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.

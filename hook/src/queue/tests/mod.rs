@@ -30,7 +30,7 @@ fn one_of(machines: &[&str]) -> Wish {
 
 /// Those who wait for the turn, and the one who has it.
 fn in_line_of_all(queue: &Queue) -> usize {
-    queue.names().iter().filter(|name| name.line.ends_with("-all")).count()
+    queue.names().iter().filter(|name| name.line.whose == Whose::All).count()
 }
 
 /// As a killed process leaves it: the file is there, the lock is not.
