@@ -2,7 +2,7 @@
 //!
 //! Must never decide whether a machine that is to be left alone is used all the same.
 
-use super::{Reach, ReachError, ReachSetupError, endpoint, note, noted_lately};
+use super::{Reach, ReachError, ReachSetupError, endpoint, notes};
 use crate::builder::Ahead;
 use crate::config;
 use crate::plan::machine::Machine;
@@ -88,12 +88,12 @@ impl Reach {
 
     /// Notes that somebody who could do without has waited for machines for as long as he may, and none has answered.
     pub fn note_in_vain(&self) {
-        note(&self.pool.directory().join(IN_VAIN), "");
+        notes::put(&self.pool.directory().join(IN_VAIN), "");
     }
 
     /// Whether that was within [`FIRST_PAUSE`].
     pub fn was_in_vain(&self) -> bool {
-        noted_lately(&self.pool.directory().join(IN_VAIN), FIRST_PAUSE).is_some()
+        notes::get(&self.pool.directory().join(IN_VAIN), FIRST_PAUSE).is_some()
     }
 
     /// Notes that the machine loses the builds that it takes, and how it lost the last one. That it can be connected to says

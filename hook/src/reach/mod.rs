@@ -6,6 +6,7 @@
 mod error;
 mod health;
 mod local;
+mod notes;
 mod own;
 mod seen;
 mod session;
@@ -15,6 +16,7 @@ mod trust;
 
 pub use error::{ReachError, ReachSetupError};
 pub use health::{Ailing, FIRST_PAUSE, Vitals, probe};
+pub use notes::WARM;
 pub use seen::{Seen, Wanted};
 pub use shell::{Beside, Open};
 pub use speed::Speed;
@@ -28,10 +30,9 @@ use crate::wire::worker::Version;
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Recipe, Stream};
-use nix_offload_proxy::small_file;
+use notes::{Note, Notes};
 use session::Session;
 use std::ffi::OsString;
-use std::fs;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -40,19 +41,6 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Where a daemon listens unless its `NIX_STATE_DIR` or `NIX_DAEMON_SOCKET_PATH` was changed.
 pub const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
-
-/// A machine that answered so recently is taken to be well without asking again.
-pub const WARM: Duration = Duration::from_secs(60);
-
-/// After a builder refused the channel to its daemon's socket it is not asked for one again for so long. The first
-/// refusal leaves a small process behind until the master ends, so later ones are looked for in another way.
-const SOCKET_AGAIN: Duration = Duration::from_secs(600);
-
-/// After a builder turned out to have nothing but `nix-store --serve` the better ways are not tried for so long.
-const DAEMON_AGAIN: Duration = Duration::from_secs(600);
-
-/// How long a machine is taken to have an old Nix.
-const OLD: Duration = Duration::from_secs(600);
 
 /// Channels to one daemon's socket that hooks open at a time; a keeper opens three beside them. Daemons up to 2.8 let five
 /// wait, and each one refused for that costs a small process.
@@ -154,8 +142,7 @@ impl Reach {
     /// Whether the machine answered within the last minute and its master lives, so that it can be promised a
     /// build without being asked.
     pub fn is_warm(&self, machine: &Machine) -> bool {
-        let answered = fs::metadata(self.stamp(machine)).and_then(|m| m.modified());
-        let recent = answered.is_ok_and(|time| is_younger(time, WARM));
+        let recent = self.notes(machine).holds(Note::Answered);
         let lives = || {
             endpoint(machine, &self.ssh_options)
                 .is_ok_and(|endpoint| self.pool.is_kept(&endpoint) || self.pool.live(&endpoint).is_some())
@@ -178,34 +165,31 @@ impl Reach {
 
     /// Forgets that the machine answered.
     pub fn forget(&self, machine: &Machine) {
-        let _ = fs::remove_file(self.stamp(machine));
+        self.notes(machine).remove(Note::Answered);
     }
 
     /// Whether the machine's Nix was lately found too old for requests that are sent before it has said its version.
     pub fn is_old(&self, machine: &Machine) -> bool {
-        noted_lately(&self.old(machine), OLD).is_some()
+        self.notes(machine).holds(Note::Old)
     }
 
     /// Notes that for other hooks.
     pub fn note_old(&self, machine: &Machine) {
-        let old = self.old(machine);
-        if noted_lately(&old, OLD / 4).is_none() {
-            note(&old, "has an old Nix");
+        let notes = self.notes(machine);
+        if !notes.is_young(Note::Old) {
+            notes.put(Note::Old, "has an old Nix");
         }
-    }
-
-    fn old(&self, machine: &Machine) -> PathBuf {
-        self.stamp(machine).with_extension("old")
     }
 
     /// Which paths the machine was seen to have lately.
     pub fn seen(&self, machine: &Machine) -> Seen {
-        Seen::at(self.stamp(machine).with_extension("seen"))
+        let notes = self.notes(machine);
+        Seen::at(notes.path(Note::Seen), notes.path(Note::SeenBefore))
     }
 
     /// How fast bytes went to the machine and came from there.
     pub fn speed(&self, machine: &Machine) -> Speed {
-        Speed::at(self.stamp(machine).with_extension("speed"))
+        Speed::at(self.notes(machine).path(Note::Speed))
     }
 
     /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight.
@@ -230,9 +214,9 @@ impl Reach {
                 if let Some(trusted) = reached.builder.trusted() {
                     self.note_trust(machine, trusted);
                 }
-                let way = reached.way.as_str();
-                if noted_lately(&self.stamp(machine), WARM / 4).as_deref() != Some(way) {
-                    note(&self.stamp(machine), way);
+                let (notes, way) = (self.notes(machine), reached.way.as_str());
+                if !notes.is_young(Note::Answered) || notes.get(Note::Answered).as_deref() != Some(way) {
+                    notes.put(Note::Answered, way);
                 }
                 self.note_success(machine);
             }
@@ -316,7 +300,7 @@ impl Reach {
 
     /// Has streams opened in advance from now on, if one build has followed another.
     fn keep(&self, master: &Master, machine: &Machine) {
-        if self.ready_streams() == 0 || noted_lately(&self.stamp(machine), WARM).is_none() {
+        if self.ready_streams() == 0 || !self.notes(machine).holds(Note::Answered) {
             return;
         }
         let mut program = Command::new("/proc/self/exe");
@@ -344,7 +328,7 @@ impl Reach {
         let session = Session { master, machine, store_dir, deadline, ahead };
         let named = is_named(machine);
         let serves = machine.uri.scheme == Scheme::Ssh;
-        let no_daemon = self.stamp(machine).with_extension("serve");
+        let notes = self.notes(machine);
         let reached = |builder: Store, way, detour| {
             let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
             Reached { builder, way, detour, nix_version }
@@ -362,18 +346,17 @@ impl Reach {
             }
             return Err(error);
         }
-        if serves && let Some(reason) = noted_lately(&no_daemon, DAEMON_AGAIN) {
+        if serves && let Some(reason) = notes.get(Note::Serve) {
             match session.serve() {
                 Ok(store) => return Ok(reached(store, Way::Serve, Some(reason))),
                 Err(ReachError::Open(error)) => return Err(error.into()),
                 // Things have changed there; perhaps the other ways are open now.
-                Err(_) => drop(fs::remove_file(&no_daemon)),
+                Err(_) => notes.remove(Note::Serve),
             }
         }
-        let refusal = self.stamp(machine).with_extension("refused");
-        let mut detour = noted_lately(&refusal, SOCKET_AGAIN).filter(|_| uses_socket(machine));
+        let mut detour = notes.get(Note::Refused).filter(|_| uses_socket(machine));
         if uses_socket(machine) && detour.is_none() {
-            detour = self.still_refused(&refusal, master, deadline)?;
+            detour = self.still_refused(&notes, master, deadline)?;
         }
         if uses_socket(machine) && detour.is_none() {
             match self.by_socket(master, machine, store_dir, deadline, ahead) {
@@ -393,7 +376,7 @@ impl Reach {
                         exit::first_line(&reason)
                     );
                     if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
-                        note(&refusal, &reason);
+                        notes.put(Note::Refused, &reason);
                     }
                     detour = Some(reason);
                 }
@@ -415,13 +398,13 @@ impl Reach {
                     machine.name,
                     exit::first_line(&reason)
                 );
-                note(&no_daemon, &reason);
+                notes.put(Note::Serve, &reason);
                 Ok(reached(store, Way::Serve, Some(reason)))
             }
             Err(lost @ ReachError::Open(_)) => Err(lost),
             Err(slow @ ReachError::Daemon(BuilderError::NoAnswer { .. })) => {
                 // A slow shell, and this one was the last of several; next time it is the first.
-                note(&no_daemon, &exit::reason(&error));
+                notes.put(Note::Serve, &exit::reason(&error));
                 Err(slow)
             }
             // What is said of a program that is there tells more than that another one is not.
@@ -433,19 +416,19 @@ impl Reach {
     /// Why the way to the daemon's socket is not to be taken, if it was refused some time ago and is still closed.
     fn still_refused(
         &self,
-        refusal: &Path,
+        notes: &Notes,
         master: &Master,
         deadline: Instant,
     ) -> Result<Option<String>, ReachError> {
-        let Ok(reason) = fs::read_to_string(refusal) else { return Ok(None) };
+        let Ok(reason) = notes.read(Note::Refused) else { return Ok(None) };
         let bound = left(deadline).min(OPEN_BOUND);
         match master.try_unix_socket(DAEMON_SOCKET, &Builder::first_words(), bound) {
             Ok(()) => {
-                let _ = fs::remove_file(refusal);
+                notes.remove(Note::Refused);
                 Ok(None)
             }
             Err(OpenError::Refused { .. }) => {
-                note(refusal, &reason);
+                notes.put(Note::Refused, &reason);
                 Ok(Some(reason))
             }
             Err(lost @ OpenError::Gone { .. }) => Err(lost.into()),
@@ -465,7 +448,8 @@ impl Reach {
         // Without a turn it may still go well.
         let _turn =
             self.opening.take_within(&machine.uri.destination, OPENING, TURN_BOUND.min(left(deadline)));
-        let was_open = fs::read_to_string(self.stamp(machine)).is_ok_and(|way| way == Way::Socket.as_str());
+        let way = self.notes(machine).read(Note::Answered);
+        let was_open = way.is_ok_and(|way| way == Way::Socket.as_str());
         let mut pauses = REFUSED_PAUSES.iter().take(if was_open { REFUSED_PAUSES.len() } else { 0 });
         loop {
             let channel = match master.open_unix_socket(DAEMON_SOCKET, left(deadline).min(OPEN_BOUND)) {
@@ -497,8 +481,9 @@ impl Reach {
         [&machine.name, "\0", machine.identity.as_deref().unwrap_or_default()].concat()
     }
 
-    fn stamp(&self, machine: &Machine) -> PathBuf {
-        self.pool.directory().join("answered").join(digest::short(&self.identity(machine)))
+    /// What is noted of it.
+    fn notes(&self, machine: &Machine) -> Notes {
+        Notes::at(self.pool.directory().join("answered").join(digest::short(&self.identity(machine))))
     }
 }
 
@@ -515,21 +500,6 @@ fn is_named(machine: &Machine) -> bool {
 /// Whether the daemon that listens there is the one to speak to.
 fn uses_socket(machine: &Machine) -> bool {
     !is_named(machine) && machine.uri.param("remote-store").is_none()
-}
-
-fn is_younger(time: SystemTime, bound: Duration) -> bool {
-    SystemTime::now().duration_since(time).is_ok_and(|age| age < bound)
-}
-
-/// Leaves a note for other hooks. That it cannot be left only costs them time.
-fn note(path: &Path, text: &str) {
-    let _ = small_file::in_directory(path, || fs::write(path, text));
-}
-
-/// What was noted, if it was not too long ago.
-fn noted_lately(note: &Path, bound: Duration) -> Option<String> {
-    let noted = fs::metadata(note).and_then(|m| m.modified()).ok()?;
-    if is_younger(noted, bound) { fs::read_to_string(note).ok() } else { None }
 }
 
 fn left(deadline: Instant) -> Duration {

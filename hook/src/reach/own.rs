@@ -2,8 +2,9 @@
 //!
 //! Must never be asked where no options are to be sent.
 
+use super::notes::{self, Note};
 use super::session::MORE_DIRECTORIES;
-use super::{Reach, left, note, noted_lately};
+use super::{Reach, left};
 use crate::config::Settings;
 use crate::plan::here::Here;
 use crate::plan::machine::Machine;
@@ -11,12 +12,8 @@ use crate::wire::worker::Own;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::master::Stream;
 use std::io;
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// How long the answer is believed.
-const BELIEVED: Duration = Duration::from_secs(4 * 60 * 60);
 
 /// A machine that gave no answer is asked again after so long.
 const AGAIN: Duration = Duration::from_secs(600);
@@ -48,9 +45,9 @@ impl Reach {
         if let Some(Here::Socket(_) | Here::Store(_)) = machine.uri.here() {
             return Some(Some(Own::read(|name| settings.get(name)).with_one_job()));
         }
-        let told = self.told(machine);
-        let own = noted_lately(&told, BELIEVED).and_then(|text| Own::parse(&text));
-        own.map(Some).or_else(|| noted_lately(&told, AGAIN).map(|_| None))
+        let told = self.notes(machine);
+        let own = told.get(Note::Own).and_then(|text| Own::parse(&text));
+        own.map(Some).or_else(|| notes::get(&told.path(Note::Own), AGAIN).map(|_| None))
     }
 
     /// Asks a machine that is connected for them, and notes the answer for other hooks.
@@ -72,12 +69,8 @@ impl Reach {
             tracing::info!(builder = machine.name, reason, "does not tell its settings");
             String::new()
         });
-        note(&self.told(machine), &answer);
+        self.notes(machine).put(Note::Own, &answer);
         Own::parse(&answer)
-    }
-
-    fn told(&self, machine: &Machine) -> PathBuf {
-        self.stamp(machine).with_extension("settings")
     }
 }
 

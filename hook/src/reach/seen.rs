@@ -25,11 +25,13 @@ const MARKS: usize = 4096;
 #[derive(Debug, Clone)]
 pub struct Seen {
     path: PathBuf,
+    /// What was noted before that.
+    old: PathBuf,
 }
 
 impl Seen {
-    pub(super) fn at(path: PathBuf) -> Self {
-        Self { path }
+    pub(super) fn at(path: PathBuf, old: PathBuf) -> Self {
+        Self { path, old }
     }
 
     /// Whether all of these were seen there lately.
@@ -39,7 +41,7 @@ impl Seen {
         }
         let now = seconds(SystemTime::now());
         let mut missing: HashSet<Digest> = paths.iter().map(digest).collect();
-        for file in [&self.path, &old(&self.path)] {
+        for file in [&self.path, &self.old] {
             let Ok(text) = fs::read(file) else { continue };
             for (time, digest) in entries(&text) {
                 // One from the future was noted under another clock.
@@ -61,7 +63,7 @@ impl Seen {
     pub fn lacking(&self, wanted: &mut Wanted) -> Option<u64> {
         wanted.begin();
         let mut is_known = false;
-        for file in [&self.path, &old(&self.path)] {
+        for file in [&self.path, &self.old] {
             is_known |= wanted.strike_out(file);
             if is_known && wanted.is_complete() {
                 break;
@@ -83,7 +85,7 @@ impl Seen {
             return;
         }
         if fs::metadata(&self.path).is_ok_and(|file| file.len() > ROTATE) {
-            let _ = fs::rename(&self.path, old(&self.path));
+            let _ = fs::rename(&self.path, &self.old);
         }
         let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&self.path);
         let _ = file.and_then(|mut file| file.write_all(&lines));
@@ -91,7 +93,7 @@ impl Seen {
 
     /// Nothing of it is believed any more.
     pub fn forget(&self) {
-        for file in [&self.path, &old(&self.path)] {
+        for file in [&self.path, &self.old] {
             let _ = fs::remove_file(file);
         }
     }
@@ -187,10 +189,6 @@ fn mark(digest: &Digest) -> usize {
     (number >> (u32::BITS - MARKS.ilog2())) as usize
 }
 
-fn old(path: &Path) -> PathBuf {
-    path.with_extension("seen-before")
-}
-
 fn digest(path: &StorePath) -> Digest {
     path.to_basename().as_bytes().first_chunk().copied().unwrap_or_default()
 }
@@ -207,6 +205,11 @@ mod tests {
         StorePath::from_basename(format!("{number:0>32}-x").as_bytes()).unwrap()
     }
 
+    fn seen_of(directory: &tempfile::TempDir, machine: &str) -> Seen {
+        let file = |extension| directory.path().join(machine).with_extension(extension);
+        Seen::at(file("new"), file("old"))
+    }
+
     fn line(time: u64, number: usize) -> String {
         format!("{time} {number:0>32}\n")
     }
@@ -214,7 +217,7 @@ mod tests {
     #[test]
     fn what_was_noted_is_believed_until_it_is_old_or_forgotten() {
         let directory = tempfile::tempdir().unwrap();
-        let seen = Seen::at(directory.path().join("m.seen"));
+        let seen = seen_of(&directory, "m");
         assert!(seen.has_all(&[]) && !seen.has_all(&[path(1)]));
         seen.note([path(1), path(2)].iter());
         assert!(seen.has_all(&[path(2), path(1)]) && !seen.has_all(&[path(1), path(3)]));
@@ -231,17 +234,17 @@ mod tests {
     #[test]
     fn what_is_lacking_is_counted_in_bytes_whatever_the_age_of_the_memory() {
         let directory = tempfile::tempdir().unwrap();
-        let seen = Seen::at(directory.path().join("m.seen"));
+        let seen = seen_of(&directory, "m");
         let mut inputs = Wanted::new(&[(path(1), 10), (path(2), 200), (path(3), 3000)]);
         assert_eq!(seen.lacking(&mut inputs), None);
         fs::write(&seen.path, line(1000, 2)).unwrap();
         assert_eq!(seen.lacking(&mut inputs), Some(3010));
-        fs::rename(&seen.path, old(&seen.path)).unwrap();
+        fs::rename(&seen.path, &seen.old).unwrap();
         assert_eq!(seen.lacking(&mut inputs), Some(3010));
         seen.note([path(1), path(3)].iter());
         assert_eq!(seen.lacking(&mut inputs), Some(0));
         // Nothing is left of it for the next machine.
-        let other = Seen::at(directory.path().join("other.seen"));
+        let other = seen_of(&directory, "other");
         other.note([path(3)].iter());
         assert_eq!(other.lacking(&mut inputs), Some(210));
         assert_eq!(seen.lacking(&mut Wanted::new(&[])), Some(0));
@@ -251,10 +254,10 @@ mod tests {
     #[test]
     fn among_thousands_of_others_each_is_found() {
         let directory = tempfile::tempdir().unwrap();
-        let seen = Seen::at(directory.path().join("m.seen"));
+        let seen = seen_of(&directory, "m");
         for first in [0, 2_000] {
             seen.note((first..first + 2_000).map(path).collect::<Vec<_>>().iter());
-            fs::rename(&seen.path, old(&seen.path)).unwrap();
+            fs::rename(&seen.path, &seen.old).unwrap();
         }
         seen.note((4_000..6_000).map(path).collect::<Vec<_>>().iter());
         let wanted: Vec<_> = (0..100).map(|number| (path(number * 90), 1)).collect();
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn a_torn_line_costs_one_more_at_most() {
         let directory = tempfile::tempdir().unwrap();
-        let seen = Seen::at(directory.path().join("m.seen"));
+        let seen = seen_of(&directory, "m");
         let (first, second, third) = (line(9000, 1), line(9000, 2), line(9000, 3));
         let mut inputs = Wanted::new(&[(path(1), 1), (path(2), 20), (path(3), 300)]);
         for kept in 0..first.len() - 1 {
@@ -281,7 +284,7 @@ mod tests {
     #[test]
     fn the_memory_stays_small_and_keeps_the_newest() {
         let directory = tempfile::tempdir().unwrap();
-        let seen = Seen::at(directory.path().join("m.seen"));
+        let seen = seen_of(&directory, "m");
         for number in 0..200 {
             let paths: Vec<_> = (number * 50..number * 50 + 50).map(path).collect();
             seen.note(paths.iter());

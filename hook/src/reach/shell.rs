@@ -2,23 +2,16 @@
 //!
 //! To look at a machine must never start a master, wake it or ask for anything that a person would have to answer.
 
-use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local, note, noted_lately};
+use super::notes::Note;
+use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local};
 use crate::plan::machine::Machine;
 use crate::slots::Held;
 use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
-use std::fs;
 use std::io;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
 const COMMAND: &str = "sh";
-
-/// A machine that turned out to have no means for leases is asked for none for so long.
-const LEASES_AGAIN: Duration = Duration::from_secs(600);
-
-/// A machine that had a lease is taken to have the means for them for so long.
-const LEASES_KNOWN: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Shells beside builds on one master, if builds need no sessions there. sshd allows ten (`MaxSessions`), of which some
 /// are left to others: each one refused costs a small process.
@@ -56,28 +49,27 @@ impl Reach {
 
     /// Notes that a build would have gone to the machine but for what was seen there, so that somebody goes on looking.
     pub fn note_wanted(&self, machine: &Machine) {
-        note(&self.stamp(machine).with_extension("wanted"), "");
+        self.notes(machine).put(Note::Wanted, "");
     }
 
     /// Whether the machine answered, or a build would have gone there, within such a time. Costs microseconds.
     pub fn was_wanted(&self, machine: &Machine, within: Duration) -> bool {
-        let stamp = self.stamp(machine);
-        let is_recent = |path: &Path| {
-            let noted = fs::metadata(path).and_then(|file| file.modified());
+        let notes = self.notes(machine);
+        let is_recent = |note| {
             // After the clock was set back it is not known when it was.
-            noted.is_ok_and(|noted| noted.elapsed().map_or(true, |age| age < within))
+            notes.time(note).is_ok_and(|noted| noted.elapsed().map_or(true, |age| age < within))
         };
-        is_recent(&stamp) || (stamp.exists() && is_recent(&stamp.with_extension("wanted")))
+        is_recent(Note::Answered) || (notes.is_there(Note::Answered) && is_recent(Note::Wanted))
     }
 
     /// Whether the machine has ever been reached, as far as is remembered. Costs microseconds.
     pub fn was_reached(&self, machine: &Machine) -> bool {
-        self.stamp(machine).exists()
+        self.notes(machine).is_there(Note::Answered)
     }
 
     /// Whether builds reach the machine's daemon by its socket, so that they need no sessions on the master.
     pub fn is_by_socket(&self, machine: &Machine) -> bool {
-        let way = fs::read_to_string(self.stamp(machine)).unwrap_or_default();
+        let way = self.notes(machine).read(Note::Answered).unwrap_or_default();
         [Way::Socket, Way::LocalSocket, Way::Child].iter().any(|by| way == by.as_str())
     }
 
@@ -129,24 +121,24 @@ impl Reach {
 
     /// Whether it turned out lately that the machine has not the means for leases.
     pub fn is_without_leases(&self, machine: &Machine) -> bool {
-        noted_lately(&self.stamp(machine).with_extension("unleased"), LEASES_AGAIN).is_some()
+        self.notes(machine).holds(Note::Unleased)
     }
 
     /// Notes that it has not.
     pub fn note_without_leases(&self, machine: &Machine, reason: &str) {
-        note(&self.stamp(machine).with_extension("unleased"), reason);
+        self.notes(machine).put(Note::Unleased, reason);
     }
 
     /// Whether there was a lease on the machine within the last day.
     pub fn had_leases(&self, machine: &Machine) -> bool {
-        noted_lately(&self.stamp(machine).with_extension("leased"), LEASES_KNOWN).is_some()
+        self.notes(machine).holds(Note::Leased)
     }
 
     /// Notes that there is one, whatever was noted before.
     pub fn note_lease(&self, machine: &Machine) {
-        let stamp = self.stamp(machine);
-        note(&stamp.with_extension("leased"), "");
-        let _ = fs::remove_file(stamp.with_extension("unleased"));
+        let notes = self.notes(machine);
+        notes.put(Note::Leased, "");
+        notes.remove(Note::Unleased);
     }
 }
 

@@ -1,19 +1,15 @@
 //! Whether a machine's daemon trusts us: what it says or shows, what was noted of that, and by what name it knows us.
 
-use super::{Reach, ReachError, Reached, endpoint, note, noted_lately};
+use super::notes::Note;
+use super::{Reach, ReachError, Reached, endpoint};
 use crate::builder::Store;
 use crate::plan::machine::Machine;
 use crate::plan::trust::{self, Account};
-use std::fs;
 use std::io::Read;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
-
-/// How long it is believed that a machine does not trust us. What its daemon says, or shows when it is asked, counts for more.
-const BELIEVED: Duration = Duration::from_secs(600);
 
 /// How long ssh may take to say what its configuration makes of a name.
 const CONFIG_BOUND: Duration = Duration::from_secs(2);
@@ -22,12 +18,12 @@ impl Reach {
     /// Whether there is a note that the machine does not trust us, be it out of date: it must not be promised a build
     /// unseen.
     pub fn is_doubtful(&self, machine: &Machine) -> bool {
-        self.doubt(machine).exists()
+        self.notes(machine).is_there(Note::Untrusted)
     }
 
     /// Whether the machine is taken to trust us before it has said anything; `None` if nothing is known.
     pub fn expected_trust(&self, machine: &Machine) -> Option<bool> {
-        noted_lately(&self.doubt(machine), BELIEVED).map(|_| false)
+        self.notes(machine).holds(Note::Untrusted).then_some(false)
     }
 
     /// Whether the machine trusts us, from its greeting or else from what was noted; `None` if nothing is known.
@@ -70,11 +66,11 @@ impl Reach {
 
     /// Notes for other hooks whether the machine trusts us.
     pub fn note_trust(&self, machine: &Machine, trusted: bool) {
-        let doubt = self.doubt(machine);
+        let notes = self.notes(machine);
         if trusted {
-            let _ = fs::remove_file(doubt);
-        } else if noted_lately(&doubt, BELIEVED / 4).is_none() {
-            note(&doubt, "does not trust us");
+            notes.remove(Note::Untrusted);
+        } else if !notes.is_young(Note::Untrusted) {
+            notes.put(Note::Untrusted, "does not trust us");
         }
     }
 
@@ -117,9 +113,5 @@ impl Reach {
         let _ = ssh.wait();
         let text = text.ok()?.ok()?;
         text.lines().find_map(|line| line.strip_prefix("user ")).map(|user| user.trim().to_owned())
-    }
-
-    fn doubt(&self, machine: &Machine) -> PathBuf {
-        self.stamp(machine).with_extension("untrusted")
     }
 }
