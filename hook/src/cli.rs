@@ -57,7 +57,7 @@ enum Command {
         /// Machines to try instead, in the form of the setting 'builders', for instance '@/etc/nix/machines'.
         #[arg(long, value_name = "MACHINES")]
         builders: Option<String>,
-        /// Give a machine up after so many seconds.
+        /// How many seconds a machine may take before it is given up.
         #[arg(long, value_name = "SECONDS", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=600))]
         timeout: u64,
         /// Print a JSON array with an object for each machine.
@@ -190,7 +190,7 @@ struct WithholdWords {
     /// A machine: its host, with user or port if need be, its store's URI, or its name in the list.
     #[arg(value_name = "MACHINE", required = true)]
     names: Vec<String>,
-    /// For so long, for instance 2h, 90m or '1h 30m'; otherwise until it is enabled.
+    /// How long, for instance 2h, 90m or '1h 30m'; otherwise until it is enabled.
     #[arg(long = "for", value_name = "TIME", value_parser = span)]
     span: Option<Duration>,
     /// What people are told who ask why.

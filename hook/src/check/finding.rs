@@ -105,7 +105,7 @@ impl fmt::Display for Finding {
         }
         writeln!(f, "{}", self.message)?;
         if *line > 0 {
-            // A mark of byte order takes no room on a screen.
+            // A byte order mark takes no room on a screen.
             let plain = |c: char| if c.is_control() || c == '\u{feff}' { ' ' } else { c };
             let shown: String = self.spot.line.chars().map(plain).collect();
             writeln!(f, "  {}", shown.trim_end())?;

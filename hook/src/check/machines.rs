@@ -178,7 +178,7 @@ impl Judged {
         if text.starts_with(BYTE_ORDER_MARK) {
             self.findings.push(Finding::error(
                 &first(1, text.lines().next().unwrap_or_default(), 1),
-                "the text begins with a mark of byte order (BOM), which Nix takes for part of the first word",
+                "the text begins with a byte order mark (BOM), which Nix takes for part of the first word",
                 "save it as UTF-8 without BOM",
             ));
         }

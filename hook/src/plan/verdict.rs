@@ -279,7 +279,7 @@ impl Refusal {
                     Resource::Inodes => format!("{number} inodes"),
                     Resource::Disk | Resource::Memory => bytes(*number as f64),
                 });
-                format!("short of {of}: {left} left, {floor} are the least")
+                format!("short of {of}: {left} left, the minimum is {floor}")
             }
             Self::Inhibited(why) if why.is_empty() => "has an inhibit file".into(),
             Self::Inhibited(why) => format!("has an inhibit file: {why}"),

@@ -175,7 +175,7 @@ fn columns_that_are_divided_in_another_way_than_was_meant() {
 fn marks_of_other_editors() {
     let told = told(&judged("\u{feff}ssh-ng://a - - 2\nssh-ng://b\r\nssh-ng://c\r\n", &[]).findings);
     assert_eq!(told.len(), 2, "{told:#?}");
-    assert!(told[0].starts_with("1:1 [\u{feff}] error: the text begins with a mark"), "{told:#?}");
+    assert!(told[0].starts_with("1:1 [\u{feff}] error: the text begins with a byte order mark"), "{told:#?}");
     assert!(
         told[1].starts_with("2:11 [") && told[1].contains("CRLF") && told[1].contains("sed -i"),
         "{told:#?}"

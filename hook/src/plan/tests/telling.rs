@@ -49,7 +49,7 @@ fn the_table_says_of_every_machine_what_is_missing() {
         "  ssh://mac, ssh://other  does not build for this system\n\
          \x20 ssh://full              full: 8 of 8 slots taken\n\
          \x20 ssh://tired             drained for 2.0 h: new disk\n\
-         \x20 ssh://tiny              short of disk: 300.0 MiB left, 1.0 GiB are the least\n\
+         \x20 ssh://tiny              short of disk: 300.0 MiB left, the minimum is 1.0 GiB\n\
          \x20 ssh://down              failed: no route to host; left alone for 42 s\n\
          \x20                         hint: switch it on\n\
          \x20 ssh://strict            builds only derivations that require the features [benchmark]\n"
