@@ -329,7 +329,7 @@ pub enum Change {
     Withhold {
         /// In which way.
         how: Withholding,
-        /// For so long; until somebody says otherwise if it is not given.
+        /// How long; until somebody says otherwise if it is not given.
         span: Option<Duration>,
         /// What people are told; may be empty.
         reason: String,

@@ -13,15 +13,15 @@ use std::io;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// Inputs beyond so many are not looked up.
+/// How many inputs are looked up, at most.
 const MOST_INPUTS: usize = 100;
 
-/// So many derivations that wait for another one are looked at, and so many of each one's direct dependents. Chains are
+/// How many derivations that wait for another one are looked at, and how many of each one's direct dependents. Chains are
 /// found first, then what is beside them.
 const MOST_DEPENDENTS: usize = 4096;
 const MOST_OF_ONE: usize = 256;
 
-/// And for so long.
+/// How long they are looked for.
 const LONGEST_LOOK: Duration = Duration::from_millis(50);
 
 /// Why a derivation is not for us.

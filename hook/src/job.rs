@@ -453,7 +453,7 @@ impl<'a> Copying<'a> {
         self.count(|(done, _)| *done += 1);
     }
 
-    /// So many need not be done.
+    /// That many need not be done.
     fn spare(&self, number: usize) {
         self.count(|(_, expected)| *expected = expected.saturating_sub(number as u64));
     }

@@ -27,11 +27,11 @@ const FIRST_WORD: Duration = Duration::from_secs(15);
 const PATIENCE_WHERE_KNOWN: Duration = Duration::from_secs(300);
 /// A word that the shell over there hears, so that it knows that the link is alive.
 const BEAT: Duration = Duration::from_secs(15);
-/// Without such a word it gives the slot up after so long. Masters give a silent link up about as soon.
+/// How long it waits for such a word before it gives the slot up. Masters give a silent link up about as soon.
 const QUIET: Duration = Duration::from_secs(60);
-/// A wait is worth a word to the user after so long.
+/// How long a wait is before it is worth a word to the user.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// After a lease was lost, or all our shells there were taken, it is tried again so often.
+/// How often it is tried again after a lease was lost, or all our shells there were taken.
 const AGAIN: Duration = Duration::from_secs(1);
 /// A line is no longer than this, in bytes.
 const LONGEST_LINE: u64 = 4096;
@@ -90,7 +90,7 @@ struct Keeper {
 }
 
 impl Lease {
-    /// Begins to wait for one of so many slots; nothing is waited for here. The machine should be connected to. None if
+    /// Begins to wait for one of that many slots; nothing is waited for here. The machine should be connected to. None if
     /// it turned out a short while ago that it has not the means for it.
     pub fn begin(reach: &Reach, machine: &Machine, slots: u32) -> Option<Self> {
         if reach.is_without_leases(machine) {

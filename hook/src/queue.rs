@@ -3,7 +3,7 @@
 //! Builds that can use the same machines, and need as many slots, stand in one line for each user, ordered by the time at
 //! which they count as having come (`plan::turn`). The first of each user's line goes on to the line of all, so that users
 //! take turns. Only the first in that one looks at the slots; when it has one, the next takes its place. Whoever is the
-//! first stays it, whoever comes: his time is set to 0.
+//! first stays it, whoever comes: its time is set to 0.
 //!
 //! A place is a file that its process holds a lock on. Each process waits for the lock of the one before it, so whoever
 //! is killed holds nobody up, and a slot that is given back wakes one process, not all. The lock alone would not do:
@@ -62,7 +62,7 @@ struct Ticket {
 pub struct Wish {
     /// One of these machines, by their names.
     pub machines: BTreeSet<String>,
-    /// So many slots of it, or all if it has fewer.
+    /// How many slots of it, or all if it has fewer.
     pub slots: u64,
 }
 
@@ -109,8 +109,8 @@ impl Queue {
         }
     }
 
-    /// A place among the builds of this user that wait for the same, as if it had come at that time. None if so many
-    /// (`most`) of this user wait for it already.
+    /// A place among the builds of this user that wait for the same, as if it had come at that time. None if `most`
+    /// of this user wait for it already.
     ///
     /// # Errors
     /// If files cannot be written.
@@ -361,7 +361,7 @@ impl Wish {
 }
 
 impl Waiting {
-    /// Builds that wait for a machine with so many slots (`all`), and could begin if so many (`free`) of them are free. Those
+    /// Builds that wait for a machine with `all` slots, and could begin if `free` of them are free. Those
     /// that need more are not to keep others from what is left.
     pub fn of(&self, machine: &str, all: u64, free: u64) -> u64 {
         let could_begin = |wish: &Wish| wish.machines.contains(machine) && wish.slots.min(all) <= free.max(1);
@@ -428,8 +428,8 @@ impl Turn {
         Ok(Place { queue: queue.clone(), wish, user: *user, came: *came, ticket })
     }
 
-    /// Whether somebody else has had the turn for longer who would also take one of these machines, among others. Whoever
-    /// lets those go first is let go first when others come after him, so that no set of machines starves another.
+    /// Whether another line's first build has been first for longer and could use one of these machines. Giving way to it
+    /// keeps one set of machines from starving another.
     pub fn has_elder(&self) -> bool {
         let Place { queue, wish, .. } = &self.place;
         let is_elder = |name: &Name| {

@@ -26,9 +26,9 @@ use std::time::{Duration, Instant};
 
 /// Paths whose NAR is smaller are sent without a word: that takes no longer than asking again.
 const LEAST: u64 = 256 << 10;
-/// So many paths of one build are locked at most, the largest.
+/// How many paths of one build are locked at most: the largest.
 const MOST: usize = 64;
-/// The record has room for so many paths.
+/// How many paths the record has room for.
 const ROOM: u64 = 1024;
 /// Bytes of a number in the record.
 const NUMBER: u64 = 8;
@@ -42,9 +42,9 @@ const LONGEST_INTERVAL: Duration = Duration::from_millis(20);
 const DIRECTORY: &str = "sending";
 /// In that one: what is on its way now.
 const LOADS: &str = "now";
-/// A file there is no longer, in bytes.
+/// The longest such file that is read, in bytes.
 const LONGEST_LOAD: u64 = 4096;
-/// One that nobody has locked for so long belongs to nobody.
+/// How old a file is that belongs to nobody if nobody has it locked.
 const ABANDONED: Duration = Duration::from_secs(10);
 
 /// The sending of paths to one machine.
@@ -55,7 +55,7 @@ pub struct Sending {
     file: OnceLock<File>,
 }
 
-/// A moment before the machine was asked what it has: so many paths had been sent to it by then.
+/// A moment before the machine was asked what it has: how many paths had been sent to it by then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mark(u64);
 

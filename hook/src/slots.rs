@@ -167,7 +167,7 @@ impl Slots {
         Ok(None)
     }
 
-    /// Takes so many (`needed`) of a machine's slots as one, or none at all.
+    /// Takes `needed` of a machine's slots as one, or none at all.
     ///
     /// # Errors
     /// If a lock cannot be opened or tried.
@@ -201,7 +201,7 @@ impl Slots {
         }
     }
 
-    /// What the holders of a machine's taken slots said of what they do; stock hooks say nothing.
+    /// One entry for each taken slot of a machine: what its holder wrote; `None` where it wrote nothing (a stock hook).
     pub fn holders(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
         let taken = |path: &PathBuf| matches!(lock(path, FlockArg::LockExclusiveNonblock, false), Ok(None));
         (0..max_jobs)
@@ -211,9 +211,9 @@ impl Slots {
             .collect()
     }
 
-    /// The builds that run on a machine, each once; none within for those of which nobody says anything.
+    /// One entry for each build running on the machine; `None` where its hook wrote nothing (a stock hook).
     pub fn running(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
-        // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
+        // Looking at a free slot locks it for a moment; a hook that is choosing must not see that.
         let _choosing = self.lock_choice();
         let mut running: Vec<Option<Holder>> = Vec::new();
         for holder in self.holders(machine, max_jobs) {

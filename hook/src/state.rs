@@ -32,7 +32,7 @@ use std::time::Duration;
 const VARIABLE: &str = "NIX_OFFLOAD_STATE_DIR";
 /// Root's.
 const SYSTEM: &str = "/var/lib/nix-offload";
-/// One of so many writes looks for what was left of others.
+/// How many writes there are to one that looks for what was left of others.
 const TIDYING: u64 = 64;
 
 /// The directory of what is to survive a restart of this machine: `$NIX_OFFLOAD_STATE_DIR`, else

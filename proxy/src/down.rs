@@ -34,9 +34,9 @@ const DIRECTORY: &str = "down";
 const EXTENSION: &str = "down";
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
-/// An attempt that has taken so long is no longer waited for: its process is stopped, perhaps.
+/// How long an attempt is waited for: if it takes longer its process is stopped, perhaps.
 const PROBE_BOUND: Duration = Duration::from_secs(60);
-/// Held while a note is changed, for microseconds; who has waited so long goes on without.
+/// Held while a note is changed, for microseconds; who has waited for the bound goes on without.
 const TURN: &str = "down.lock";
 const TURN_BOUND: Duration = Duration::from_millis(200);
 
@@ -295,7 +295,7 @@ fn read(note: &Path) -> Option<(String, Down)> {
     Some((down["way"].as_str()?.to_owned(), known))
 }
 
-/// The pause after so many failures in a row. `dice` is between 0 and 1.
+/// The pause after that many failures in a row. `dice` is between 0 and 1.
 fn pause_after(first: Duration, failures: u32, dice: f64) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
     let pause = first.saturating_mul(1 << doublings).min(LONGEST_PAUSE);

@@ -64,7 +64,7 @@ impl<'de> Deserialize<'de> for Elsewhere {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct SshSettings {
-    /// A master that nobody uses for so long ends. Ten minutes; at least a second.
+    /// How long a master is kept that nobody uses. Ten minutes; at least a second.
     #[serde(deserialize_with = "duration")]
     pub idle: Duration,
     /// How long connecting to a builder may take before Nix is told where a build goes, for Nix waits meanwhile. Five

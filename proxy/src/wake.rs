@@ -26,7 +26,7 @@ const HOST_VARIABLE: &str = "NIX_OFFLOAD_HOST";
 const QUOTED: u64 = 400;
 /// Bytes of the hash that make a file's name.
 const NAME_BYTES: usize = 10;
-/// After a waking in vain the command is not run again for so long: those who waited for it are to hear that the host is
+/// How long the command is not run again after a waking in vain: those who waited for it are to hear that the host is
 /// down, also when their last attempt takes its time.
 const REST: Duration = Duration::from_secs(60);
 /// How long another process may take to note that it has begun.

@@ -14,9 +14,9 @@ use crate::{
 const SETTINGS: &str = "/tmp/settings";
 const POSTPONED: &str = "/tmp/postponed";
 const LIMIT: Duration = Duration::from_secs(300);
-/// Stock connects before it answers; so many answers of it are enough.
+/// How many times fewer answers of stock are enough, which connects before it answers.
 const STOCK_SHARE: u32 = 10;
-/// So many questions are asked while one input is sent; fewer where that takes less time.
+/// How many questions are asked while one input is sent; fewer where that takes less time.
 const WHILE_SENDING: u32 = 25;
 /// Inputs of the derivation that is asked for in a fleet that was used.
 const INPUTS: usize = 40;
@@ -41,7 +41,7 @@ pub(crate) fn reply(scene: &Scene, times: u32) -> Section {
     section(title, "reply", figures)
 }
 
-/// The same of our hook with so many machines in the list that would all do.
+/// The same of our hook with that many machines in the list that would all do.
 pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Section {
     let drv = derivation(scene);
     let mut both = figures_of(Contender::Ours.label());
@@ -49,7 +49,7 @@ pub(crate) fn reply_in_a_fleet(scene: &Scene, times: u32, machines: usize) -> Se
     section(format!("The same with {machines} suitable machines in the list"), "reply in a fleet", vec![both])
 }
 
-/// The same for a derivation with inputs, where so many (`used`) of the machines have had builds, and as many inputs as are
+/// The same for a derivation with inputs, where `used` of the machines have had builds, and as many inputs as are
 /// remembered of a machine.
 pub(crate) fn reply_in_a_used_fleet(scene: &Scene, times: u32, machines: usize, used: usize) -> Section {
     let sources = format!(r#"builtins.genList (i: builtins.toFile "input-${{toString i}}" "") {INPUTS}"#);
@@ -76,13 +76,13 @@ pub(crate) fn reply_in_a_used_fleet(scene: &Scene, times: u32, machines: usize, 
     )
 }
 
-/// Machines for a list of so many. The one that answers is the best by far, whatever load it has: this is about the choice, not
+/// Machines for a list of that many. The one that answers is the best by far, whatever load it has: this is about the choice, not
 /// about failed connections.
 fn others(machines: usize) -> String {
     (1..machines).map(|n| format!("; ssh-ng://fleet-{n} x86_64-linux - 8 0.01")).collect()
 }
 
-/// The same of our hook when so many other derivations have been postponed, because all slots were taken when it was asked
+/// The same of our hook when `count` other derivations have been postponed, because all slots were taken when it was asked
 /// for them.
 pub(crate) fn reply_with_postponed(scene: &Scene, times: u32, count: u32) -> Section {
     let drv = derivation(scene);

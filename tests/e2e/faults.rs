@@ -408,7 +408,7 @@ fn note(client: &Client, name: &str) -> Option<(String, Value)> {
     )
 }
 
-/// Has the machine left alone for so many seconds from now on.
+/// Has the machine left alone for that many seconds from now on.
 fn end_in(client: &Client, name: &str, seconds: f64) {
     let (path, mut down) = note(client, name).unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();

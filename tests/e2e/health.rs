@@ -373,7 +373,7 @@ fn builds_that_run_or_wait_when_the_network_goes_are_done_when_it_is_back() {
     }
 }
 
-/// So many doors to the same machine, all of them shut, with what ssh and Nix are told of them.
+/// That many doors to the same machine, all of them shut, with what ssh and Nix are told of them.
 fn doors(count: usize, builder: &Builder) -> (Vec<Door>, String, String) {
     let doors: Vec<Door> = (0..count).map(|_| Door::shut()).collect();
     let named = doors.iter().enumerate();
@@ -386,7 +386,7 @@ fn all_knocks(doors: &[Door]) -> Vec<usize> {
     doors.iter().map(Door::knocks).collect()
 }
 
-/// Has all that failed left alone for so many seconds from now on.
+/// Has all that failed left alone for that many seconds from now on.
 fn pause_all(client: &Client, seconds: f64) {
     for file in client.entries("/run/nix-offload/down").iter().filter(|file| file.ends_with(".down")) {
         let path = format!("/run/nix-offload/down/{file}");

@@ -22,13 +22,13 @@ const SLOTS: usize = 4;
 const SHARED: usize = 3;
 const AT_A_TIME: usize = 20;
 const WORKS: usize = 60;
-/// So many are killed at least, and of masters at most: three lost connections to one machine are a reason to give it
+/// How many are killed at least, and of masters at most: three lost connections to one machine are a reason to give it
 /// up, and this is not to happen to a build that nobody killed.
 const KILLS: usize = 70;
 const MOST_MASTERS: usize = 2;
 /// Pauses between two kills, in milliseconds.
 const PAUSES: (u64, u64) = (20, 250);
-/// A build of a killed client may run on for so long, and is not counted meanwhile. A machine that has nothing else to do
+/// How long a build of a killed client may run on, and is not counted meanwhile. A machine that has nothing else to do
 /// needs a tenth of it.
 const TOLERANCE: Duration = Duration::from_secs(1);
 /// Longer than streams are kept after the last build.
@@ -414,7 +414,7 @@ fn with_slots_that_are_shared_on_the_machines_too() {
     survive(WORKS / 2, Some(SHARED));
 }
 
-/// Does so many works while the killer goes about, perhaps with so many slots shared on each machine.
+/// Does that many works while the killer goes about, perhaps with `shared` slots on each machine.
 fn survive(works: usize, shared: Option<usize>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed = Seed(env::var("NIX_OFFLOAD_SEED").map_or(now, |seed| seed.parse().unwrap()));

@@ -259,7 +259,7 @@ fn fast_and_slow(world: &World, choice: &str) -> (Client, [Builder; 2], [Running
         .machines("ssh-ng://fast x86_64-linux - 1 8 big-parallel\nssh-ng://slow x86_64-linux - 1 1")
         .start();
     client.write("/etc/nix/offload.toml", choice);
-    // Earlier builds took so long, and all together a second (*). In which file that stands depends on the names.
+    // Earlier builds took this long, and all together a second (*). In which file that stands depends on the names.
     client.run(
         "mkdir -p -m 700 /var/lib/nix-offload/history; cd /var/lib/nix-offload/history; \
          for i in $(seq 0 255); do printf 'fastgate\\t80.000 10 5\\nlong\\t8000.000 10 5\\n*\\t1.000 10 500\\n' > $(printf %04x $i); done",

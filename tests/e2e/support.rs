@@ -104,7 +104,7 @@ fn assert_left(client: &Client, masters: usize, holders: usize, limit: Duration)
     assert_eq!(sockets.lines().count(), masters, "sockets: {sockets}");
 }
 
-/// The builds that do nothing but sleep for so many seconds, and not the command lines that mention it.
+/// The builds that do nothing but sleep for that many seconds, and not the command lines that mention it.
 pub(crate) fn sleeping(machine: &Machine, seconds: &str) -> Vec<u32> {
     let command_line = format!("sleep {seconds}");
     machine.processes().iter().filter(|process| process.command_line == command_line).map(|p| p.pid).collect()

@@ -108,7 +108,7 @@ fn a_build_that_waits_for_a_slot_says_so_when_its_machine_is_drained_meanwhile()
     build.assert_stderr_has("it waits for one, for 10 min at most");
 }
 
-/// Sets back by so many seconds what is kept of requests: by what, when it was first asked for, the last time, and since
+/// Sets back by that many seconds what is kept of requests: by what, when it was first asked for, the last time, and since
 /// when there are obstacles.
 fn set_back(client: &Client, first: u64, obstructed: u64) {
     client.run(&format!(
@@ -146,7 +146,7 @@ fn those_behind_need_not_wait_for_an_obstacle_as_long_again() {
     open(&client, "gate");
     gate.wait().assert_success();
     wait_until("the first is told", SOON, || first.stderr_so_far().contains("no machine can take"));
-    // As if it had been told so long ago.
+    // As if it had been told that long ago.
     set_back(&client, 0, 1000);
     first.signal(Signal::SIGINT);
     first.wait().assert_failure();
@@ -186,7 +186,7 @@ fn a_build_that_comes_into_a_line_has_its_own_patience() {
     is_told(&first);
     tin.stop();
     wait_until("the other one stands behind it", SOON, || waiting() == 2);
-    // As if the first had waited for so long, and gave up.
+    // As if the first had waited for that long, and gave up.
     set_back(&client, 0, 1000);
     first.signal(Signal::SIGINT);
     first.wait().assert_failure();

@@ -28,7 +28,7 @@ pub fn wait_until(what: &str, limit: Duration, mut question: impl FnMut() -> boo
     start.elapsed()
 }
 
-/// Waits for the end of a process for so long, and says whether it has come. The process is left to be reaped.
+/// Waits for the end of a process, no longer than `limit`, and says whether it has come. The process is left to be reaped.
 pub(crate) fn wait_for_end(child: &mut Child, limit: Duration) -> bool {
     if matches!(child.try_wait(), Ok(Some(_))) {
         return true;

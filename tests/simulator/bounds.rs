@@ -25,7 +25,7 @@ pub(crate) fn lower(graph: &Graph, fleet: &[Spec]) -> f64 {
         }))
 }
 
-/// Seconds until the fleet has done so much work, if each machine does so much per second beside so many foreign tasks.
+/// Seconds until the fleet has done that work, if `rate` is what each machine does per second beside that many foreign tasks.
 fn time_for(work: f64, fleet: &[Spec], rate: impl Fn(&Spec, f64) -> f64) -> f64 {
     let events = fleet.iter().flat_map(|spec| {
         let outages = spec.outages.iter().flat_map(|(from, to)| [*from, *to]);

@@ -15,7 +15,7 @@ pub(crate) struct Spec {
     pub(crate) bandwidth: f64,
     /// Seconds of one round trip.
     pub(crate) round_trip: f64,
-    /// Tasks of others: from that second on, so many.
+    /// Tasks of others: from which second on, and how many.
     pub(crate) foreign: Vec<(f64, f64)>,
     /// When it dies and when it is back.
     pub(crate) outages: Vec<(f64, f64)>,
@@ -37,7 +37,7 @@ pub(crate) enum Fleet {
 }
 
 const MBIT: f64 = 1e6 / 8.0;
-/// What happens is planned for so many seconds.
+/// For how many seconds it is planned what happens.
 const HORIZON: f64 = 400_000.0;
 
 impl Fleet {

@@ -4,11 +4,11 @@ use crate::fleet::Fleet;
 use crate::scene::{Gain, Result};
 use std::fmt::Write as _;
 
-/// Ours may be so much slower than stock, anywhere.
+/// How much slower than stock ours may be, anywhere.
 pub(crate) const NEVER_WORSE: f64 = 0.02;
-/// And is to be so much faster where speeds, load or links differ.
+/// How much faster it is to be where speeds, load or links differ.
 pub(crate) const BETTER: f64 = 0.20;
-/// And within so much of the list schedule on equal machines.
+/// How near to the list schedule it is to be on equal machines.
 pub(crate) const NEAR: f64 = 0.15;
 
 const BEGIN: &str = "<!-- figures: begin -->\n";

@@ -18,9 +18,9 @@ pub(crate) struct Scene {
 /// How often what is played.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Rounds {
-    /// Each scene has so many graphs.
+    /// How many graphs each scene has.
     pub(crate) seeds: u64,
-    /// And each graph is played so often by each contender, every time with another order of names and with other foreign
+    /// How often each graph is played by each contender, every time with another order of names and with other foreign
     /// load and outages, the same for all contenders. Without that a rule would be judged by its luck: a graph in another
     /// order may take much longer with any rule, and so it may if a machine dies a minute later. Where that costs little,
     /// or luck decides most, it is a multiple of that ([`Scene::oftener`]).

@@ -27,7 +27,7 @@ impl Shared {
         self.since = now;
     }
 
-    /// From now on each user gets so much per second. Gives the time at which the first of them has all.
+    /// From now on each user gets `rate` per second. Gives the time at which the first of them has all.
     pub(crate) fn go_on(&mut self, rate: f64) -> Option<f64> {
         self.rate = rate;
         self.version += 1;

@@ -8,7 +8,7 @@ use nix_offload::plan::Sample;
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, SystemTime};
 
-/// A machine is looked at so often at most.
+/// How often a machine is looked at, at most.
 const SAMPLE_EVERY: f64 = 3.0;
 /// Load averages of the kernel forget with these times.
 const LOAD_MEMORY: f64 = 60.0;

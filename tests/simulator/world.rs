@@ -20,19 +20,19 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashSet};
 use waiting::{Place, Wish};
 
-/// Nix asks again for what was postponed after so long, unless something ends before.
+/// How long after it was postponed Nix asks again for something, unless something ends before.
 const NIX_POLL: f64 = 5.0;
-/// Hooks of ours look so often whether their builds would be done sooner elsewhere.
+/// How often hooks of ours look whether their builds would be done sooner elsewhere.
 const LOOK_ELSEWHERE: f64 = 10.0;
-/// A connection whose far side is dead is given up after so long.
+/// How long it takes until a connection is given up whose far side is dead.
 const SILENCE: f64 = 10.0;
-/// Nix waits so long for a stock hook that connects to a dead machine. Without `ConnectTimeout` it is minutes.
+/// How long Nix waits for a stock hook that connects to a dead machine. Without `ConnectTimeout` it is minutes.
 const STOCK_CONNECT: f64 = 5.0;
 /// And for ours, when it is not known that the machine is down: then another one is asked beside it.
 const OUR_CONNECT: f64 = 1.5;
-/// Hooks of ours leave a machine that failed alone for so long.
+/// How long hooks of ours leave a machine alone that failed.
 const COOL_DOWN: f64 = 60.0;
-/// Nothing takes so many seconds.
+/// Nothing takes this many seconds.
 const FOREVER: f64 = 2_000_000.0;
 /// Round trips before the inputs travel and before the outputs do. Stock needs more; they are not held against it.
 const ROUND_TRIPS: f64 = 2.0;

@@ -453,7 +453,7 @@ impl Builder {
         Ok(())
     }
 
-    /// Writes a request, unless that has been done, which is small enough never to block for want of the other side's
+    /// Writes a request unless it was sent ahead. It must be small enough that the write cannot block while the peer is not
     /// reading.
     fn ask(&mut self, doing: &'static str, request: &[u8]) -> Result<(), BuilderError> {
         if self.ahead.take(doing, request)? { Ok(()) } else { send(&mut self.output, doing, request) }

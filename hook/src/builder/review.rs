@@ -5,19 +5,19 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// So long, at most, what the far side has said already is read before a build is given up that was called off: it may
+/// How long, at most, what the far side has said already is read before a build is given up that was called off: it may
 /// have ended.
 const LAST_WORDS: Duration = Duration::from_millis(100);
 
-/// The far side has said all if nothing has come for so long.
+/// How long nothing must have come for the far side to have said all.
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// Who looks in on a build that runs, and when.
 #[derive(Clone, Copy)]
 pub struct Review<'a> {
-    /// The first time is so long after the build began.
+    /// How long after the build began the first time is.
     pub first: Duration,
-    /// Each other time is so long after the one before.
+    /// How long after the one before each other time is.
     pub every: Duration,
     /// Told how long the build has run. If this says so it is called off, unless it has ended meanwhile.
     pub calls_off: &'a dyn Fn(Duration) -> bool,
@@ -45,7 +45,7 @@ pub(super) struct Reviews<'a> {
 pub(super) enum Due {
     /// To wait until then, if there is such a time.
     Wait(Option<Instant>),
-    /// All the clocks go on from here, for so long was needed to look.
+    /// All the clocks go on from here, by the time that looking took.
     Looked(Duration),
     /// To give it up.
     Over,

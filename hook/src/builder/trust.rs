@@ -31,8 +31,8 @@ impl Builder {
     }
 
     /// The daemon's words if it refuses to take the path, which it lacks: the import is begun with no NAR behind it.
-    /// What it says of that is of no interest if it came so far, so its words must be looked at. Nothing is imported, and the
-    /// connection goes on. Of a daemon before 1.23, which would wait for the NAR, it is not asked.
+    /// If it gets as far as the missing NAR, its complaint means nothing; so the caller must check what the refusal says.
+    /// Nothing is imported, and the connection goes on. Of a daemon before 1.23, which would wait for the NAR, it is not asked.
     ///
     /// # Errors
     /// If the connection fails or `bound` passes without an answer.

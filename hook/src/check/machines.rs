@@ -112,7 +112,7 @@ impl Line<'_> {
         spot(self.source, self.entry, word.0, word.1.chars().count())
     }
 
-    /// A part of a column, which begins so many bytes behind the column's begin.
+    /// A part of a column, which begins `at` bytes behind the column's begin.
     fn part(&self, index: usize, at: usize, part: &str) -> Spot {
         let mut spot = self.column(index);
         if let Some(before) = self.entry.words.get(index).and_then(|(_, word)| word.get(..at)) {

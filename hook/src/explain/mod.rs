@@ -270,7 +270,7 @@ impl Desk<'_> {
             work,
             now,
         };
-        // Nobody who chooses meanwhile is to see the slots that we look at as taken.
+        // Looking at a free slot locks it for a moment; a hook that is choosing must not see that.
         let _choosing = self.slots.lock_choice();
         plan::decide(&question, |index| match survey.look(&self.machines[index]) {
             Ok(look) => look.known,

@@ -72,7 +72,7 @@ lease() {
 }
 "#;
 
-/// The script for one of so many slots. It ends when it has heard nothing for so long.
+/// The script for one of that many slots. It ends when it has heard nothing for the time `quiet`.
 pub(super) fn text(slots: u32, quiet: Duration, directory: &str) -> String {
     format!("{SCRIPT}lease {slots} {} {directory}; exit\n", quiet.as_secs().max(1))
 }

@@ -228,12 +228,12 @@ pub fn slot_wait(ends: &[f64], ahead: u64, each: f64) -> Option<f64> {
     Some(end + turns as f64 * each)
 }
 
-/// The share of a processor that each of so many tasks gets.
+/// The share of a processor that each of that many tasks gets.
 pub(super) fn share(cores: f64, tasks: f64) -> f64 {
     (cores / tasks.max(1.0)).min(1.0)
 }
 
-/// Tasks of others, of so many in all.
+/// Tasks of others, of `tasks` in all.
 fn foreign(sample: &Sample, tasks: f64, own_now: u64) -> f64 {
     (tasks - sample.own_load.unwrap_or(own_now as f64)).max(0.0)
 }

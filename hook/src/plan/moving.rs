@@ -27,16 +27,16 @@ use super::verdict::{Decision, Verdict};
 use super::{Request, suits};
 use std::time::SystemTime;
 
-/// What is left of the build must take so many times as long here as all of it there, because what is left is a guess.
+/// How many times as long what is left of the build must take here as all of it there, because what is left is a guess.
 const MARGIN: f64 = 1.5;
 
-/// So it must go more than so many times as fast there.
+/// So it must go more than this many times as fast there.
 const MUCH_FASTER: f64 = MARGIN;
 
-/// A build that has run for so much shorter, in seconds, is left alone.
+/// How long a build runs, in seconds, before it is thought of moving it.
 pub const SETTLED: f64 = 20.0;
 
-/// A build takes at least so many times as long as it has taken already.
+/// How many times as long as it has taken already a build takes, at least.
 const LONGER: f64 = 2.0;
 
 /// A build that runs.
@@ -132,7 +132,7 @@ fn pace(terms: &Terms) -> f64 {
     terms.speed * terms.tasks.map_or(1.0, |tasks| crowding(terms.cores.value, tasks))
 }
 
-/// The share of a processor that a build has which is one of so many tasks, if as many of them as there are processors are
+/// The share of a processor that a build has which is one of that many tasks, if as many of them as there are processors are
 /// its own.
 fn crowding(cores: f64, tasks: f64) -> f64 {
     share(cores, tasks - (cores - 1.0))

@@ -63,10 +63,10 @@ pub struct Floors {
     pub memory: u64,
 }
 
-/// Where a sample needs a session that builds may need, samples are so many times as far apart.
+/// How many times as far apart samples are where one needs a session that builds may need.
 pub const SPARING: u32 = 6;
 
-/// How old a sample may be to be believed if machines are asked so often: at least a minute, and long enough for one to be
+/// How old a sample may be to be believed if machines are asked that often: at least a minute, and long enough for one to be
 /// missed.
 pub fn stale_after(every: Duration) -> Duration {
     const LEAST: Duration = Duration::from_secs(60);

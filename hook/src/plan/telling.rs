@@ -11,7 +11,7 @@ use super::{Local, Request};
 use std::fmt::Write as _;
 use std::time::SystemTime;
 
-/// The table shows so many machines; the others are counted.
+/// How many machines the table shows; the others are counted.
 const MOST_ROWS: usize = 20;
 
 /// What keeps each machine from the build, one line for each; machines with the same reason share one. The last line is

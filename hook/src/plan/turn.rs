@@ -10,7 +10,7 @@
 
 use std::time::{Duration, SystemTime};
 
-/// A second of the chain behind a build counts as so many seconds of waiting.
+/// How many seconds of waiting a second of the chain behind a build counts as.
 const HEAD_START: f64 = 5.0;
 
 /// And all of it as this at most: whoever waits for longer is overtaken by nobody new.

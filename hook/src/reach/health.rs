@@ -77,7 +77,7 @@ impl Reach {
         }
     }
 
-    /// Notes that the machine has not answered for so long, so that no other build waits for the same: this process may
+    /// Notes that the machine has not answered within `bound`, so that no other build waits for the same: this process may
     /// end before it knows more. Nobody is told yet, for it may be no more than slow.
     pub fn note_slow(&self, machine: &Machine, bound: Duration) {
         let health = self.health(machine);
@@ -86,7 +86,7 @@ impl Reach {
         }
     }
 
-    /// Notes that somebody who could do without has waited for machines for as long as he may, and none has answered.
+    /// Notes that a hook has waited for machines for as long as it may, and none has answered.
     pub fn note_in_vain(&self) {
         notes::put(&self.pool.directory().join(IN_VAIN), "");
     }

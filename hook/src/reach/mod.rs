@@ -156,7 +156,7 @@ impl Reach {
         self.pool.waking(&endpoint).ok()?.map(|waking| waking.left)
     }
 
-    /// Since when there is a master to the machine, if one takes connections; none within if that is not known. Looks at
+    /// Since when there is a master to the machine, if one takes connections; `Some(None)` if the time is not known. Looks at
     /// the first one only, and asks nobody.
     pub fn master(&self, machine: &Machine) -> Option<Option<SystemTime>> {
         let endpoint = endpoint(machine, &self.ssh_options).ok()?;

@@ -13,7 +13,7 @@ use std::{iter, mem};
 
 /// How long it is believed. Short, for a builder's garbage collector may run; long enough for one build after another.
 const BELIEVED: Duration = Duration::from_secs(60);
-/// When the file has so many bytes it becomes the old one, and a new one is begun: some 2,000 paths each.
+/// How many bytes the file has when it becomes the old one, and a new one is begun: some 2,000 paths each.
 const ROTATE: u64 = 100 << 10;
 
 /// The first part of a path's name.
@@ -58,7 +58,7 @@ impl Seen {
         false
     }
 
-    /// Bytes of the wanted paths that the machine was not seen to have, ever so long ago; none if nothing is known of it.
+    /// Bytes of the wanted paths that the machine was not seen to have, however long ago; none if nothing is known of it.
     /// For an estimate only.
     pub fn lacking(&self, wanted: &mut Wanted) -> Option<u64> {
         wanted.begin();

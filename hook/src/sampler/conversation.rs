@@ -19,7 +19,7 @@ const START_BOUND: Duration = Duration::from_secs(10);
 const ANSWER_BOUND: Duration = Duration::from_secs(10);
 /// How long file systems may take to say what is left on them.
 const DISK_BOUND: Duration = Duration::from_secs(3);
-/// Of so many round trips the shortest counts: what makes one longer is not the link.
+/// How many round trips there are of which the shortest counts: what makes one longer is not the link.
 const ROUND_TRIPS: usize = 8;
 
 /// Why there is no sample.

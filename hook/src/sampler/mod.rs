@@ -37,19 +37,19 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 
-/// It ends so long after the last hook wanted to know something, if none of their builds run.
+/// How long after the last hook wanted to know something it ends, if none of their builds run.
 const IDLE: Duration = Duration::from_secs(30);
 /// How often it looks for hooks, masters and slots.
 const TICK: Duration = Duration::from_secs(1);
 /// No machine is asked more often.
 const SHORTEST: Duration = Duration::from_secs(1);
-/// After a machine could not be asked it is left alone for so long.
+/// How long a machine is left alone after it could not be asked.
 const PAUSE: Duration = Duration::from_secs(15);
-/// An account that has no shell for us is left alone for so long.
+/// How long an account is left alone that has no shell for us.
 const MUTE: Duration = Duration::from_secs(600);
 /// What is older is forgotten. Until then a machine that was short of something is asked before it gets a build.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
-/// Machines beyond so many are not looked at: each costs a thread.
+/// How many machines are looked at, at most: each costs a thread.
 const MOST_WATCHED: usize = 512;
 /// How long shells may take to be ended at the end.
 const PARTING: Duration = Duration::from_secs(3);

@@ -24,7 +24,7 @@ impl OwnLoad {
         Self { average, at: now, is_known: false }
     }
 
-    /// So many slots have been taken since the last count; none if that cannot be seen.
+    /// How many slots have been taken since the last count; none if that cannot be seen.
     pub(super) fn count(&mut self, taken: Option<u64>, now: Instant) {
         self.is_known = taken.is_some();
         let Some(taken) = taken.map(|taken| taken as f64) else { return };

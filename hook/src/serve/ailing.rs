@@ -11,7 +11,7 @@ use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::time::SystemTime;
 
-/// So many machines that Nix could not wait for are asked at a time; each takes a process.
+/// How many machines that Nix could not wait for are asked at a time; each takes a process.
 const MOST_ASKED: usize = 16;
 
 impl Hook<'_> {

@@ -112,7 +112,7 @@ impl Memory {
         refusals.filter(|(_, refusal)| is_such(refusal)).map(|(index, _)| index).collect()
     }
 
-    /// Notes a build that took so many seconds where each of them is worth `pace` of the usual.
+    /// Notes how many seconds a build took where each of them is worth `pace` of the usual.
     pub(super) fn built(&self, drv: &Derivation, seconds: f64, pace: f64, output: u64) {
         if let Some(history) = &self.history {
             history.note(drv.name(), seconds * pace, output);

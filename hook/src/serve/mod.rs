@@ -56,7 +56,7 @@ use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
 
-/// So many machines more are asked at once, when it is not known of the best one that it answers.
+/// How many further machines are contacted in parallel when the best one is not known to answer.
 const MOST_RIVALS: usize = 15;
 
 /// How long connecting may take before the reply to a machine that was down a moment ago and is being woken.

@@ -18,10 +18,10 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
 
-/// A build that runs is looked at so often.
+/// How often a build that runs is looked at.
 const EVERY: Duration = Duration::from_secs(10);
 
-/// A machine of whose load nothing is known is connected to so often at most, so that the sampler can ask it.
+/// How often, at most, a machine of whose load nothing is known is connected to, so that the sampler can ask it.
 const ASK_EVERY: Duration = Duration::from_secs(120);
 
 /// The look-out for a better machine while a build runs.
@@ -105,7 +105,7 @@ impl Outlook<'_, '_> {
         Review { first: Duration::from_secs_f64(moving::SETTLED), every: EVERY, calls_off }
     }
 
-    /// Whether there is a better machine for a build that has run for so long. Its slot is kept until it is
+    /// Whether there is a better machine for a build that has run for the time `ran`. Its slot is kept until it is
     /// [taken](Outlook::take) or [left](Outlook::leave).
     pub(super) fn finds(&self, ran: Duration) -> bool {
         let derivation = self.candidate.request.drv_path.as_str();

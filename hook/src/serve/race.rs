@@ -188,8 +188,8 @@ fn last_words(running: &[(&Runner<'_>, Instant)], until: Instant) -> Duration {
     if running.iter().any(ends) { LAST_WORDS } else { Duration::ZERO }
 }
 
-/// Nobody waits for those that come too late; what they learn of their machine is noted all the same, if this process lives
-/// so long.
+/// Nobody waits for those that come too late; what they learn of their machine is noted all the same, if this process
+/// still lives.
 fn start(reach: &Reach, store_dir: &StoreDir, runner: &Runner<'_>, done: Sender<Arrival>) {
     let (reach, store_dir, machine) = (reach.clone(), store_dir.clone(), runner.machine.clone());
     let (index, bound) = (runner.index, runner.bound);

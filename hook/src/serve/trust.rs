@@ -13,7 +13,7 @@ use nix_derivation::StorePath;
 use nix_offload_proxy::exit;
 use std::time::{Duration, Instant};
 
-/// A question may take so long even if those before it took all the time there was.
+/// How long a question may take even if those before it took all the time there was.
 const LEAST: Duration = Duration::from_millis(100);
 
 impl Hook<'_> {

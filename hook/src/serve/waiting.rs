@@ -13,7 +13,7 @@ use nix_offload_proxy::exit;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// A waiting build looks at the slots so often even if nothing seems to happen.
+/// How often a waiting build looks at the slots even if nothing seems to happen.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// How long a build that could take a slot leaves it to those who have had their turn for longer, in other lines.

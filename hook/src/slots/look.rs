@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Slots of one machine beyond so many are not looked at.
+/// How many slots of one machine are looked at, at most.
 const MOST_SLOTS: u64 = 512;
 
 /// The files that somebody on this machine has locked, at one moment.

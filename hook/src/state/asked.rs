@@ -6,9 +6,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Nix asks again every few seconds. If it has not for so long, it was another time.
+/// Nix asks again every few seconds. How long it has not when it counts as another time.
 const SAME: Duration = Duration::from_secs(120);
-/// It asks again within so long, if it still wants to.
+/// How long it takes at most until it asks again, if it still wants to.
 const AGAIN: Duration = Duration::from_secs(7);
 
 /// The memory of requests that were postponed.

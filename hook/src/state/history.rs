@@ -9,10 +9,10 @@ const NEWEST: f64 = 0.4;
 /// And in that of all builds.
 const NEWEST_OF_ALL: f64 = 1.0 / 64.0;
 
-/// After so many builds one that was like them is not written down.
+/// How many builds it takes until one that was like them is not written down.
 const SETTLED: u64 = 3;
 
-/// A build takes at least so many seconds, which is as exact as they are kept. One that was over before its hook looked at
+/// The fewest seconds that a build takes, which is as exact as they are kept. One that was over before its hook looked at
 /// the clock is noted as 0, with which all machines would be done at the same time, however crowded they are.
 const LEAST: f64 = 0.001;
 
@@ -57,7 +57,7 @@ impl History {
         self.0.get_all(&keys).into_iter().map(seconds).collect()
     }
 
-    /// Notes a build of so many seconds with so many bytes of outputs. That it cannot be noted only costs time.
+    /// Notes how many seconds a build took, and how many bytes its outputs have. That it cannot be noted only costs time.
     pub fn note(&self, name: &str, seconds: f64, output: u64) {
         if !seconds.is_finite() || seconds < 0.0 {
             return;

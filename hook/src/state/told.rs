@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// So many different things are told in one command.
+/// How many different things are told in one command, at most.
 const MOST: usize = 32;
 
 /// The memory of one Nix command: the process that started this one.

@@ -138,7 +138,7 @@ struct Row {
     slots: u64,
     /// Slots taken; none if they cannot be counted.
     taken: Option<u64>,
-    /// The builds that run there; none within for those that nobody says anything of.
+    /// One entry for each build running on the machine; `None` where its hook wrote nothing (a stock hook).
     builds: Vec<Option<Holder>>,
     /// Builds that wait for a slot there, if that is known.
     waiting: Option<u64>,
@@ -167,7 +167,7 @@ impl Desk {
 
     fn row(&self, survey: &Survey<'_>, machine: &Machine, now: SystemTime) -> Row {
         let look = {
-            // A look at a free slot takes it for a moment, which nobody is to see who chooses meanwhile.
+            // Looking at a free slot locks it for a moment; a hook that is choosing must not see that.
             let _choosing = self.slots.lock_choice();
             survey.look(machine)
         };

@@ -228,7 +228,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_secs())
 }
 
-/// An open database is good for so long; after a long build it is opened again, and its schema looked at.
+/// How long an open database is good; after a long build it is opened again, and its schema looked at.
 const FRESH: Duration = Duration::from_secs(10);
 
 const FIND_HASH: &str = "select hash from ValidPaths where path = ?";

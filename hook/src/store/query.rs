@@ -102,7 +102,7 @@ impl Query {
         Ok(id.optional().map_err(&failed)?.map(DrvId))
     }
 
-    /// Derivations that need outputs of this one and are still to be built, at most so many (`most`): those that
+    /// Derivations that need outputs of this one and are still to be built, at most `most` of them: those that
     /// refer to it and have an output that is not valid or whose path nobody knows.
     pub fn unbuilt_dependents(&self, of: DrvId, most: usize) -> Result<Vec<(DrvId, String)>, DatabaseError> {
         let failed = self.database.failed("look up derivations");

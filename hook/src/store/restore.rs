@@ -211,7 +211,7 @@ impl RestoreError {
 /// What is there is deleted first, but a path that is valid is not touched: it is put back only where its files are gone, and
 /// with the registered contents. The caller holds the path's lock (in a
 /// hook: through the Nix that waits). Nothing is registered. Reads `expected.nar_size` bytes of `nar` at
-/// most, and on success exactly so many. Memory use does not depend on sizes.
+/// most, and on success exactly that many. Memory use does not depend on sizes.
 ///
 /// Mirrors `LocalStore::addToStore` and `canonicalisePathMetaData` of Nix 2.34, except that extended
 /// attributes are not removed: new files have none, unless the store directory has default ACLs.

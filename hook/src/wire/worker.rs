@@ -100,7 +100,7 @@ pub enum Message {
         /// Fields by the kind.
         fields: Vec<Field>,
     },
-    /// The daemon wants up to so many bytes of the NAR that is being sent (before 1.23 only).
+    /// The daemon wants up to that many bytes of the NAR that is being sent (before 1.23 only).
     Read {
         /// How many it can take.
         length: u64,

@@ -88,7 +88,7 @@ impl From<WithholdError> for Failure {
 struct Done {
     name: String,
     is_changed: bool,
-    /// The builds that run there; none within for those of Nix's own hook.
+    /// One entry for each build running on the machine; `None` where its hook wrote nothing (a stock hook).
     running: Vec<Option<Holder>>,
 }
 

@@ -21,9 +21,9 @@ use super::{
 
 /// How long retiring waits for the lock: who holds it is about to replace the master anyway.
 const RETIRE_BOUND: Duration = Duration::from_millis(500);
-/// A master whose sessions were used up is asked last for so long.
+/// How long a master is asked last whose sessions were used up.
 const FULL_FOR: Duration = Duration::from_secs(5);
-/// One whose far side did not answer in time: ssh itself notices within so long that the link is cut.
+/// The same of one whose far side did not answer in time: within this time ssh itself notices that the link is cut.
 const SILENT_FOR: Duration = Duration::from_secs(40);
 /// How long a master that is given up may take to end when asked to.
 const END_BOUND: Duration = Duration::from_millis(200);

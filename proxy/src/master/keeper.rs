@@ -44,19 +44,19 @@ use super::{
 };
 use crate::passing;
 
-/// Streams are kept so long after somebody wanted one.
+/// How long streams are kept after somebody wanted one.
 const IDLE: Duration = Duration::from_secs(15);
 /// Streams that are being opened at a time. Some servers let no more than five connections wait, and others open some
 /// too.
 const MOST_OPENING: usize = 3;
 /// How long the far side may take to confirm a channel and to answer the first words.
 const OPENING: Duration = Duration::from_secs(20);
-/// After a failure nothing is opened for so long.
+/// How long nothing is opened after a failure.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long the end of a channel may wait for the master to have something else to do.
 const WAKE: Duration = Duration::from_millis(10);
-/// After a stream was handed out the next one is opened so much later, unless somebody waits for it: whoever has the
-/// first one is to have the processors first.
+/// How much later than one was handed out the next stream is opened, unless somebody waits for it: whoever has the first
+/// one is to have the processors first.
 const AFTERWARDS: Duration = Duration::from_millis(2);
 /// How long a write to the master may take.
 const WRITE_BOUND: Duration = Duration::from_millis(500);
@@ -208,7 +208,7 @@ impl Prepared {
     }
 }
 
-/// A stream that somebody has: until he closes this connection, or dies.
+/// A stream that a client has: until it closes this connection, or dies.
 struct Guarded {
     client: UnixStream,
     socket: UnixStream,
@@ -217,7 +217,7 @@ struct Guarded {
 /// Somebody who connected.
 struct Client {
     connection: UnixStream,
-    /// He said what he wants, and it is what we have.
+    /// It said what it wants, and that is what we have.
     asked: bool,
 }
 
@@ -424,7 +424,7 @@ impl Keeper {
         }
     }
 
-    /// Hears what a client wants. None if he has left, or wants something else.
+    /// Hears what a client wants. None if it has left, or wants something else.
     fn listen(&mut self, mut client: Client) -> Option<Client> {
         let mut packet = vec![0; MAX_PACKET];
         match client.connection.read(&mut packet) {
@@ -473,7 +473,7 @@ impl Keeper {
                     self.refill_at = Some(Instant::now() + AFTERWARDS);
                     self.guarded.push(Guarded { client: client.connection, socket: stream.socket });
                 }
-                // He has left.
+                // It has left.
                 Err(_) => self.streams.push_front(stream),
             }
         }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 
 use super::lock::lock;
 
-/// So many connections may be on their way to being logged in: sshd begins to turn some away when there are ten.
+/// How many connections may be on their way to being logged in: sshd begins to turn some away when there are ten.
 const LOGINS: i64 = 8;
 /// How often a place is looked for when all are taken.
 const LOGIN_INTERVAL: Duration = Duration::from_millis(10);
@@ -93,7 +93,7 @@ impl Pace {
         }
     }
 
-    /// Nobody connects for so long.
+    /// Nobody connects until that pause is over.
     pub(crate) fn hold_off(&self, pause: Duration) {
         let until = SystemTime::now() + pause + self.interval * (self.burst - 1);
         let noted = self.open().and_then(|mut file| {

@@ -103,7 +103,7 @@ fn an_sshd_that_goes_on_turning_us_away_is_told_with_the_words_to_look_for_and_l
     assert!(world.pool.down(&world.endpoint()).unwrap().reason.contains("turned the connection away"));
 }
 
-/// Starts so many masters at the same moment.
+/// Starts that many masters at the same moment.
 fn start_at_once(pool: &Pool, endpoint: &Endpoint, masters: u32) -> Duration {
     let barrier = Barrier::new(masters as usize);
     let begin = Instant::now();

@@ -161,7 +161,7 @@ fn the_words_of_another_client_are_not_said_twice() {
     assert!(listener.accept().is_err(), "there was a second connection");
 }
 
-/// So many logins at the same moment, all of which succeed.
+/// That many logins at the same moment, all of which succeed.
 fn log_in_at_once(world: &World, count: usize) {
     let file = world.path("offload.toml");
     let begin = Instant::now();

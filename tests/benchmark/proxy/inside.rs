@@ -33,7 +33,7 @@ pub(crate) enum Inside {
     Starts { times: u32, lines: Vec<String> },
     /// Moves this many bytes through a ProxyCommand; prints seconds.
     Transfer { direction: Direction, bytes: u64, line: String },
-    /// Starts so many processes at once, each with the next of the command lines; prints milliseconds until the last
+    /// Starts that many processes at once, each with the next of the command lines; prints milliseconds until the last
     /// one has ended, how many failed, and on stderr what those said.
     Stampede { count: usize, lines: Vec<String> },
 }

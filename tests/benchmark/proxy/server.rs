@@ -18,7 +18,7 @@ pub(crate) fn greeter() -> u16 {
     listen(|_| Ok(()))
 }
 
-/// Says its banner, waits for a byte and sends so much.
+/// Says its banner, waits for a byte and sends that many.
 pub(crate) fn source(bytes: u64) -> u16 {
     listen(move |mut client| {
         client.read_exact(&mut [0])?;
@@ -26,7 +26,7 @@ pub(crate) fn source(bytes: u64) -> u16 {
     })
 }
 
-/// Says its banner, takes so much and answers.
+/// Says its banner, takes that many bytes and answers.
 pub(crate) fn sink(bytes: u64) -> u16 {
     listen(move |mut client| {
         take(&mut client, bytes)?;
@@ -34,7 +34,7 @@ pub(crate) fn sink(bytes: u64) -> u16 {
     })
 }
 
-/// Writes so many bytes.
+/// Writes that many bytes.
 pub(crate) fn send(to: &mut impl Write, bytes: u64) -> io::Result<()> {
     let chunk = vec![0; CHUNK];
     let mut left = bytes;
@@ -46,7 +46,7 @@ pub(crate) fn send(to: &mut impl Write, bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads so many bytes.
+/// Reads that many bytes.
 pub(crate) fn take(from: &mut impl Read, bytes: u64) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut left = bytes;

@@ -17,7 +17,7 @@ use nix_offload::plan::{
 };
 use std::collections::BTreeSet;
 
-/// A history has so many of the names, with durations that are off by so much (two thirds are within a factor of
+/// How many of the names a history has, and by how much its durations are off (two thirds are within a factor of
 /// `e^sigma`).
 const KNOWN_NAMES: f64 = 0.85;
 const KNOWN_SIGMA: f64 = 0.3;

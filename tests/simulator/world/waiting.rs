@@ -7,7 +7,7 @@ use nix_offload::plan::{Because, Verdict};
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
-/// A build that waits looks again after so long even if nothing happens.
+/// How often a build that waits looks again even if nothing happens.
 const LOOK_AGAIN: f64 = 2.0;
 
 /// The machines that a build waits for, one bit for each. Fleets have 64 at most.

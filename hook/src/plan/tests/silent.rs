@@ -10,12 +10,12 @@ fn unasked() -> Known {
     busy(0).with_health(Health::Unasked)
 }
 
-/// What is decided after so many seconds of waiting.
+/// What is decided after that many seconds of waiting.
 fn after(waited: u64, am_willing: bool, local: &Local, known: &[Known]) -> Decision {
     ask(waited, 0, am_willing, local, known)
 }
 
-/// The same if the builds before it found nobody for so many seconds.
+/// The same if the builds before it found nobody for that many seconds.
 fn ask(waited: u64, silent: u64, am_willing: bool, local: &Local, known: &[Known]) -> Decision {
     let now = NOW + Duration::from_secs(1000);
     let before = |seconds| Some(now - Duration::from_secs(seconds));

@@ -97,7 +97,7 @@ fn only_machines_that_could_do_it_are_rivals_and_without_samples_only_much_faste
     assert_eq!([of(0, true), of(6, true), of(7, true)], [vec![1, 2, 6], vec![0, 1, 2], vec![]]);
 }
 
-/// A machine of 8 processors with so many tasks, of which as many are this client's as it has slots taken.
+/// A machine of 8 processors with that many tasks, of which as many are this client's as it has slots taken.
 fn busy(tasks: f64, taken: u64) -> Known {
     with_sample(Known { load: Load { taken }, ..idle() }, |sample| {
         sample.cores = Some(8);

@@ -19,7 +19,7 @@ fn wait_until(what: &str, mut question: impl FnMut() -> bool) {
     }
 }
 
-/// So many seconds after a time long ago.
+/// That many seconds after a time long ago.
 fn soon(seconds: u64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds)
 }
