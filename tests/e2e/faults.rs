@@ -76,7 +76,7 @@ fn a_machine_that_swallows_everything() {
         .ssh_config(&format!("Host hole\n HostName 127.0.0.1\n Port {port}\n"))
         .machines("ssh-ng://hole x86_64-linux - 1 1")
         .start();
-    assert_explained(&client, "'ssh-ng://hole'", "cannot connect to hole", "is up");
+    assert_explained(&client, "'ssh-ng://hole'", "cannot connect to hole", "whether sshd is well");
 }
 
 #[test]

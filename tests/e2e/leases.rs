@@ -231,7 +231,7 @@ fn a_slot_that_is_lost_in_mid_build_is_taken_anew() {
     for pid in mac.pids_matching("head -c 1") {
         mac.kill(pid, "KILL");
     }
-    let lasting = "no shared slot again: the build goes on without";
+    let lasting = "no shared slot again";
     wait_until("it is given up", SOON, || said(lasting) == 1);
     open(&client, "mid");
     let built = build.wait();

@@ -241,14 +241,14 @@ impl<'a> Candidate<'a> {
     ) -> Result<Self, Refusal> {
         let Question { machines, rules, request, now, .. } = *question;
         let machine = &machines[index];
-        // 1. Who may.
+        // Point 1: who may.
         suits(machine, request)?;
-        // 2. Who is out.
+        // Point 2: who is out.
         let known = known(index);
         if let Some(refusal) = obstacle(&known, rules, now) {
             return Err(refusal);
         }
-        // 3. Who has room. One who has waited for several slots for long is content with those that are free.
+        // Point 3: who has room. One who has waited for several slots for long is content with those that are free.
         let weight = request.weight(rules, machine);
         let left = machine.max_jobs.saturating_sub(known.load.taken);
         let weight = if question.waited() >= rules.hold_back { weight.min(left.max(1)) } else { weight };
@@ -304,8 +304,8 @@ impl<'a> Field<'a> {
         group.push(candidate);
     }
 
-    /// 2. Without another machine those that failed are asked: all of them for what Nix could not build, else those whose
-    /// pause is over.
+    /// Point 2: without another machine those that failed are asked, all of them for what Nix could not build, else those
+    /// whose pause is over.
     fn admit_ailing(&mut self, could_build: bool) {
         let mut others = self.ready.iter().chain(&self.waking).chain(&self.unasked);
         if others.any(Candidate::has_slots) {
@@ -332,20 +332,20 @@ impl<'a> Field<'a> {
         }
     }
 
-    /// 5. What is not known is assumed: as many missing bytes as the machine that lacks most.
+    /// Point 5: what is not known is assumed; as many missing bytes as the machine that lacks most.
     fn basis<'q>(&self, question: &Question<'q>) -> Basis<'q> {
         let Question { rules, work, now, .. } = *question;
         let missing = self.ready.iter().filter_map(|candidate| candidate.known.link.missing).max();
         Basis { rules, work, now, missing }
     }
 
-    /// 5. Where nothing is measured, estimates say nothing.
+    /// Point 5: where nothing is measured, estimates say nothing.
     fn order(&self, basis: &Basis<'_>) -> Order {
         let is_any_measured = self.ready.iter().any(|c| is_measured(&c.known, basis.rules, basis.now));
         if is_any_measured { Order::Estimate } else { Order::Stock }
     }
 
-    /// 4. When each would be done.
+    /// Point 4: when each would be done.
     fn estimate(&mut self, basis: &Basis<'_>) {
         for Candidate { machine, known, weight, estimate, .. } in &mut self.ready {
             *estimate = Some(estimate::estimate(machine, known, *weight, basis));
@@ -382,7 +382,7 @@ struct Ranked<'f> {
     estimate: &'f Estimate,
 }
 
-/// 4. Who is soonest. The better ones come first.
+/// Point 4: who is soonest. The better ones come first.
 fn rank<'f>(field: &'f Field<'f>, order: Order) -> Vec<Ranked<'f>> {
     let ranked =
         |candidate: &'f Candidate<'f>| Some(Ranked { candidate, estimate: candidate.estimate.as_ref()? });
@@ -433,19 +433,19 @@ fn answer(
     if rules.policy == Policy::LocalFirst && can_build_now {
         return (Verdict::Decline, Because::LocalFirst);
     }
-    // 4. Who is soonest.
+    // Point 4: who is soonest.
     if let Some(best) = best_free(ranked) {
         if here.is_some_and(|here| here.total < best.estimate.total) {
             return (Verdict::Decline, Because::LocalSooner);
         }
-        // 6. Holding back.
+        // Point 6: holding back.
         let awaited = worth_holding_back(question, ranked, order, best);
         if !awaited.is_empty() {
             return (question.wait_for(awaited), Because::HeldBack);
         }
         return (Verdict::Accept(best.candidate.index), Because::Best);
     }
-    // 7. Nobody free. If nobody is known to answer either, somebody may be by the time that Nix asks again.
+    // Point 7: nobody free. If nobody is known to answer either, somebody may be by the time that Nix asks again.
     let silent = field.silent();
     if !field.is_any_known() && !silent.is_empty() {
         let is_left_to_nix = can_build_now || could_build && question.has_heard_nothing();
