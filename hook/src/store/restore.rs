@@ -57,9 +57,9 @@ pub enum RestoreError {
     },
     /// The output is valid, its files are gone, and the builder has others.
     #[error(
-        "'{path}' is gone from the local store, and what the builder has in its place is something else, so it is not put \
-         there:\n  registered: {registered}\n  got:        {got}\nthe derivation may not be deterministic; \
-         with max-jobs above 0 `--repair` builds it here and registers what comes of that"
+        "'{path}' is gone from the local store, and what the builder has in its place ({got}) is not what is registered \
+         ({registered}), so it is not put there; the derivation may not be deterministic; with max-jobs above 0 \
+         `--repair` builds it here and registers what comes of that"
     )]
     ValidOtherwise {
         /// The output.
@@ -145,7 +145,7 @@ pub enum RestoreError {
     /// The archive is not the one the builder registered.
     #[error(
         "hash mismatch importing path '{path}':\n  specified: {specified}\n  got:       {got}\n\
-         the copy there is damaged; `nix-store --repair-path {path}` on that machine mends it"
+         (the copy there is damaged: `nix-store --repair-path {path}` on that machine mends it)"
     )]
     NarHash {
         /// The output.
