@@ -6,6 +6,8 @@ use harness::{Builder, Client, ClientPlan, Hook, Mode, Release, World, drv, even
 
 use crate::support::SOON;
 
+use crate::support::NO_SAMPLES;
+
 /// Everything a file system can hold that a store path may.
 const ZOO: &str = r#"d "zoo" ''
     mkdir -p $out/deep/$(seq -s / 40) $out/empty
@@ -410,6 +412,7 @@ fn a_machine_whose_copy_is_rotten_does_not_fail_the_build() {
         .knows(&sound)
         .machines("ssh-ng://rotten x86_64-linux - 1 9\nssh-ng://sound x86_64-linux - 1 1")
         .start();
+    client.write("/etc/nix/offload.toml", NO_SAMPLES);
     for expression in &expressions {
         let built = client.nix_build(expression, &["-j0"]);
         built.assert_success().assert_stderr_has("hash mismatch").assert_stderr_has("--repair-path");
