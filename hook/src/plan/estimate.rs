@@ -110,7 +110,7 @@ pub struct Basis<'a> {
 }
 
 /// Whether anything is measured of the machine that bears on how soon it would be done. If that is so for no machine,
-/// estimates are all guesses, and the choice is that of the stock hook.
+/// estimates are all guesses, and the choice is that of the stock hook of Nix 2.20 and newer.
 pub fn is_measured(known: &Known, rules: &Rules, now: SystemTime) -> bool {
     known.link.missing.is_some()
         || known.sample.as_ref().is_some_and(|sample| {

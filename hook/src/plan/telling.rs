@@ -246,7 +246,7 @@ pub fn ranking(decision: &Decision, machines: &[Machine]) -> String {
     ranked.sort_unstable_by_key(|(place, ..)| *place);
     if decision.order == Order::Stock && !ranked.is_empty() {
         text.push_str(
-            "the places follow Nix's own rule, since no machine is measured; the times are guesses\n",
+            "the places follow the rule of Nix 2.20, since no machine is measured; the times are guesses\n",
         );
     }
     let mut has_assumed = false;

@@ -58,7 +58,7 @@ pub enum Because {
 pub enum Order {
     /// By estimated finish.
     Estimate,
-    /// As the stock hook does, since nothing is measured of any suitable machine.
+    /// As the stock hook of Nix 2.20 and newer does, since nothing is measured of any suitable machine.
     Stock,
 }
 

@@ -205,7 +205,7 @@ impl Case {
     }
 }
 
-/// Nix's rule, written down once more: sorts by load for its speed, then speed, load and place.
+/// The rule of Nix 2.20 and newer, written down once more: sorts by load for its speed, then speed, load and place.
 fn stock(fleet: &[(Machine, u64)]) -> Option<usize> {
     let free = fleet.iter().enumerate().filter(|(_, (machine, taken))| *taken < machine.max_jobs);
     let key = |(index, (machine, taken)): (usize, &(Machine, u64))| {
@@ -286,7 +286,7 @@ proptest! {
     }
 
     #[test]
-    fn with_nothing_measured_the_order_is_stocks(fleet in vec((any_machine(), 0_u64..7), 1..8)) {
+    fn with_nothing_measured_the_order_is_that_of_stock_since_2_20(fleet in vec((any_machine(), 0_u64..7), 1..8)) {
         let plain = |(machine, taken): (Machine, u64)| {
             let systems = set(&["x86_64-linux"]);
             let mandatory_features = BTreeSet::new();

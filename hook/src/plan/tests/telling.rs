@@ -109,7 +109,7 @@ fn a_ranking_without_measurements_says_so() {
     assert_eq!(
         text,
         "to be built on ssh://a: nothing is measured, and it is the least loaded for its speed\n\
-         the places follow Nix's own rule, since no machine is measured; the times are guesses\n\
+         the places follow the rule of Nix 2.20, since no machine is measured; the times are guesses\n\
          \x20 1. ssh://a  done in 30 s\n\
          \x20      build      30 s  (30 s) / (speed 1 x 100 % of a core)\n\
          \x20                        (1) cores for (0.0) tasks of others, 0 of our builds, 1 for this one\n\
