@@ -58,6 +58,11 @@ impl Fleet {
         matches!(self, Self::Speeds | Self::Foreign | Self::Links)
     }
 
+    /// Whether speed factors differ, so that it matters how Nix's own hook divides by them.
+    pub(crate) fn has_speeds(self) -> bool {
+        self == Self::Speeds
+    }
+
     pub(crate) fn make(self, seed: u64) -> Vec<Spec> {
         let mut random = Random::new(seed ^ 0xf1ee7);
         let plain = |index: usize| spec(&format!("builder{index}"), 8, 1.0);

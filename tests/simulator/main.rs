@@ -82,7 +82,12 @@ fn main() -> ExitCode {
     };
     let rounds = Rounds { seeds: arguments.seeds, plays: arguments.plays };
     let results = scene::run_all(&scenes, rounds, scale, conditions, workers);
-    let figures = format!("{}\n{}\n{speed}", report::table(&results), report::goals(&results));
+    let figures = format!(
+        "{}\n{}\n{}{speed}",
+        report::table(&results),
+        report::goals(&results),
+        report::older(&results)
+    );
     print!("{figures}");
     if let Some(directory) = &arguments.docs {
         let page = directory.join("choosing.md");

@@ -44,43 +44,13 @@ pub(crate) fn table(results: &[Result]) -> String {
 /// For each goal, where it is missed.
 pub(crate) fn goals(results: &[Result]) -> String {
     let mut text = String::new();
+    let all: Vec<&Result> = results.iter().collect();
     for (who, gain) in [
         ("nix-offload", Result::gain_of_ours as fn(&Result) -> Gain),
         ("nix-offload with a history of durations", Result::gain_of_experience),
         ("Its rule alone, against stock's rule in nix-offload", Result::gain_of_rule),
     ] {
-        let worse = results.iter().filter(|result| gain(result).median < -NEVER_WORSE);
-        let worse =
-            worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).median)));
-        goal(&mut text, who, "never more than 2 % slower (medians)", worse.collect());
-        let worst = |result: &Result| {
-            let Gain { worst, error, .. } = gain(result);
-            format!("{} ({}, standard error {:.1})", result.scene.name(), percent(-worst), 100.0 * error)
-        };
-        let worse = results.iter().filter(|result| gain(result).worst < -NEVER_WORSE);
-        let worse: Vec<String> = worse.map(worst).collect();
-        let all = results.iter().min_by(|a, b| gain(a).worst.total_cmp(&gain(b).worst));
-        let title = match all.filter(|_| worse.is_empty()) {
-            Some(all) => format!("the same with the worst seed, which is in {}", worst(all)),
-            None => "the same with the worst seed".to_owned(),
-        };
-        goal(&mut text, who, &title, worse);
-        let little =
-            results.iter().filter(|result| result.scene.fleet.differs() && gain(result).median < BETTER);
-        let little = little.map(|result| {
-            let (reached, possible) = (percent(-gain(result).median), percent(-result.possible()));
-            format!("{} ({reached} of {possible} possible)", result.scene.name())
-        });
-        let title = "at least 20 % faster where speeds, load or links differ (medians)";
-        goal(&mut text, who, title, little.collect());
-        let fleets = Fleet::ALL.into_iter().filter(|fleet| fleet.differs());
-        let fleets: Vec<(Fleet, f64)> =
-            fleets.filter_map(|fleet| Some((fleet, gain_of_fleet(results, fleet, gain)?))).collect();
-        let each = fleets.iter().map(|(fleet, gain)| format!("{} {}", fleet.label(), percent(-gain)));
-        let title =
-            format!("the same over the graphs of each fleet ({})", each.collect::<Vec<_>>().join(", "));
-        let little = fleets.iter().filter(|(_, gain)| *gain < BETTER);
-        goal(&mut text, who, &title, little.map(|(fleet, _)| fleet.label().to_owned()).collect());
+        goals_of(&mut text, who, &all, gain, Result::possible);
     }
     let far = results.iter().filter_map(|result| Some((result, result.above_list()?.0)));
     let far = far.filter(|(_, above)| *above > NEAR);
@@ -94,8 +64,96 @@ pub(crate) fn goals(results: &[Result]) -> String {
     text
 }
 
+/// The same against the hook of Nix up to 2.19, for fleets on which it chooses otherwise; nothing without such a fleet.
+pub(crate) fn older(results: &[Result]) -> String {
+    let results: Vec<&Result> = results.iter().filter(|result| result.scene.fleet.has_speeds()).collect();
+    if results.is_empty() {
+        return String::new();
+    }
+    let mut text = String::from(
+        "| Fleet | Graph | Stock since 2.20 | Stock up to 2.19 | to stock since 2.20 (worst) | Ours | to stock up to 2.19 (worst) | with history (worst) | Bound |\n\
+         | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+    );
+    for result in &results {
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {} | {} | {} | {} ({}) |",
+            result.scene.fleet.label(),
+            result.scene.shape.label(),
+            seconds(result.median(|p| &p.stock)),
+            seconds(result.median(|p| &p.older)),
+            both(result.gain(|p| &p.older, |p| &p.stock)),
+            seconds(result.median(|p| &p.ours)),
+            both(gain_over_older(result)),
+            both(gain_of_experience_over_older(result)),
+            seconds(result.median(|p| &p.lower)),
+            percent(-possible_over_older(result)),
+        );
+    }
+    text.push('\n');
+    for (who, gain) in [
+        ("Against stock up to 2.19, nix-offload", gain_over_older as fn(&Result) -> Gain),
+        ("Against stock up to 2.19, nix-offload with a history of durations", gain_of_experience_over_older),
+    ] {
+        goals_of(&mut text, who, &results, gain, possible_over_older);
+    }
+    text.push('\n');
+    text
+}
+
+fn gain_over_older(result: &Result) -> Gain {
+    result.gain(|p| &p.ours, |p| &p.older)
+}
+
+fn gain_of_experience_over_older(result: &Result) -> Gain {
+    result.gain(|p| &p.experienced, |p| &p.older)
+}
+
+fn possible_over_older(result: &Result) -> f64 {
+    result.gain(|p| &p.lower, |p| &p.older).median
+}
+
+/// The goals of one contender, who may save so much at most.
+fn goals_of(
+    text: &mut String,
+    who: &str,
+    results: &[&Result],
+    gain: fn(&Result) -> Gain,
+    possible: fn(&Result) -> f64,
+) {
+    let worse = results.iter().filter(|result| gain(result).median < -NEVER_WORSE);
+    let worse = worse.map(|result| format!("{} ({})", result.scene.name(), percent(-gain(result).median)));
+    goal(text, who, "never more than 2 % slower (medians)", worse.collect());
+    let worst = |result: &&Result| {
+        let Gain { worst, error, .. } = gain(result);
+        format!("{} ({}, standard error {:.1})", result.scene.name(), percent(-worst), 100.0 * error)
+    };
+    let worse = results.iter().filter(|result| gain(result).worst < -NEVER_WORSE);
+    let worse: Vec<String> = worse.map(worst).collect();
+    let all = results.iter().min_by(|a, b| gain(a).worst.total_cmp(&gain(b).worst));
+    let title = match all.filter(|_| worse.is_empty()) {
+        Some(all) => format!("the same with the worst seed, which is in {}", worst(all)),
+        None => "the same with the worst seed".to_owned(),
+    };
+    goal(text, who, &title, worse);
+    let little = results.iter().filter(|result| result.scene.fleet.differs() && gain(result).median < BETTER);
+    let little = little.map(|result| {
+        let (reached, possible) = (percent(-gain(result).median), percent(-possible(result)));
+        format!("{} ({reached} of {possible} possible)", result.scene.name())
+    });
+    let title = "at least 20 % faster where speeds, load or links differ (medians)";
+    goal(text, who, title, little.collect());
+    let fleets = Fleet::ALL.into_iter().filter(|fleet| fleet.differs());
+    let fleets: Vec<(Fleet, f64)> =
+        fleets.filter_map(|fleet| Some((fleet, gain_of_fleet(results, fleet, gain)?))).collect();
+    let each = fleets.iter().map(|(fleet, gain)| format!("{} {}", fleet.label(), percent(-gain)));
+    let title = format!("the same over the graphs of each fleet ({})", each.collect::<Vec<_>>().join(", "));
+    let little = fleets.iter().filter(|(_, gain)| *gain < BETTER);
+    goal(text, who, &title, little.map(|(fleet, _)| fleet.label().to_owned()).collect());
+}
+
 /// How much less time a fleet takes, as the geometric mean over its graphs. None if there are none.
-fn gain_of_fleet(results: &[Result], fleet: Fleet, gain: fn(&Result) -> Gain) -> Option<f64> {
+fn gain_of_fleet(results: &[&Result], fleet: Fleet, gain: fn(&Result) -> Gain) -> Option<f64> {
     let logs: Vec<f64> = results
         .iter()
         .filter(|result| result.scene.fleet == fleet)

@@ -3,6 +3,7 @@
 use crate::bounds;
 use crate::fleet::{Fleet, Spec};
 use crate::graph::Shape;
+use crate::stock::Edition;
 use crate::world::{self, Conditions, Contender, Outcome};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -55,6 +56,8 @@ impl Plays {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Played {
     pub(crate) stock: Plays,
+    /// With the hook of Nix up to 2.19. Where all speed factors are 1 it does the same and is not played again.
+    pub(crate) older: Plays,
     pub(crate) unmeasured: Plays,
     pub(crate) ours: Plays,
     pub(crate) experienced: Plays,
@@ -108,9 +111,12 @@ impl Scene {
         };
         let makespan =
             |outcomes: &[Outcome]| Plays::of(outcomes.iter().map(|outcome| outcome.makespan).collect());
+        let stock = |edition| makespan(&run(Contender::Stock(edition)));
+        let newer = stock(Edition::Since2_20);
         let ours = run(Contender::Ours);
         Played {
-            stock: makespan(&run(Contender::Stock)),
+            older: if self.fleet.has_speeds() { stock(Edition::UpTo2_19) } else { newer.clone() },
+            stock: newer,
             unmeasured: makespan(&run(Contender::Unmeasured)),
             ours: makespan(&ours),
             experienced: makespan(&run(Contender::Experienced)),

@@ -14,6 +14,7 @@ use crate::graph::Graph;
 use crate::random::Random;
 use crate::sharing::Shared;
 use crate::site::Site;
+use crate::stock::Edition;
 use nix_offload::plan::machine::Machine;
 use nix_offload::plan::{Because, Rules, Verdict};
 use std::cmp::Reverse;
@@ -41,7 +42,7 @@ const ROUND_TRIPS: f64 = 2.0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Contender {
     /// Nix's own hook.
-    Stock,
+    Stock(Edition),
     /// Our hook when nothing is ever measured: it builds as ours does and chooses as stock does, and its builds wait in
     /// the order in which they come.
     Unmeasured,
@@ -382,7 +383,7 @@ impl World<'_> {
                     // The reply has to wait for the connection, and so does Nix.
                     self.shunned[site] = true;
                     let patience = match self.contender {
-                        Contender::Stock => STOCK_CONNECT,
+                        Contender::Stock(_) => STOCK_CONNECT,
                         _ => OUR_CONNECT,
                     };
                     self.sites[site].cool_until = self.now + COOL_DOWN;
@@ -411,7 +412,7 @@ impl World<'_> {
 
     /// Whether a build is promised there without asking the machine.
     fn is_trusted(&self, site: usize) -> bool {
-        self.contender != Contender::Stock && self.now - self.sites[site].answered < COOL_DOWN
+        !self.contender.is_stock() && self.now - self.sites[site].answered < COOL_DOWN
     }
 
     fn ask_again(&mut self) {
@@ -450,7 +451,7 @@ impl World<'_> {
 
     fn send(&mut self, job: usize) {
         let Some(index) = self.jobs[job].site else { return };
-        if self.contender == Contender::Stock {
+        if self.contender.is_stock() {
             self.sites[index].upload_lock.push_back(job);
             if self.sites[index].upload_lock.len() > 1 {
                 return;
@@ -501,7 +502,7 @@ impl World<'_> {
                 self.jobs[job].began = self.now;
             }
         }
-        if self.contender == Contender::Stock {
+        if self.contender.is_stock() {
             self.sites[index].upload_lock.pop_front();
             if let Some(next) = self.sites[index].upload_lock.front().copied() {
                 self.send_missing(next, index);
@@ -520,7 +521,7 @@ impl World<'_> {
         let delay = ROUND_TRIPS * self.sites[index].spec.round_trip;
         let attempt = self.jobs[job].attempt;
         self.after(delay, Event::Fetch { job, attempt });
-        if self.contender != Contender::Stock {
+        if !self.contender.is_stock() {
             self.give_back(job, index);
             self.serve_waiting();
         }
@@ -585,7 +586,7 @@ impl World<'_> {
         let Some(index) = self.jobs[job].site.take() else { return };
         self.give_back(job, index);
         self.jobs[job].attempt += 1;
-        if self.contender == Contender::Stock {
+        if self.contender.is_stock() {
             self.ready.insert((self.names[job], job));
             self.ended();
         } else {

@@ -5,8 +5,13 @@ use crate::graph::Shape;
 use crate::random::Random;
 use crate::report::{BETTER, NEAR, NEVER_WORSE};
 use crate::scene::{Gain, Plays, Result, Rounds, Scene, run_all};
+use crate::stock::Edition;
 use crate::world::{self, Conditions, Contender};
 use crate::{bounds, stock};
+use nix_offload::plan::machine::Machine;
+
+const EDITIONS: [Edition; 2] = [Edition::UpTo2_19, Edition::Since2_20];
+const STOCK: Contender = Contender::Stock(Edition::Since2_20);
 
 impl Conditions {
     /// Nix as it is, and hooks that do nothing twice.
@@ -100,7 +105,9 @@ fn the_same_seed_gives_the_same_world() {
     for shape in [Shape::Mixed, Shape::System] {
         let graph = shape.make(3, 0.02);
         let fleet = Fleet::Dying.make(3);
-        for contender in [Contender::Stock, Contender::Unmeasured, Contender::Ours, Contender::Experienced] {
+        let stock = EDITIONS.map(Contender::Stock);
+        let ours = [Contender::Unmeasured, Contender::Ours, Contender::Experienced];
+        for contender in stock.into_iter().chain(ours) {
             let run = |naming| world::run(&graph, &fleet, contender, Conditions::REAL, naming);
             assert_eq!(run(1), run(1), "{contender:?}");
         }
@@ -112,7 +119,7 @@ fn builds_that_die_with_their_machine_are_made_elsewhere() {
     let graph = Shape::Wide.make(1, 0.5);
     let mut fleet = Fleet::Equal.make(1);
     fleet[0].outages = vec![(30.0, 1e9)];
-    for contender in [Contender::Stock, Contender::Ours] {
+    for contender in [STOCK, Contender::Ours] {
         let outcome = world::run(&graph, &fleet, contender, Conditions::REAL, 1);
         assert!(outcome.lost > 0, "{contender:?} lost nothing");
         // Every stock hook asks the dead machine again, and Nix waits for each.
@@ -126,7 +133,7 @@ fn all_is_built_though_all_machines_are_dead_for_a_while() {
     let graph = Shape::Wide.make(1, 0.1);
     let mut fleet = Fleet::Equal.make(1);
     fleet.iter_mut().for_each(|spec| spec.outages = vec![(30.0, 300.0)]);
-    for contender in [Contender::Stock, Contender::Unmeasured, Contender::Ours] {
+    for contender in [STOCK, Contender::Unmeasured, Contender::Ours] {
         let outcome = world::run(&graph, &fleet, contender, Conditions::REAL, 1);
         assert!(outcome.makespan > 300.0 && outcome.makespan < 900.0, "{contender:?}: {outcome:?}");
     }
@@ -159,7 +166,37 @@ fn both_models_of_stocks_rule_agree() {
         fleet.iter_mut().for_each(|spec| spec.line.speed_factor = speeds[random.below(4)]);
         let taken: Vec<u64> = (0..count).map(|_| random.below(10) as u64).collect();
         let lines: Vec<_> = fleet.iter().map(|spec| spec.line.clone()).collect();
-        let chosen = stock::choose(&lines, &taken, &vec![false; count]);
+        let chosen = stock::choose(Edition::Since2_20, &lines, &taken, &vec![false; count]);
         assert_eq!(chosen, world::unmeasured_choice(&lines, &taken));
+    }
+}
+
+#[test]
+fn stock_up_to_2_19_divides_loads_as_integers() {
+    let lines: Vec<_> = Fleet::Speeds.make(1).into_iter().map(|spec| spec.line).collect();
+    let lines: [Machine; 3] = lines.try_into().expect("three machines");
+    // Slots taken after so many builds on idle machines of the speeds 1, 8 and 1.
+    let taken_after = |edition: Edition, builds: usize| {
+        let mut taken = [0; 3];
+        for _ in 0..builds {
+            taken[stock::choose(edition, &lines, &taken, &[false; 3]).expect("a free slot")] += 1;
+        }
+        taken
+    };
+    assert_eq!(taken_after(Edition::UpTo2_19, 6), [0, 6, 0]);
+    assert_eq!(taken_after(Edition::Since2_20, 6), [1, 4, 1]);
+    assert_eq!(taken_after(Edition::UpTo2_19, 10), [1, 8, 1]);
+}
+
+#[test]
+fn where_all_speed_factors_are_1_both_editions_of_stock_choose_alike() {
+    let mut random = Random::new(6);
+    for fleet in Fleet::ALL.into_iter().filter(|fleet| !fleet.has_speeds()) {
+        let lines: Vec<_> = fleet.make(1).into_iter().map(|spec| spec.line).collect();
+        for _ in 0..500 {
+            let taken: Vec<u64> = lines.iter().map(|_| random.below(10) as u64).collect();
+            let choose = |edition| stock::choose(edition, &lines, &taken, &vec![false; lines.len()]);
+            assert_eq!(choose(Edition::UpTo2_19), choose(Edition::Since2_20), "{taken:?}");
+        }
     }
 }

@@ -23,6 +23,10 @@ const KNOWN_NAMES: f64 = 0.85;
 const KNOWN_SIGMA: f64 = 0.3;
 
 impl Contender {
+    pub(super) fn is_stock(self) -> bool {
+        matches!(self, Self::Stock(_))
+    }
+
     pub(super) fn is_learning(self) -> bool {
         matches!(self, Self::Ours | Self::Experienced)
     }
@@ -30,9 +34,9 @@ impl Contender {
 
 impl World<'_> {
     pub(super) fn decide(&mut self, job: usize) -> (Verdict, Because) {
-        if self.contender == Contender::Stock {
+        if let Contender::Stock(edition) = self.contender {
             let taken: Vec<u64> = self.sites.iter().map(|site| site.taken.len() as u64).collect();
-            let best = stock::choose(&self.lines, &taken, &self.shunned);
+            let best = stock::choose(edition, &self.lines, &taken, &self.shunned);
             return (best.map_or(Verdict::Postpone(Vec::new()), Verdict::Accept), Because::Best);
         }
         let decision = self.decided(job);

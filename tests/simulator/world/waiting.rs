@@ -1,6 +1,6 @@
 //! Builds that wait in hooks of ours for a slot, and builds that do not stay where they began.
 
-use super::{Contender, Event, What, World};
+use super::{Event, What, World};
 use crate::site::{Site, clock};
 use nix_offload::plan::turn;
 use nix_offload::plan::{Because, Verdict};
@@ -131,7 +131,7 @@ impl World<'_> {
 
     /// What a hook says to Nix. Where nothing is free and nobody may wait it need not be asked.
     pub(super) fn answer(&mut self, job: usize) -> (Verdict, Because) {
-        let may_wait = self.contender != Contender::Stock && self.may_wait(self.all());
+        let may_wait = !self.contender.is_stock() && self.may_wait(self.all());
         match may_wait || self.sites.iter().any(Site::is_free) {
             true => self.decide(job),
             false => (Verdict::Postpone(Vec::new()), Because::Full),
