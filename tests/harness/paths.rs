@@ -29,7 +29,7 @@ impl Release {
     /// The directory this release's programs come from; made by `tests/make-roots`.
     pub fn root(self) -> PathBuf {
         let roots = env::var_os("NIX_OFFLOAD_TEST_ROOTS")
-            .map_or_else(|| workspace().join("target/test-roots"), PathBuf::from);
+            .map_or_else(|| target().join("test-roots"), |dir| workspace().join(PathBuf::from(dir)));
         let own = roots.join(self.name());
         if own.is_dir() {
             return own;

@@ -10,6 +10,7 @@ use nix_offload::wire::put_u64;
 use nix_offload::wire::serve::{NEWEST_MINOR, OLDEST_MINOR, Version};
 use nix_offload::wire::worker::{Options, Outcome};
 use nix_offload_proxy::master::SessionEnd;
+use std::env;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -105,15 +106,23 @@ pub(crate) fn serve(store: &Store, minor: u8) -> (ServeStore, UnixStream) {
     (store.map_err(|(error, _)| error).unwrap(), socket)
 }
 
-/// The programs of each release that is here: those of this system, and those of the small roots.
+/// The programs of each release, in the small roots that `tests/make-roots` makes. Those of the oldest one, Debian 12, are
+/// called "here": where there is no root of it, this system is that.
 pub(crate) fn releases() -> Vec<(String, Option<PathBuf>)> {
-    let roots = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-roots");
-    let mut found = vec![("here".to_owned(), None)];
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let roots = env::var_os("NIX_OFFLOAD_TEST_ROOTS").map(PathBuf::from).unwrap_or_else(|| {
+        env::var_os("CARGO_TARGET_DIR").map_or("target".into(), PathBuf::from).join("test-roots")
+    });
+    let roots = workspace.join(roots);
+    let mut found = vec![("here".to_owned(), fs::canonicalize(roots.join("bookworm")).ok())];
     for name in ["trixie", "sid"] {
         let root = roots.join(name);
-        if root.join("usr/bin/nix-store").exists() {
-            found.push((name.to_owned(), Some(fs::canonicalize(root).unwrap())));
-        }
+        assert!(
+            root.join("usr/bin/nix-store").exists(),
+            "{} is missing; ./tests/make-roots makes it",
+            root.display()
+        );
+        found.push((name.to_owned(), Some(fs::canonicalize(root).unwrap())));
     }
     found
 }
