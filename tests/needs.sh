@@ -1,6 +1,9 @@
 # Sourced by the scripts beside it: looks for what the test world needs, installs what is missing (as
 # root on Debian), and leaves `cargo` in PATH. Expects `set -euo pipefail`.
 
+# What is made is for users without rights, too.
+umask 022
+
 say() { printf '\n== %s\n' "$*"; }
 die() {
   printf '%s\n' "$@" >&2
@@ -25,9 +28,43 @@ needs=(
   /usr/bin/python3:python3
   /usr/lib/python3/dist-packages/paramiko/__init__.py:python3-paramiko
   cc:gcc
+  dpkg-shlibdeps:dpkg-dev
   /usr/include/stdlib.h:libc6-dev
   /etc/ssl/certs/ca-certificates.crt:ca-certificates
 )
+
+# Installs packages with apt; of openssh-server only the program. Left to itself it would let in whoever has a key or a
+# password of this machine, now and after each boot.
+install_packages() (
+  export DEBIAN_FRONTEND=noninteractive
+  packages() { apt-get -y -qq -o DPkg::Lock::Timeout=120 -o Dpkg::Use-Pty=0 "$@" >/dev/null; }
+  echo "installing $*"
+  if [[ " $* " == *" openssh-server "* ]] && ! compgen -G '/*/systemd/system/ssh.service' >/dev/null; then
+    echo "ssh.service, which comes with it, is neither started nor enabled"
+    policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ]; then policy=; fi
+    trap leave_sshd_off EXIT
+    trap 'exit 130' INT TERM
+    if [ -n "$policy" ]; then
+      printf '#!/bin/sh\ncase "$*" in *ssh*) exit 101 ;; esac\n' >"$policy"
+      chmod 755 "$policy"
+    fi
+  fi
+  packages install --no-install-recommends "$@" 2>/dev/null || {
+    packages update
+    packages install --no-install-recommends "$@"
+  }
+)
+
+leave_sshd_off() {
+  local now=
+  if [ -n "$policy" ]; then rm -f "$policy"; fi
+  if [ -d /run/systemd/system ]; then now=--now; fi
+  if [ -e /lib/systemd/system/ssh.service ] && command -v systemctl >/dev/null; then
+    systemctl --quiet disable $now ssh.service ssh.socket
+  fi
+  if [ -e /etc/init.d/ssh ]; then update-rc.d ssh disable; fi
+}
 
 missing_packages() {
   local need thing
@@ -41,6 +78,7 @@ missing_packages() {
 
 install_needs() {
   local line missing
+  [ "$(uname -m)" = x86_64 ] || die "the tests need an x86_64 machine: they build for x86_64-linux. This one is $(uname -m)."
   say "looking for what the tests need"
   mapfile -t missing < <(missing_packages)
   if [ ${#missing[@]} != 0 ]; then
@@ -48,19 +86,17 @@ install_needs() {
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
       die "missing: ${missing[*]}" "as root on Debian: $line"
     fi
-    echo "installing ${missing[*]}"
-    export DEBIAN_FRONTEND=noninteractive
-    if ! apt-get install -y -q --no-install-recommends "${missing[@]}"; then
-      apt-get update -q
-      apt-get install -y -q --no-install-recommends "${missing[@]}"
-    fi
+    install_packages "${missing[@]}"
     mapfile -t missing < <(missing_packages)
     [ ${#missing[@]} = 0 ] || die "still missing after the installation: ${missing[*]}"
   fi
 
-  if ! command -v cargo >/dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH=$HOME/.cargo/bin:$PATH; fi
-  command -v cargo >/dev/null || die "missing: a Rust toolchain (cargo), for example from https://rustup.rs"
-
+  find_cargo
   [ "$(id -u)" = 0 ] || die "the tests make mount and PID namespaces and overlays and must be run as root: sudo $0"
   unshare --mount --pid --uts --fork true || die "this machine does not let root make namespaces (in a container: run it privileged)"
+}
+
+find_cargo() {
+  if ! command -v cargo >/dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH=$HOME/.cargo/bin:$PATH; fi
+  command -v cargo >/dev/null || die "missing: a Rust toolchain (cargo), for example from https://rustup.rs"
 }

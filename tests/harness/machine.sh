@@ -13,6 +13,8 @@
 #   BINARIES  directory shown read-only as /opt/nix-offload/bin
 # HIDE_NIX=1 leaves out Nix's programs. OWN_NETWORK=1 says that it has a network namespace of its own, too. SHARE=DIR is shown as /mnt/share, writable.
 set -euo pipefail
+# Users without rights are to read what is made here.
+umask 022
 
 name=$1 stage=$2 root=${3%/} binaries=${4:-}
 
