@@ -219,7 +219,7 @@ fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<L
     let memory = Memory::of(pool.directory(), format!("{host} {port}"));
     if deadline.is_none()
         && memory.pause(SystemTime::now()).is_some()
-        && let Some(link) = over_its_master(pool, request)
+        && let Some(link) = over_its_master(pool, request, || take_turn(pool, request).is_ok())
     {
         return Ok(link);
     }
@@ -234,7 +234,7 @@ fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<L
     };
     let lacks_network = source.may_lack_network() && network::is_absent();
     let error = TunnelError::Direct { host: host.clone(), port, source };
-    if let Some(link) = over_its_master(pool, request) {
+    if let Some(link) = over_its_master(pool, request, || true) {
         // The host is up; it is this way to it that need not be tried again at once.
         memory.failed(&exit::reason(&error), SystemTime::now());
         return Ok(link);
@@ -247,7 +247,7 @@ fn direct(pool: &Pool, request: &Request, deadline: Option<Instant>) -> Result<L
 /// such a login come from itself (`from=` and `Match Address` would count only while a master lives), and many a host
 /// cannot reach its own address. The master gets none of our descriptors, so that another attempt can follow; and it is not
 /// ended whatever comes of this, for it has its own users.
-fn over_its_master(pool: &Pool, request: &Request) -> Option<Link> {
+fn over_its_master(pool: &Pool, request: &Request, turn: impl Fn() -> bool) -> Option<Link> {
     let (host, port) = (&request.host, request.port);
     // What serves the start of a master must not hang on another one to the same host.
     if pool.serves_a_start() {
@@ -256,6 +256,9 @@ fn over_its_master(pool: &Pool, request: &Request) -> Option<Link> {
     let master = pool.live_to(host, port)?;
     let memory = Memory::of(pool.directory(), format!("{host} {port} over its own master"));
     let _probe = memory.admit(SystemTime::now()).ok()?;
+    if !turn() {
+        return None;
+    }
     match master.connect_to(host, port, request.bound.min(UNASKED_BOUND)) {
         Ok(socket) => {
             memory.clear();
