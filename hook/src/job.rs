@@ -9,6 +9,7 @@ use crate::builder::{Ahead, BuilderError, Clocks, Event, MAX_ACTIVITIES, Review,
 use crate::config::Settings;
 use crate::lease::{Lease, LeaseError, Permit};
 use crate::nix_side::NixSide;
+use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
 use crate::plan::trust::Way;
 use crate::sending::{Mark, Sending};
@@ -278,6 +279,31 @@ impl Task<'_> {
             return Err(JobError::InputMissing(self.location.render(self.drv_path)));
         }
         Ok(closure.into_keys().filter(|path| !inputs.contains(path)).collect())
+    }
+
+    /// What outputs may refer to besides outputs: the inputs, and those of the paths they claim to refer to that are valid here.
+    fn referable(
+        &self,
+        inputs: &[StorePath],
+        claims: &[Option<PathInfo>],
+    ) -> Result<BTreeSet<StorePath>, JobError> {
+        let mut referable: BTreeSet<StorePath> = inputs.iter().cloned().collect();
+        let is_output = |path: &StorePath| self.outputs.values().any(|output| output.path == *path);
+        let claimed = claims.iter().flatten().flat_map(|claim| &claim.references);
+        let others: BTreeSet<&StorePath> =
+            claimed.filter(|path| !referable.contains(*path) && !is_output(path)).collect();
+        if others.is_empty() {
+            return Ok(referable);
+        }
+        let query = Query::open(self.location)?;
+        let mut valid = Vec::new();
+        for path in others {
+            if query.is_valid(path)? {
+                valid.push(path.clone());
+            }
+        }
+        referable.extend(valid);
+        Ok(referable)
     }
 
     /// Does it. The slot and the lease are given back as soon as the build is over, before outputs travel.

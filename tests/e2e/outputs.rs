@@ -480,3 +480,26 @@ fn an_output_that_lost_its_contents_over_there_is_refused_at_once() {
         client.verify_store();
     }
 }
+
+#[test]
+fn an_output_may_refer_to_whatever_is_valid_here() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let refers = drv::script("refers", "echo x > $out");
+    let path = client.nix_build(&refers, &["-j0"]).assert_success().out_path();
+    client.run(&format!("nix-store --delete {path}"));
+    let add = "echo stranger > /tmp/stranger; nix-store --add /tmp/stranger";
+    let stranger = mac.run(add).trim().to_owned();
+    // As after a build that was allowed to add to the store.
+    mac.run(&format!("printf '{path}\\n\\n1\\n{stranger}\\n' | nix-store --register-validity --reregister"));
+    client
+        .nix_build(&refers, &["-j0"])
+        .assert_failure()
+        .assert_stderr_has(&stranger)
+        .assert_stderr_has("neither an input nor an output, nor valid here");
+    assert_eq!(client.run(add).trim(), stranger);
+    assert_eq!(client.nix_build(&refers, &["-j0"]).assert_success().out_path(), path);
+    assert_eq!(client.run(&format!("nix-store -q --references {path}")).trim(), stranger);
+    client.verify_store();
+}

@@ -69,7 +69,7 @@ impl Task<'_> {
         let wanted = self.wanted(job)?;
         let paths: Vec<StorePath> = wanted.iter().map(|output| output.path.clone()).collect();
         let claims = builder.path_infos(&paths, &mut |e| relay.pass(e))?;
-        let inputs: BTreeSet<StorePath> = prepared.inputs.iter().cloned().collect();
+        let inputs = self.referable(&prepared.inputs, &claims)?;
         let mut infos = Vec::new();
         let mut others = Vec::new();
         for (output, claim) in wanted.iter().zip(claims) {

@@ -31,8 +31,10 @@ pub enum OutputError {
     /// The builder says it built the outputs, but this one is not there.
     #[error("the builder reported success, but the output '{0}' is not in its store")]
     Missing(String),
-    /// A reference that the build cannot have had.
-    #[error("the output '{path}' claims to refer to '{reference}', which is neither an input nor an output")]
+    /// A reference that cannot be registered here.
+    #[error(
+        "the output '{path}' claims to refer to '{reference}', which is neither an input nor an output, nor valid here"
+    )]
     Reference {
         /// The output.
         path: String,
@@ -106,7 +108,9 @@ pub fn is_fixed(drv: &Derivation) -> bool {
 
 /// Turns a builder's claim of an output into what is registered here.
 ///
-/// References must be inputs or outputs of the same derivation. The content address is the derivation's, never
+/// References must be outputs of the same derivation or `referable`: its inputs, and what else is valid here. More is not asked
+/// for, as Nix does not (`registerValidPaths`): the builder has seen what the build could refer to, and to refuse what it
+/// built would be to build it again, on each machine. The content address is the derivation's, never
 /// the builder's. Signatures that could not be stored as words are dropped.
 ///
 /// # Errors
@@ -114,7 +118,7 @@ pub fn is_fixed(drv: &Derivation) -> bool {
 pub fn accept(
     wanted: &Wanted,
     claim: PathInfo,
-    inputs: &BTreeSet<StorePath>,
+    referable: &BTreeSet<StorePath>,
     outputs: &BTreeMap<String, Wanted>,
     store_dir: &StoreDir,
 ) -> Result<PathInfo, OutputError> {
@@ -126,7 +130,7 @@ pub fn accept(
                 reference: render(reference),
             });
         }
-        if !inputs.contains(reference) && !outputs.values().any(|o| o.path == *reference) {
+        if !referable.contains(reference) && !outputs.values().any(|o| o.path == *reference) {
             return Err(OutputError::Reference { path: render(&wanted.path), reference: render(reference) });
         }
     }
