@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -28,6 +29,8 @@ use thiserror::Error;
 /// Held while a place is taken or changed, for microseconds. It has the last number in it, so that none is given twice: a
 /// file is removed by its name, which must not be another one's by then.
 const DOOR: &str = "door";
+/// The state directory of the store whose queue has no name of its own.
+const USUAL_STORE: &str = "/nix/var/nix";
 /// What is not yet a place.
 const DRAFT: &str = "draft";
 /// The most bytes of the names of machines that are read.
@@ -90,17 +93,26 @@ pub struct Turn {
 }
 
 impl Queue {
-    /// The one in a runtime directory, to be looked at.
-    pub fn of(directory: &Path) -> Self {
-        Self { directory: directory.join("queue") }
+    /// The one in a runtime directory, to be looked at, for the store with that state directory. Slots are counted for each
+    /// store, so nobody waits for those of another one.
+    pub fn of(directory: &Path, store: &Path) -> Self {
+        let name = if store == Path::new(USUAL_STORE) {
+            "queue".to_owned()
+        } else {
+            let digest =
+                hash_bytes(HashAlgorithm::Sha256, store.as_os_str().as_bytes()).to_nix_base16_string();
+            let digest: String = digest.chars().skip("sha256:".len()).take(NAME_DIGITS).collect();
+            format!("queue-{digest}")
+        };
+        Self { directory: directory.join(name) }
     }
 
     /// The same, to be used; it is made if need be.
     ///
     /// # Errors
     /// If it cannot be made.
-    pub fn open(directory: &Path) -> Result<Self, QueueError> {
-        let queue = Self::of(directory);
+    pub fn open(directory: &Path, store: &Path) -> Result<Self, QueueError> {
+        let queue = Self::of(directory, store);
         match fs::create_dir(&queue.directory) {
             Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
                 Err(QueueError { path: queue.directory, source })

@@ -75,7 +75,7 @@ impl<'a> Survey<'a> {
     ) -> Self {
         let withheld = state.map(Withholdings::read).unwrap_or_default();
         let samples = Samples::read(&Samples::path(reach.directory()));
-        let waiting = Queue::of(reach.directory()).waiting();
+        let waiting = Queue::of(reach.directory(), &location.state_dir).waiting();
         let (vitals, backlogs) = (reach.vitals(machines), sending::backlogs(reach.directory()));
         let (used, narrower) = (slots.used(), Waiting::default());
         let (missing, usual) = (HashMap::new(), None);

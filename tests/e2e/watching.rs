@@ -21,6 +21,29 @@ fn text(output: &Output) -> String {
 }
 
 #[test]
+fn builds_of_another_store_wait_for_nothing_here() {
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let mode = Mode::Private { store: "/tmp/private".into(), as_user: false };
+    let client = plan(&world).mode(mode).uses(&mac, "ssh-ng", 1).start();
+    let running = client.spawn_nix_build(&gated("first"), &["-j0"]);
+    wait_for_begin(&client, "first", &["mac"]);
+    let waiting = client.spawn_nix_build(&gated("second"), &["-j0"]);
+    let of_store = |store: &[&str]| {
+        let output = client.command(OURS).args(["status", "--json"]).args(store).run();
+        let list: Value = serde_json::from_str(output.assert_success().stdout()).unwrap();
+        (list[0]["taken"].clone(), list[0]["waiting"].clone())
+    };
+    let private = ["--store", "/tmp/private"];
+    wait_until("one waits for the private store's slot", SOON, || of_store(&private) == (json!(1), json!(1)));
+    assert_eq!(of_store(&[]), (json!(0), json!(0)));
+    for (name, build) in [("first", running), ("second", waiting)] {
+        open(&client, name);
+        build.wait().assert_success();
+    }
+}
+
+#[test]
 fn what_runs_where_and_what_is_drained() {
     let world = World::new();
     let mac = world.builder("mac").start();

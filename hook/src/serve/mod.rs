@@ -275,7 +275,7 @@ impl<'a> Hook<'a> {
         let current_load = location.state_dir.join("current-load");
         let slots = Slots::open(current_load.clone())?;
         let reach = Reach::new(env)?.following(settings);
-        let queue = Queue::open(reach.directory())?;
+        let queue = Queue::open(reach.directory(), &location.state_dir)?;
         let offload: Offload = offload::read(env)?;
         let (rules, local) = (offload.rules(), settings.local());
         let memory = Memory::new(&reach);

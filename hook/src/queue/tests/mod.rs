@@ -7,7 +7,7 @@ const MANY: u64 = 256;
 
 fn queue() -> (tempfile::TempDir, Queue) {
     let runtime = tempfile::tempdir().unwrap();
-    let queue = Queue::open(runtime.path()).unwrap();
+    let queue = Queue::open(runtime.path(), Path::new(USUAL_STORE)).unwrap();
     (runtime, queue)
 }
 
@@ -133,7 +133,7 @@ fn many_who_come_at_once_keep_to_the_bound() {
             .map(|_| {
                 scope.spawn(|| {
                     // As if each were a process.
-                    let queue = Queue::open(runtime.path()).unwrap();
+                    let queue = Queue::open(runtime.path(), Path::new(USUAL_STORE)).unwrap();
                     queue.place(one_of(&["m"]), 0, soon(0), MOST).unwrap()
                 })
             })
@@ -143,6 +143,18 @@ fn many_who_come_at_once_keep_to_the_bound() {
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert_eq!(places.iter().flatten().count() as u64, MOST);
+}
+
+#[test]
+fn each_store_has_a_queue_of_its_own() {
+    let (runtime, queue) = queue();
+    let [private, third] = ["/home/me/nix/var/nix", "/srv/nix/var/nix"].map(Path::new);
+    let other = Queue::open(runtime.path(), private).unwrap();
+    let waiting = |store: &Path| Queue::of(runtime.path(), store).waiting().all_of("m");
+    let _here = queue.place(one_of(&["m"]), 0, soon(0), MANY).unwrap().unwrap();
+    let _there = [1, 2].map(|at| other.place(one_of(&["m"]), 0, soon(at), MANY).unwrap().unwrap());
+    let numbers = [Path::new(USUAL_STORE), private, third].map(waiting);
+    assert_eq!(numbers, [1, 2, 0]);
 }
 
 #[test]
