@@ -18,7 +18,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -99,10 +98,7 @@ impl Queue {
         let name = if store == Path::new(USUAL_STORE) {
             "queue".to_owned()
         } else {
-            let digest =
-                hash_bytes(HashAlgorithm::Sha256, store.as_os_str().as_bytes()).to_nix_base16_string();
-            let digest: String = digest.chars().skip("sha256:".len()).take(NAME_DIGITS).collect();
-            format!("queue-{digest}")
+            format!("queue-{}", digest::short(&store.to_string_lossy()))
         };
         Self { directory: directory.join(name) }
     }

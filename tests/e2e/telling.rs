@@ -293,6 +293,39 @@ fn what_was_forgotten_is_looked_for_in_the_journal() {
     assert!(text.contains(" ago, from the journal:\n  to be built on ssh-ng://mac: "), "{text}");
 }
 
+#[test]
+fn why_a_machine_failed_and_what_helps_is_said_once() {
+    const CURE: &str = "check that sshd runs";
+    let world = World::new();
+    for (number, mode) in [Mode::SingleUser, Mode::Daemon].into_iter().enumerate() {
+        let mut mac = world.builder(&format!("mac{number}")).start();
+        let name = format!("{mode:?}").to_lowercase();
+        let client = plan(&world).named(&name).mode(mode).uses(&mac, "ssh-ng", 1).start();
+        let count = |output: &Output, text: &str| output.stderr().matches(text).count();
+        // Its connection goes with it while it builds.
+        let mid = format!("mid{number}");
+        let running = client.spawn_nix_build(&gated(&mid), &["-j0"]);
+        wait_for_begin(&client, &mid, &[mac.name()]);
+        mac.stop_sshd();
+        let lost = running.wait();
+        let machine = format!("ssh-ng://{}", mac.name());
+        lost.assert_failure()
+            .assert_stderr_has(&format!("-{mid}.drv' on '{machine}': the connection was lost"));
+        assert_eq!((count(&lost, CURE), count(&lost, "failed, see above")), (1, 1), "{lost}");
+        // Whoever sees nothing but the last error knows why.
+        let error =
+            lost.stderr().lines().find(|line| line.starts_with(&format!("  {machine}: cannot connect")));
+        assert!(error.is_some_and(|line| line.contains("connection refused")), "{lost}");
+        // It was told of to the last command, and what was said there is not right above.
+        let known = client.nix_build(&drv::where_built("known"), &["-j0"]);
+        assert_eq!((count(&known, CURE), count(&known, "see above")), (1, 0), "{known}");
+        client.run("rm -r /run/nix-offload/down");
+        let first = client.nix_build(&drv::where_built("first"), &["-j0"]);
+        assert_eq!((count(&first, CURE), count(&first, "failed, see above")), (1, 1), "{first}");
+        assert_eq!(count(&first, "connection refused"), 1, "{first}");
+    }
+}
+
 /// 30 builds that require this feature, and after every third one that does not, which a new hook is started for.
 fn thirty(feature: &str, script: &str) -> String {
     drv::expression(&format!(

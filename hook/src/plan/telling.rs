@@ -17,13 +17,23 @@ const MOST_ROWS: usize = 20;
 /// What keeps each machine from the build, one line for each; machines with the same reason share one. The last line is
 /// about the client's own machine, if there is something to say of it.
 pub fn table(decision: &Decision, machines: &[Machine], here: Option<&str>) -> String {
-    rows(decision.refusals(), decision, machines, "  ", here)
+    table_below(decision, machines, here, &|_, _| false)
+}
+
+/// The same below lines that have said in full how some machines failed (`is_said`, by index and how).
+pub fn table_below(
+    decision: &Decision,
+    machines: &[Machine],
+    here: Option<&str>,
+    is_said: &dyn Fn(usize, &str) -> bool,
+) -> String {
+    rows(decision.refusals(), decision, machines, "  ", here, is_said)
 }
 
 /// The same for a line of a log, behind a semicolon: the first three reasons.
 pub fn in_one_line(decision: &Decision, machines: &[Machine]) -> String {
     const MOST: usize = 3;
-    let rows = grouped(decision.refusals(), decision, machines);
+    let rows = grouped(decision.refusals(), decision, machines, &|_, _| false);
     let mut text = String::new();
     for row in rows.iter().take(MOST) {
         let why = row.why.lines().next().unwrap_or_default();
@@ -105,11 +115,17 @@ fn grouped<'a>(
     refusals: impl Iterator<Item = (usize, &'a Refusal)>,
     decision: &Decision,
     machines: &'a [Machine],
+    is_said: &dyn Fn(usize, &str) -> bool,
 ) -> Vec<Row<'a>> {
     let mut rows: Vec<Row<'a>> = Vec::new();
     for (index, refusal) in refusals {
         let name = machines.get(index).map_or("?", |machine| machine.name.as_str());
-        let (why, cure) = (refusal.describe(decision.at), refusal.cure());
+        let (why, cure) = match refusal {
+            Refusal::Failed(why) | Refusal::CoolDown { why, .. } if is_said(index, why) => {
+                ("failed, see above".to_owned(), None)
+            }
+            _ => (refusal.describe(decision.at), refusal.cure()),
+        };
         match rows.iter_mut().find(|row| row.why == why && row.cure == cure) {
             Some(row) => row.names.push(name),
             None => rows.push(Row { names: vec![name], why, cure }),
@@ -125,9 +141,10 @@ fn rows<'a>(
     machines: &'a [Machine],
     mark: &str,
     here: Option<&str>,
+    is_said: &dyn Fn(usize, &str) -> bool,
 ) -> String {
     const HERE: &str = "this machine";
-    let rows = grouped(refusals, decision, machines);
+    let rows = grouped(refusals, decision, machines, is_said);
     let shown: Vec<(String, &Row<'_>)> =
         rows.iter().take(MOST_ROWS).map(|row| (short_list(&row.names), row)).collect();
     let own = here.map(|_| HERE.len());
@@ -274,7 +291,7 @@ pub fn ranking(decision: &Decision, machines: &[Machine]) -> String {
         has_assumed |= arithmetic(&mut text, here);
     }
     let unranked = decision.refusals().filter(|(index, _)| decision.standings[*index].place.is_none());
-    text.push_str(&rows(unranked, decision, machines, "  -  ", None));
+    text.push_str(&rows(unranked, decision, machines, "  -  ", None, &|_, _| false));
     if has_assumed {
         text.push_str("in parentheses: what is not known, and assumed\n");
     }

@@ -41,7 +41,9 @@ impl Hook<'_> {
         }
     }
 
+    /// Tells in full how a machine failed.
     pub(super) fn tell(&self, index: usize, text: &str) {
+        self.memory.note_said(index, text);
         self.nix
             .message(Verbosity::Error, &format!("cannot build on '{}': {text}", self.machines[index].name));
     }

@@ -149,7 +149,10 @@ impl Hook<'_> {
                         "giving up {name} for '{drv_name}': {}",
                         exit::first_line(&reason)
                     );
-                    tried.push(format!("{name}: {text}"));
+                    // Whoever sees nothing but the last error is to know why; what helps stands above it.
+                    let is_said = self.memory.was_said(index, &text);
+                    let why = if is_said { text.lines().next().unwrap_or_default() } else { &text };
+                    tried.push(format!("{name}: {why}"));
                     self.forget_what_is_well(&mut failed);
                     if is_for_good {
                         candidate.unfit.borrow_mut().insert(index, text);
@@ -413,7 +416,7 @@ impl Hook<'_> {
                         self.note_lost(index, &lost);
                         return Attempt::Elsewhere(lost);
                     }
-                    let text = format!("'{}': {lost}; connecting again", machine.name);
+                    let text = format!("'{derivation}' on '{}': {lost}; connecting again", machine.name);
                     self.nix.message(Verbosity::Warn, &text);
                 }
             }
@@ -422,8 +425,7 @@ impl Hook<'_> {
     }
 
     fn elsewhere(&self, index: usize, text: String) -> Attempt {
-        let told = format!("cannot build on '{}': {text}", self.machines[index].name);
-        self.nix.message(Verbosity::Warn, &told);
+        self.tell(index, &text);
         Attempt::Elsewhere(text)
     }
 }

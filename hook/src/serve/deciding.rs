@@ -28,6 +28,8 @@ pub(super) struct Memory {
     told: Told,
     /// The last decision of this process, until it is kept.
     latest: RefCell<Option<Rc<Decision>>>,
+    /// How machines failed that the user was told of because of this request, by their indexes.
+    said: RefCell<Failed>,
     /// The derivation, the ranking and the time of that which was kept last.
     kept: RefCell<Option<(String, String, SystemTime)>>,
 }
@@ -38,7 +40,16 @@ impl Memory {
         let history = state.as_deref().map(History::at);
         let decided = state.as_deref().map(Decided::at);
         let (asked, told) = (Asked::at(reach.directory()), Told::at(reach.directory()));
-        Self { state, history, decided, asked, told, latest: RefCell::default(), kept: RefCell::default() }
+        Self {
+            state,
+            history,
+            decided,
+            asked,
+            told,
+            latest: RefCell::default(),
+            said: RefCell::default(),
+            kept: RefCell::default(),
+        }
     }
 
     /// When Nix first asked for this derivation, and since when there are obstacles.
@@ -69,6 +80,21 @@ impl Memory {
     /// Whether nobody has told this in this Nix command.
     pub(super) fn is_first_told(&self, what: &str) -> bool {
         self.told.is_first(what)
+    }
+
+    /// The user was told in full how a machine failed.
+    pub(super) fn note_said(&self, index: usize, how: &str) {
+        self.said.borrow_mut().insert(index, how.to_owned());
+    }
+
+    /// Whether that stands right above: it was told because of this request, by this process.
+    pub(super) fn was_said(&self, index: usize, how: &str) -> bool {
+        self.said.borrow().get(&index).is_some_and(|said| said == how)
+    }
+
+    /// Another request comes. What was said because of the last one may be far above.
+    pub(super) fn begin_request(&self) {
+        self.said.borrow_mut().clear();
     }
 
     /// Keeps the last decision, about this derivation, for `explain --last`, and what came of it.

@@ -305,6 +305,7 @@ impl<'a> Hook<'a> {
         let mut first_asked: HashMap<String, (Times, Moment)> = HashMap::new();
         while let Some(request) = hook::read_request(source).map_err(ServeError::Protocol)? {
             let begin = Instant::now();
+            self.memory.begin_request();
             self.hear_of_late(&mut failed);
             self.forget_what_is_well(&mut failed);
             let drv_path = request.drv_path.clone();

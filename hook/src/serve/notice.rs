@@ -30,7 +30,8 @@ impl Hook<'_> {
             return;
         }
         let here = telling::here(&self.local, request).filter(|_| level == Verbosity::Warn);
-        let table = telling::table(decision, self.machines, here.as_deref());
+        let is_said = |index: usize, why: &str| self.memory.was_said(index, why);
+        let table = telling::table_below(decision, self.machines, here.as_deref(), &is_said);
         let (needs, derivation) = (telling::needs(request), &request.drv_path);
         let (head, tail) = match decision.because {
             Because::Obstacles => (
