@@ -228,7 +228,7 @@ fn what_was_decided_last_is_told_with_its_time() {
 #[test]
 fn the_last_word_on_a_build_is_where_it_was_built_and_not_where_it_was_to_be() {
     let world = World::new();
-    let (small, mut off) = (world.builder("small").start(), world.builder("off").start());
+    let (mut small, mut off) = (world.builder("small").start(), world.builder("off").start());
     let client = plan(&world)
         .knows(&small)
         .knows(&off)
@@ -260,6 +260,12 @@ fn the_last_word_on_a_build_is_where_it_was_built_and_not_where_it_was_to_be() {
     client.nix_build(&failing, &["-j0"]).assert_failure();
     let (text, _) = told(&failing);
     assert!(text.starts_with("failed on ssh-ng://small ") && text.contains("exit code 3"), "{text}");
+    let lost = client.spawn_nix_build(&gated("c"), &["-j0"]);
+    wait_for_begin(&client, "c", &["small"]);
+    small.stop_sshd();
+    lost.wait().assert_failure();
+    let (text, _) = told(&gated("c"));
+    assert!(text.contains("broken off on ssh-ng://small ") && text.contains("connect to small"), "{text}");
 }
 
 #[test]

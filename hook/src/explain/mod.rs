@@ -192,6 +192,7 @@ fn outcome(trials: &[Trial], now: SystemTime) -> String {
             End::Built => writeln!(text, "{before}built on {machine} {ago} ago: {how}"),
             End::Failed => writeln!(text, "{before}failed on {machine} {ago} ago: {how}"),
             End::GivenUp => writeln!(text, "{before}not built on {machine} {ago} ago: {how}"),
+            End::BrokenOff => writeln!(text, "{before}broken off on {machine} {ago} ago: {how}"),
             End::Moved => writeln!(text, "{before}stopped on {machine} {ago} ago, to begin anew elsewhere"),
         };
     }

@@ -277,7 +277,10 @@ impl Hook<'_> {
     /// Notes how the build fares on a machine, in the place of what was open there.
     pub(super) fn note_trial(&self, candidate: &Candidate, index: usize, end: End, text: &str) {
         let mut trials = candidate.trials.borrow_mut();
-        let trial = Trial::new(&self.machines[index].name, end, text, SystemTime::now());
+        let name = &self.machines[index].name;
+        let was_begun = trials.iter().any(|trial| trial.end == End::Open && trial.machine == *name);
+        let end = if was_begun && end == End::GivenUp { End::BrokenOff } else { end };
+        let trial = Trial::new(name, end, text, SystemTime::now());
         trials.retain(|other| other.end != End::Open && other.machine != trial.machine);
         trials.push(trial);
     }

@@ -44,8 +44,10 @@ pub enum End {
     Built,
     /// The build itself failed.
     Failed,
-    /// The machine could not be used, or lost the build.
+    /// The machine could not be used.
     GivenUp,
+    /// The same when it had begun there.
+    BrokenOff,
     /// It was stopped there to begin anew on a better machine.
     Moved,
 }
