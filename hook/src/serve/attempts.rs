@@ -92,7 +92,7 @@ impl Hook<'_> {
                 Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
             let (end, how) = attempt.outcome();
-            self.note_trial(candidate, index, end, how);
+            self.note_trial(candidate, index, end, &plain(how));
             self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
             let is_for_good = matches!(attempt, Attempt::Elsewhere(_));
             match attempt {
