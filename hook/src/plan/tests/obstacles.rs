@@ -49,7 +49,7 @@ fn a_machine_that_was_short_of_something_is_asked_before_it_gets_a_build_again()
     let recalled = decide(&rules, with_sample(idle(), short));
     assert_eq!((&recalled.verdict, recalled.because), (&Verdict::Postpone(vec![0]), Because::Obstacles));
     let said =
-        "short of disk: 1.0 MiB left, 1.0 GiB are the least; that was 60 min ago, it is to be asked again";
+        "short of disk: 1.0 MiB left, the minimum is 1.0 GiB; that was 60 min ago, it is to be asked again";
     assert_eq!(recalled.standings[0].refusal.as_ref().unwrap().describe(NOW), said);
     let fresh = decide(&rules, with_sample(idle(), |sample| sample.disk_free = Some(1 << 20)));
     let gist = |decision: &Decision| crate::plan::telling::gist(decision, &request());
