@@ -50,7 +50,7 @@ fn mistakes_in_the_file_are_told_with_place_and_cure() {
 
     write("");
     fs::set_permissions(&file, fs::Permissions::from_mode(0o666)).unwrap();
-    let error = format!("{} belongs to user 0 or can be written by others (mode 0666)", file.display());
+    let error = format!("{} can be written by others (mode 0666)", file.display());
     assert_told(&world, &file, &error, "chmod go-w");
 
     fs::remove_file(&file).unwrap();
