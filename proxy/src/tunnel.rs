@@ -177,10 +177,7 @@ fn unanswered(endpoint: &Endpoint, source: OpenError) -> TunnelError {
 /// Has the far side run `true`. That it is begun within `bound` takes an answer from there. Whether it has ended `grace` later
 /// is another matter: sshd may run something else instead (ForceCommand), which is given no input to wait for.
 fn run_true(master: &Master, bound: Duration, grace: Duration) -> Result<bool, OpenError> {
-    let (mut reader, mut writer, _status) = match master.open_session("true", bound) {
-        Ok(session) => session.split(),
-        Err(error) => return Err(error),
-    };
+    let (mut reader, mut writer, _status) = master.open_session("true", bound)?.split();
     // If this fails the session has ended already.
     let _ = writer.shutdown();
     // A login shell may say something first; what counts is that it comes to an end.

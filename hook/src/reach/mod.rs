@@ -367,14 +367,7 @@ impl Reach {
                 Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
                 Err(error) => {
                     let reason = exit::reason(&error);
-                    tracing::info!(
-                        event = "the daemon's socket is not open to us",
-                        builder = machine.name,
-                        reason,
-                        "the daemon's socket on {} is not open to us: {}",
-                        machine.name,
-                        exit::first_line(&reason)
-                    );
+                    log_detour(machine, "the daemon's socket is not open to us", &reason);
                     if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
                         notes.put(Note::Refused, &reason);
                     }
@@ -390,14 +383,7 @@ impl Reach {
         match session.serve() {
             Ok(store) => {
                 let reason = exit::reason(&error);
-                tracing::info!(
-                    event = "no daemon can be started for us",
-                    builder = machine.name,
-                    reason,
-                    "no daemon can be started for us on {}: {}",
-                    machine.name,
-                    exit::first_line(&reason)
-                );
+                log_detour(machine, "no daemon can be started for us", &reason);
                 notes.put(Note::Serve, &reason);
                 Ok(reached(store, Way::Serve, Some(reason)))
             }
@@ -530,6 +516,12 @@ fn endpoint(machine: &Machine, ssh_options: &[String]) -> Result<Endpoint, Reach
 /// The version in the output of a program's `--version`, for instance `nix-daemon (Nix) 2.8.0`.
 fn version_in(output: &str) -> Option<String> {
     output.lines().find_map(|line| line.rsplit_once("(Nix) ")).map(|(_, version)| version.trim().to_owned())
+}
+
+/// Logs why the way that is tried first is not the one that is taken.
+fn log_detour(machine: &Machine, event: &str, reason: &str) {
+    let (builder, line) = (machine.name.as_str(), exit::first_line(reason));
+    tracing::info!(event, builder, reason, "{builder}: {event}: {line}");
 }
 
 #[cfg(test)]

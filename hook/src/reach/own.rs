@@ -66,7 +66,8 @@ impl Reach {
             }
         };
         let answer = answer.unwrap_or_else(|reason| {
-            tracing::info!(builder = machine.name, reason, "does not tell its settings");
+            let (event, builder) = ("does not tell its settings", machine.name.as_str());
+            tracing::info!(event, builder, reason, "{builder} {event}: {}", exit::first_line(&reason));
             String::new()
         });
         self.notes(machine).put(Note::Own, &answer);

@@ -113,7 +113,7 @@ pub enum TunnelError {
         source: OpenError,
     },
     /// The host took a command and does not end it.
-    #[error("{destination} took the command `true` and has not ended it within {} s", bound.as_secs_f32())]
+    #[error("{destination} took the command `true` and has not ended it within {} s", crate::exit::seconds(*bound))]
     Endless {
         /// The destination as it was given.
         destination: String,

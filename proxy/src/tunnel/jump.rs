@@ -61,7 +61,10 @@ pub(super) fn through(
                 return Err(failed(&of_host, pool, host, error));
             }
             Fault::Silent => {
-                tracing::info!(jump, "an SSH master is silent and carries others");
+                tracing::info!(
+                    jump,
+                    "an SSH master to {jump} is silent and carries others: it is left alone"
+                );
                 master.leave_alone();
                 silent.push(instance.instance);
                 !keeps_descriptors(request, &source)
