@@ -55,7 +55,7 @@ fn mistakes_in_the_file_are_told_with_place_and_cure() {
 
     fs::remove_file(&file).unwrap();
     let error = format!("cannot read {}: No such file", file.display());
-    assert_told(&world, &file, &error, "");
+    assert_told(&world, &file, &error, "NIX_OFFLOAD_CONFIG names it");
     assert_eq!(world.bastion_logins(), 0);
 
     // Corrected, all is well.
