@@ -8,7 +8,7 @@ use harness::{
 };
 use nix::sys::signal::Signal;
 
-use crate::support::{SOON, begun, gated, open, wait_for_begin};
+use crate::support::{NO_SAMPLES, SOON, begun, gated, open, wait_for_begin};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -259,6 +259,7 @@ fn what_one_builder_does_not_take_goes_to_one_that_trusts_us() {
             .knows(&kind)
             .machines("ssh-ng://strict x86_64-linux - 2 9\nssh-ng://kind x86_64-linux - 2 1")
             .start();
+        client.write("/etc/nix/offload.toml", NO_SAMPLES);
         assert_built_on(&client, &client.nix_build(&chain("fast"), &["-j0"]), "strict");
         build_here(&client, "unsigned");
         let built = client.nix_build(&second("unsigned"), &["-j0"]);
