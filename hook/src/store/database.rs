@@ -4,8 +4,10 @@ use super::{CycleError, Location};
 use nix_derivation::{hash, store_path};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
@@ -163,11 +165,14 @@ impl Database {
 /// With `use-sqlite-wal = false` Nix locks by a directory `db.sqlite.lock` (`unix-dotfile`, see `sqlite.cc`),
 /// which the usual locks do not respect. The file itself tells: such a database has no write-ahead log.
 /// Looking must not write, for a read-write connection would roll back the journal of a transaction that
-/// is under way; and it must not close a descriptor behind SQLite's back, for that drops the locks of all
-/// our other connections. So the usual read-only connection comes first, and `unix-dotfile` only after it.
+/// is under way. So unless it says that it has one, the usual read-only connection comes first, and `unix-dotfile` only
+/// after it.
 fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
     let reading = OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_READ_ONLY;
     let writing = OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_READ_WRITE;
+    if access == Access::Write && says_wal(path).unwrap_or(false) {
+        return Connection::open_with_flags(path, writing);
+    }
     let usual = Connection::open_with_flags(path, reading).and_then(|connection| {
         connection.busy_timeout(BUSY_TIMEOUT)?;
         let mode: String = connection.query_row("pragma main.journal_mode", [], |row| row.get(0))?;
@@ -182,6 +187,22 @@ fn connect(path: &Path, access: Access) -> rusqlite::Result<Connection> {
             Connection::open_with_flags_and_vfs(path, flags, c"unix-dotfile")
         }
     }
+}
+
+/// Whether the head of a database file says that it has a write-ahead log, which is much cheaper than a connection.
+///
+/// Source: <https://www.sqlite.org/fileformat2.html>, "File format version numbers".
+pub(super) fn says_wal(path: &Path) -> io::Result<bool> {
+    const MAGIC: &[u8] = b"SQLite format 3\0";
+    /// The versions for writing and reading, of a file with a write-ahead log.
+    const WAL: [u8; 2] = [2, 2];
+    let mut head = [0; 20];
+    let file = File::open(path)?;
+    let read = file.read_exact_at(&mut head, 0);
+    // Closing it would drop the locks that all our connections have on this file, so it stays open to the end of the
+    // process, which opens few connections for writing.
+    let _ = file.into_raw_fd();
+    read.map(|()| head.starts_with(MAGIC) && head[18..] == WAL)
 }
 
 /// Whether a read-only connection met the journal of somebody's transaction.

@@ -1,3 +1,4 @@
+use super::super::database::says_wal;
 use super::*;
 use std::sync::mpsc;
 use std::thread;
@@ -174,6 +175,19 @@ fn stores_without_write_ahead_log_have_locks_of_their_own() {
     assert!(!lock.exists());
     assert!(!world.location.state_dir.join("db/db.sqlite-wal").exists());
     world.verify();
+}
+
+#[test]
+fn the_file_itself_says_whether_it_has_a_write_ahead_log() {
+    let says_wal = |world: &World| says_wal(&world.location.state_dir.join("db/db.sqlite"));
+    let world = World::new();
+    assert!(says_wal(&world).unwrap());
+    assert!(!says_wal(&World::with_config("use-sqlite-wal = false")).unwrap());
+    let database = world.location.state_dir.join("db/db.sqlite");
+    for short in [0, 19] {
+        fs::File::options().write(true).open(&database).unwrap().set_len(short).unwrap();
+        assert!(says_wal(&world).is_err(), "{short} bytes");
+    }
 }
 
 #[test]
