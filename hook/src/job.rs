@@ -2,6 +2,7 @@
 //!
 //! Owns the order of these steps. Must never choose a machine or make a connection.
 
+mod copying;
 mod inputs;
 mod results;
 
@@ -21,7 +22,6 @@ use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -459,44 +459,6 @@ impl Task<'_> {
     }
 }
 
-/// The activity over several copies.
-struct Copying<'a> {
-    nix: &'a NixSide,
-    id: u64,
-    /// How many are done, and are to be done in all.
-    counts: Mutex<(u64, u64)>,
-}
-
-impl<'a> Copying<'a> {
-    fn begin(nix: &'a NixSide, what: &str, expected: usize) -> Self {
-        let id = nix.start(Verbosity::Talkative as u64, activity::COPY_PATHS, what, &[]);
-        let copying = Self { nix, id, counts: Mutex::new((0, expected as u64)) };
-        copying.spare(0);
-        copying
-    }
-
-    fn one_done(&self) {
-        self.count(|(done, _)| *done += 1);
-    }
-
-    /// That many need not be done.
-    fn spare(&self, number: usize) {
-        self.count(|(_, expected)| *expected = expected.saturating_sub(number as u64));
-    }
-
-    fn count(&self, change: impl FnOnce(&mut (u64, u64))) {
-        let Ok(mut counts) = self.counts.lock() else { return };
-        change(&mut counts);
-        self.nix.progress(self.id, counts.0, counts.1);
-    }
-}
-
-impl Drop for Copying<'_> {
-    fn drop(&mut self) {
-        self.nix.stop(self.id);
-    }
-}
-
 /// Passes on to Nix what the builder tells, with activity numbers of our own.
 struct Relay<'a> {
     nix: &'a NixSide,
@@ -518,6 +480,8 @@ impl Relay<'_> {
             }
             // The builder's books on its own work. This Nix keeps its own, and each line would wake it.
             Event::Start { kind: activity::REALISE | activity::COPY_PATHS | activity::BUILDS, .. } => {}
+            // What the builder does by the way, so unimportant that nobody here asked to see it.
+            Event::Start { kind: activity::UNKNOWN, level, .. } if !self.nix.is_asked_for(level) => {}
             Event::Start { .. } if self.activities.len() >= MAX_ACTIVITIES => {}
             Event::Start { id, level, kind, text, fields } => {
                 // Its text may be all that can be shown of it.

@@ -1,9 +1,9 @@
 //! The side turned to Nix: replies and structured lines on descriptor 2, the build's log on descriptor 4.
 //!
-//! Every line goes out whole, in one write. Must never be given text that was not rendered by `wire::hook`, or comes
+//! Every line goes out whole, in one write, alone or with others. Must never be given text that was not rendered by `wire::hook`, or comes
 //! from Nix's own hook.
 
-use crate::wire::hook::{Field, Line, Reply, Verbosity, activity, log_line, result};
+use crate::wire::hook::{Field, Line, Reply, Verbosity, log_line};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
@@ -19,13 +19,14 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct NixSide {
     log: Mutex<File>,
+    verbosity: u64,
     next_activity: AtomicU64,
 }
 
 impl NixSide {
-    /// Talks to the Nix that started this process.
-    pub fn new(log: File) -> Self {
-        Self { log: Mutex::new(log), next_activity: AtomicU64::new(1) }
+    /// Talks to the Nix that started this process, which is as talkative as `verbosity` says, a number of [`Verbosity`].
+    pub fn new(log: File, verbosity: u64) -> Self {
+        Self { log: Mutex::new(log), verbosity, next_activity: AtomicU64::new(1) }
     }
 
     /// Answers a request.
@@ -39,6 +40,13 @@ impl NixSide {
     /// Sends a structured line. That Nix is gone is noticed elsewhere.
     pub fn line(&self, line: &Line<'_>) {
         let _ = io::stderr().lock().write_all(&line.render());
+    }
+
+    /// Sends several lines that were rendered already in one write.
+    pub fn lines(&self, lines: &[u8]) {
+        if !lines.is_empty() {
+            let _ = io::stderr().lock().write_all(lines);
+        }
     }
 
     /// Passes on what Nix's own hook says. That Nix is gone is noticed elsewhere.
@@ -66,17 +74,21 @@ impl NixSide {
         self.write_log(&Line::Phase { name: &String::from_utf8_lossy(name) }.render());
     }
 
-    /// Begins an activity and gives its number.
-    pub fn start(&self, level: u64, kind: u64, text: &str, fields: &[Field]) -> u64 {
-        let id = self.next_activity.fetch_add(1, Ordering::Relaxed);
-        self.line(&Line::Start { id, level, kind, text, fields });
-        id
+    /// A number for an activity.
+    pub fn new_activity(&self) -> u64 {
+        self.next_activity.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Tells how far an activity is.
-    pub fn progress(&self, id: u64, done: u64, expected: u64) {
-        let fields = [done, expected, u64::from(done < expected), 0].map(Field::Int);
-        self.line(&Line::Result { id, kind: result::PROGRESS, fields: &fields });
+    /// Whether somebody asked for what is that important.
+    pub fn is_asked_for(&self, level: u64) -> bool {
+        level <= self.verbosity
+    }
+
+    /// Begins an activity and gives its number.
+    pub fn start(&self, level: u64, kind: u64, text: &str, fields: &[Field]) -> u64 {
+        let id = self.new_activity();
+        self.line(&Line::Start { id, level, kind, text, fields });
+        id
     }
 
     /// Passes on a result of an activity.
@@ -87,12 +99,6 @@ impl NixSide {
     /// Ends an activity.
     pub fn stop(&self, id: u64) {
         self.line(&Line::Stop { id });
-    }
-
-    /// Begins the copying of one path.
-    pub fn start_copy(&self, path: &str, from: &str, to: &str) -> u64 {
-        let text = format!("copying path '{path}' from '{from}' to '{to}'");
-        self.start(Verbosity::Info as u64, activity::COPY_PATH, &text, &[path.into(), from.into(), to.into()])
     }
 
     /// Waits until Nix has read the build's log, at most for `bound`. It stops reading at the end of descriptor 2, whatever
@@ -134,7 +140,7 @@ mod tests {
     fn the_log_is_waited_for_until_it_is_read_and_no_longer() {
         const LONG: Duration = Duration::from_secs(60);
         let (mut reader, writer) = io::pipe().unwrap();
-        let nix = NixSide::new(File::from(OwnedFd::from(writer)));
+        let nix = NixSide::new(File::from(OwnedFd::from(writer)), Verbosity::Info as u64);
         nix.wait_for_log(LONG);
         nix.log_line(b"a line");
         let begin = Instant::now();

@@ -2,7 +2,8 @@
 //!
 //! Must never send what another process is sending there.
 
-use super::{Copying, JobError, Prepared, Relay, Report, Task};
+use super::copying::{Copy, Copying};
+use super::{JobError, Prepared, Relay, Report, Task};
 use crate::builder::{Ahead, BuilderError, OnArrival, Store as Builder};
 use crate::path_info::PathInfo;
 use crate::sending::Mark;
@@ -10,7 +11,6 @@ use crate::store::{self, Query};
 use crate::wire::hook::{Job, Verbosity};
 use nix_derivation::StorePath;
 use std::io::{self, BufWriter, Write};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long others may take to send what this build needs too. As long as stock waits for its turn to send
@@ -76,7 +76,7 @@ impl Task<'_> {
         let deadline = Instant::now() + SENDING_BOUND;
         let mut patient = true;
         let mut told = false;
-        let all = Copying::begin(self.nix, "sending inputs", missing.len());
+        let all = Copying::new(self.nix, "sending inputs", missing.len());
         while !missing.is_empty() {
             let mut shares = match patient {
                 true => self.sending.share(missing, mark),
@@ -126,15 +126,9 @@ impl Task<'_> {
         all: &Copying<'_>,
         relay: &mut Relay<'_>,
     ) -> Result<Duration, JobError> {
-        let current = Mutex::new(None);
         let progress = |info: Option<&PathInfo>| {
-            let Ok(mut current) = current.lock() else { return };
-            if let Some(id) = current.take() {
-                self.nix.stop(id);
-                all.one_done();
-            }
-            *current = info
-                .map(|info| self.nix.start_copy(&self.location.render(&info.path), "local", self.machine));
+            let path = info.map(|info| self.location.render(&info.path));
+            all.next(path.as_deref().map(|path| Copy { path, from: "local", to: self.machine }));
         };
         let dump = |path: &StorePath, to: &mut dyn Write| {
             let mut to = BufWriter::with_capacity(64 << 10, to);

@@ -2,7 +2,8 @@
 //!
 //! Must never replace what is valid here.
 
-use super::{Copying, JobError, Prepared, Relay, Report, Task};
+use super::copying::{Copy, Copying};
+use super::{JobError, Prepared, Relay, Report, Task};
 use crate::builder::{Ahead, Store as Builder};
 use crate::path_info::PathInfo;
 use crate::plan::outputs::{self, OutputError, Wanted};
@@ -91,21 +92,20 @@ impl Task<'_> {
         report.fetched_paths = infos.len();
         report.fetched_bytes = infos.iter().map(|info| info.nar_size).sum();
         let durability = Durability::from_settings(|name| self.settings.get(name));
-        let all = Copying::begin(self.nix, "fetching outputs", infos.len());
+        let all = Copying::new(self.nix, "fetching outputs", infos.len());
         let clock = Instant::now();
         builder.nars(
             &infos,
             |info, nar| {
                 let path = self.location.render(&info.path);
-                let copy = self.nix.start_copy(&path, self.machine, "local");
+                all.next(Some(Copy { path: &path, from: self.machine, to: "local" }));
                 let content_address =
                     wanted.iter().find(|o| o.path == info.path).and_then(|o| o.content_address.as_ref());
                 let expected =
                     Expected { nar_size: info.nar_size, nar_hash: Some(info.nar_hash), content_address };
                 let restored =
                     store::restore(self.location, &registrar, &info.path, nar, &expected, &durability);
-                self.nix.stop(copy);
-                all.one_done();
+                all.next(None);
                 restored.map(drop)
             },
             &mut |e| relay.pass(e),

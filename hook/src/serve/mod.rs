@@ -113,7 +113,7 @@ pub fn serve(verbosity: u64) -> Result<u8, ServeError> {
     // A panic's text must not reach descriptor 2, which is the wire to Nix.
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "internal error: {panic}")));
     log::init("nix-offload", level(verbosity), Fallback::Nothing);
-    let nix = NixSide::new(log);
+    let nix = NixSide::new(log, verbosity);
     let mut source = io::stdin().lock();
     let settings = hook::read_settings(&mut source).map_err(ServeError::Protocol)?;
     let builders = settings.get("builders").unwrap_or_default();
