@@ -212,8 +212,8 @@ impl Queue {
         let mut door = door;
         let last = door.read_to_string(&mut text).ok().and_then(|_| text.trim().parse::<u64>().ok());
         // The door may be new, while places are not.
-        let highest = self.names().iter().map(|name| name.number).max();
-        last.max(highest).unwrap_or(0) + 1
+        let highest = || self.names().iter().map(|name| name.number).max();
+        last.or_else(highest).unwrap_or(0) + 1
     }
 
     /// Gives a ticket another time. Needs the door.
