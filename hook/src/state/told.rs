@@ -3,7 +3,7 @@
 use crate::digest;
 use nix::unistd::getppid;
 use nix_offload_proxy::small_file::in_directory;
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -18,7 +18,7 @@ const MOST: usize = 32;
 pub struct Told {
     directory: PathBuf,
     /// The process and its time of birth, if that is known.
-    command: Option<(i32, u64)>,
+    command: OnceCell<Option<(i32, u64)>>,
     /// What this process told, by its hash.
     here: RefCell<HashSet<String>>,
 }
@@ -26,9 +26,7 @@ pub struct Told {
 impl Told {
     /// The memory in a runtime directory.
     pub fn at(runtime: &Path) -> Self {
-        let parent = getppid().as_raw();
-        let command = born(parent).map(|born| (parent, born));
-        Self { directory: runtime.join("told"), command, here: RefCell::default() }
+        Self { directory: runtime.join("told"), command: OnceCell::new(), here: RefCell::default() }
     }
 
     /// Whether this is still to be told; it counts as told from now on. What cannot be kept for others is told by them, too.
@@ -38,7 +36,9 @@ impl Told {
         if here.len() >= MOST || !here.insert(digest.clone()) {
             return false;
         }
-        let Some((pid, born)) = self.command else { return true };
+        let parent = getppid().as_raw();
+        let command = self.command.get_or_init(|| born(parent).map(|born| (parent, born)));
+        let Some((pid, born)) = *command else { return true };
         let path = self.directory.join(format!("{pid}-{born}-{digest}"));
         let create = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
         match in_directory(&path, create) {
@@ -94,9 +94,9 @@ mod tests {
         assert!(told.is_first("a") && told.is_first("b"));
         assert!(!told.is_first("a") && !Told::at(runtime.path()).is_first("b"));
         // Another command is told too, and what was told in one that is over is forgotten.
-        let (pid, born) = told.command.unwrap();
+        let (pid, born) = told.command.get().unwrap().unwrap();
         for over in [(pid, born + 1), (i32::MAX, 7)] {
-            let other = Told { command: Some(over), ..Told::at(runtime.path()) };
+            let other = Told { command: Some(over).into(), ..Told::at(runtime.path()) };
             assert!(other.is_first("a"));
         }
         fs::write(told.directory.join("nonsense"), "").unwrap();
@@ -119,7 +119,8 @@ mod tests {
     #[test]
     fn what_cannot_be_kept_is_told() {
         for command in [None, Some((1, 1))] {
-            let told = Told { directory: "/proc/nothing".into(), command, here: RefCell::default() };
+            let told =
+                Told { directory: "/proc/nothing".into(), command: command.into(), here: RefCell::default() };
             assert!(told.is_first("a") && !told.is_first("a") && told.is_first("b"));
         }
     }
