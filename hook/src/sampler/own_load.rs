@@ -4,8 +4,9 @@
 use crate::plan::Sample;
 use std::time::{Duration, Instant};
 
-/// The load average over one minute forgets with this time constant (`EXP_1` in include/linux/sched/loadavg.h).
-const MINUTE: f64 = 60.0;
+/// What is left of a load average over one minute after a millisecond, of whose logarithm a minute makes -1 (`EXP_1` in
+/// include/linux/sched/loadavg.h).
+const KEPT: f64 = 1.0 - 1.0 / 60_000.5;
 
 /// The average of one machine.
 #[derive(Debug, Clone)]
@@ -40,7 +41,8 @@ impl OwnLoad {
 }
 
 fn faded(load: f64, age: Duration) -> f64 {
-    load * (-age.as_secs_f64() / MINUTE).exp()
+    // A power, for `exp` would be all that this program has the mathematical library for, which each hook would load.
+    load * KEPT.powi(i32::try_from(age.as_millis()).unwrap_or(i32::MAX))
 }
 
 #[cfg(test)]
