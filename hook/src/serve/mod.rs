@@ -2,6 +2,7 @@
 //!
 //! The only room that joins all the others. Must never contain a rule: a rule found here belongs to `plan`.
 
+mod accepted;
 mod ailing;
 mod asking;
 mod attempts;
