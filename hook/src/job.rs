@@ -205,9 +205,9 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// The same with nothing sent in advance.
-    pub fn step_by_step(self) -> Self {
-        Self { ahead: Ahead::default(), ..self }
+    /// Nothing is to be sent in advance.
+    pub fn step_by_step(&mut self) {
+        self.ahead = Ahead::default();
     }
 
     /// Paths that the machine has once the build is over.

@@ -2,7 +2,7 @@
 //!
 //! Must never try another machine for a build that failed by itself.
 
-use super::attempts::{Attempt, plain};
+use super::attempts::{Ended, plain};
 use super::{Accepted, Candidate, Failed, Hook, NOWHERE, Stage};
 use crate::derivation;
 use crate::wire::hook::{Job, Verbosity};
@@ -44,15 +44,15 @@ impl Hook<'_> {
                 self.build_on(candidate, current, job, outlook.as_ref())
             }));
             let attempt = done.unwrap_or_else(|_| {
-                Attempt::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
+                Ended::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
             });
             let (end, how) = attempt.outcome();
             self.note_trial(candidate, index, end, &plain(how));
             self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
-            let is_for_good = matches!(attempt, Attempt::Elsewhere(_));
+            let is_for_good = matches!(attempt, Ended::Elsewhere(_));
             match attempt {
-                Attempt::Done(_) => return exit::OK,
-                Attempt::Final(status, text) => {
+                Ended::Done(_) => return exit::OK,
+                Ended::Final(status, text) => {
                     let text = format!("build of '{derivation}' on '{name}' failed: {text}");
                     let reason = plain(&text);
                     let drv_name = derivation::name_in(derivation);
@@ -68,13 +68,13 @@ impl Hook<'_> {
                     self.nix.message(Verbosity::Error, &format!("error: {text}"));
                     return status;
                 }
-                Attempt::Moved(chosen) => {
+                Ended::Moved(chosen) => {
                     was_moved = true;
                     told = chosen.index;
                     next = Some(*chosen);
                 }
-                Attempt::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
-                Attempt::CutOff { had_network } => {
+                Ended::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
+                Ended::CutOff { had_network } => {
                     self.tell_of_network();
                     let since = cut_off.filter(|_| !had_network);
                     match since.map(|since| since.elapsed()) {
@@ -93,7 +93,7 @@ impl Hook<'_> {
                         cut_off = None;
                     }
                 }
-                Attempt::Elsewhere(text) | Attempt::Unreachable(text) => {
+                Ended::Elsewhere(text) | Ended::Unreachable(text) => {
                     let reason = plain(&text);
                     let drv_name = derivation::name_in(derivation);
                     tracing::warn!(
