@@ -3,7 +3,7 @@
 //! Must never try another machine for a build that failed by itself.
 
 use super::attempts::{Ended, plain};
-use super::{Accepted, Candidate, Failed, Hook, NOWHERE, Stage};
+use super::{Accepted, Candidate, Chosen, Failed, Hook, NOWHERE, Stage};
 use crate::derivation;
 use crate::wire::hook::{Job, Verbosity};
 use nix_offload_proxy::exit;
@@ -23,126 +23,186 @@ impl Hook<'_> {
         job: &Job,
         mut failed: Failed,
     ) -> u8 {
-        let derivation = candidate.request.drv_path.as_str();
-        let mut tried = Vec::new();
-        let mut was_moved = false;
-        // Where the user was told that it is built, by Nix at first.
-        let (mut told, mut next) = match accepted {
+        let (told, mut next) = match accepted {
             Accepted::Now(chosen) => (chosen.index, Some(*chosen)),
             Accepted::Waiting(named, place) => (named, self.wait_in(candidate, &mut failed, place)),
         };
-        let mut cut_off: Option<Instant> = None;
-        while let Some(current) = next.take() {
-            let index = current.index;
-            let name = self.machines[index].name.as_str();
-            if index != std::mem::replace(&mut told, index) {
-                let text = format!("building '{derivation}' on '{name}' instead");
-                self.nix.message(Verbosity::Info, &text);
+        let (hook, tried) = (self, Vec::new());
+        let mut course = Course { hook, candidate, failed, tried, told, was_moved: false, cut_off: None };
+        while let Some(chosen) = next {
+            let index = chosen.index;
+            if index != course.told {
+                course.tell_where(index, Verbosity::Info);
             }
-            let done = catch_unwind(AssertUnwindSafe(|| {
-                let outlook = (!was_moved).then(|| self.outlook(candidate, index, &failed)).flatten();
-                self.build_on(candidate, current, job, outlook.as_ref())
-            }));
-            let attempt = done.unwrap_or_else(|_| {
-                Ended::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
-            });
-            let (end, how) = attempt.outcome();
-            self.note_trial(candidate, index, end, &plain(how));
-            self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
-            let is_for_good = matches!(attempt, Ended::Elsewhere(_));
-            match attempt {
+            next = match course.build_on(chosen, job) {
                 Ended::Done(_) => return exit::OK,
                 Ended::Final(status, text) => {
-                    let text = format!("build of '{derivation}' on '{name}' failed: {text}");
-                    let reason = plain(&text);
-                    let drv_name = derivation::name_in(derivation);
-                    let why = reason.split_once(" failed: ").map_or(reason.as_str(), |(_, why)| why);
-                    tracing::info!(
-                        event = "failed",
-                        derivation,
-                        builder = name,
-                        reason,
-                        "build of '{drv_name}' on {name} failed: {}",
-                        exit::first_line(why)
-                    );
-                    self.nix.message(Verbosity::Error, &format!("error: {text}"));
+                    course.tell_failure(index, &text);
                     return status;
                 }
-                Ended::Moved(chosen) => {
-                    was_moved = true;
-                    told = chosen.index;
-                    next = Some(*chosen);
+                Ended::Moved(better) => Some(course.begin_anew(*better)),
+                Ended::Asleep => course.choose_again(Stage::Waited(None)),
+                Ended::CutOff { had_network } => course.wait_for_network(index, had_network),
+                Ended::Elsewhere(text) => {
+                    course.give_up(index, &text);
+                    candidate.unfit.borrow_mut().insert(index, text);
+                    course.go_elsewhere()
                 }
-                Ended::Asleep => next = self.choose_again(candidate, Stage::Waited(None), &mut failed),
-                Ended::CutOff { had_network } => {
-                    self.tell_of_network();
-                    let since = cut_off.filter(|_| !had_network);
-                    match since.map(|since| since.elapsed()) {
-                        Some(elapsed) if elapsed >= self.rules.obstacle_patience => {
-                            tried.push(format!("{name}: this machine has no network"));
-                            break;
-                        }
-                        Some(_) => thread::sleep(CUT_OFF_PAUSE),
-                        None => {}
-                    }
-                    cut_off = since.or_else(|| Some(Instant::now()));
-                    let asked = Instant::now();
-                    next = self.choose_again(candidate, Stage::Waited(None), &mut failed);
-                    if asked.elapsed() >= CUT_OFF_PAUSE {
-                        // It waited, with a patience of its own, until there was a network: the next time is another one.
-                        cut_off = None;
-                    }
+                Ended::Unreachable(text) => {
+                    course.give_up(index, &text);
+                    course.failed.insert(index, text);
+                    course.go_elsewhere()
                 }
-                Ended::Elsewhere(text) | Ended::Unreachable(text) => {
-                    let reason = plain(&text);
-                    let drv_name = derivation::name_in(derivation);
-                    tracing::warn!(
-                        event = "giving up this machine",
-                        derivation,
-                        builder = name,
-                        reason,
-                        "giving up {name} for '{drv_name}': {}",
-                        exit::first_line(&reason)
-                    );
-                    // Whoever sees nothing but the last error is to know why; what helps stands above it.
-                    let is_said = self.memory.was_said(index, &text);
-                    let why = if is_said { text.lines().next().unwrap_or_default() } else { &text };
-                    tried.push(format!("{name}: {why}"));
-                    self.forget_what_is_well(&mut failed);
-                    if is_for_good {
-                        candidate.unfit.borrow_mut().insert(index, text);
-                    } else {
-                        failed.insert(index, text);
-                    }
-                    next = self.choose_again(candidate, Stage::Again, &mut failed);
-                    if let Some(next) = &next {
-                        told = next.index;
-                        let name = &self.machines[next.index].name;
-                        let text = format!("building '{derivation}' on '{name}' instead");
-                        self.nix.message(Verbosity::Warn, &text);
-                    }
-                }
-            }
+            };
         }
-        self.tell_what_is_missing(&candidate.request, &NOWHERE);
+        course.tell_that_none_did();
+        exit::FAILURE
+    }
+}
+
+/// The accepted build on its way from machine to machine.
+struct Course<'h, 'a> {
+    hook: &'h Hook<'a>,
+    candidate: &'h Candidate,
+    failed: Failed,
+    /// Machines that were given up, and why.
+    tried: Vec<String>,
+    /// Where the user was told that it is built, by Nix at first.
+    told: usize,
+    was_moved: bool,
+    /// Since when there has been no network, each time that it was about to go on.
+    cut_off: Option<Instant>,
+}
+
+impl Course<'_, '_> {
+    /// Builds on that machine, and notes what came of it.
+    fn build_on(&self, chosen: Chosen, job: &Job) -> Ended {
+        let Self { hook, candidate, .. } = self;
+        let index = chosen.index;
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            let outlook = (!self.was_moved).then(|| hook.outlook(candidate, index, &self.failed)).flatten();
+            hook.build_on(candidate, chosen, job, outlook.as_ref())
+        }));
+        let ended = done.unwrap_or_else(|_| {
+            Ended::Final(1, "internal error of nix-offload (see journalctl -t nix-offload)".into())
+        });
+        let (end, how) = ended.outcome();
+        hook.note_trial(candidate, index, end, &plain(how));
+        self.keep_trials();
+        ended
+    }
+
+    fn begin_anew(&mut self, better: Chosen) -> Chosen {
+        self.was_moved = true;
+        // The user knows.
+        self.told = better.index;
+        better
+    }
+
+    /// Waits until there is a network and a slot. None if it has no patience left for that.
+    fn wait_for_network(&mut self, index: usize, had_network: bool) -> Option<Chosen> {
+        self.hook.tell_of_network();
+        let since = self.cut_off.filter(|_| !had_network);
+        if let Some(since) = since {
+            if since.elapsed() >= self.hook.rules.obstacle_patience {
+                self.tried.push(format!("{}: this machine has no network", self.name_of(index)));
+                return None;
+            }
+            thread::sleep(CUT_OFF_PAUSE);
+        }
+        self.cut_off = since.or_else(|| Some(Instant::now()));
+        let asked = Instant::now();
+        let next = self.choose_again(Stage::Waited(None));
+        if asked.elapsed() >= CUT_OFF_PAUSE {
+            // It waited, with a patience of its own, until there was a network: the next time is another one.
+            self.cut_off = None;
+        }
+        next
+    }
+
+    fn give_up(&mut self, index: usize, text: &str) {
+        let (derivation, builder, reason) = (self.derivation(), self.name_of(index), plain(text));
+        tracing::warn!(
+            event = "giving up this machine",
+            derivation,
+            builder,
+            reason,
+            "giving up {builder} for '{}': {}",
+            derivation::name_in(derivation),
+            exit::first_line(&reason)
+        );
+        // Whoever sees nothing but the last error is to know why; what helps stands above it.
+        let is_said = self.hook.memory.was_said(index, text);
+        let why = if is_said { text.lines().next().unwrap_or_default() } else { text };
+        let tried = format!("{builder}: {why}");
+        self.tried.push(tried);
+        self.hook.forget_what_is_well(&mut self.failed);
+    }
+
+    fn go_elsewhere(&mut self) -> Option<Chosen> {
+        let next = self.choose_again(Stage::Again)?;
+        self.tell_where(next.index, Verbosity::Warn);
+        Some(next)
+    }
+
+    fn choose_again(&mut self, stage: Stage<'_>) -> Option<Chosen> {
+        self.hook.choose_again(self.candidate, stage, &mut self.failed)
+    }
+
+    fn tell_where(&mut self, index: usize, level: Verbosity) {
+        self.told = index;
+        let text = format!("building '{}' on '{}' instead", self.derivation(), self.name_of(index));
+        self.hook.nix.message(level, &text);
+    }
+
+    /// The build failed by itself.
+    fn tell_failure(&self, index: usize, text: &str) {
+        let (derivation, builder, why) = (self.derivation(), self.name_of(index), plain(text));
+        let text = format!("build of '{derivation}' on '{builder}' failed: {text}");
+        tracing::info!(
+            event = "failed",
+            derivation,
+            builder,
+            reason = plain(&text),
+            "build of '{}' on {builder} failed: {}",
+            derivation::name_in(derivation),
+            exit::first_line(&why)
+        );
+        self.hook.nix.message(Verbosity::Error, &format!("error: {text}"));
+    }
+
+    fn tell_that_none_did(&self) {
+        let (derivation, tried) = (self.derivation(), &self.tried);
+        self.hook.tell_what_is_missing(&self.candidate.request, &NOWHERE);
         let after = if tried.is_empty() {
             " (see above)".to_owned()
         } else {
             format!("; tried:\n  {}", tried.join("\n  "))
         };
         let text = format!("error: '{derivation}' could not be built on any machine{after}");
-        let reason = plain(&text);
         tracing::error!(
             event = "failed",
             derivation,
-            reason,
+            reason = plain(&text),
             "'{}' could not be built on any machine{}",
             derivation::name_in(derivation),
-            told_in_one_line(&tried)
+            told_in_one_line(tried)
         );
-        self.memory.keep_latest(derivation, self.machines, &candidate.trials.borrow());
-        self.nix.message(Verbosity::Error, &text);
-        exit::FAILURE
+        self.keep_trials();
+        self.hook.nix.message(Verbosity::Error, &text);
+    }
+
+    fn keep_trials(&self) {
+        let trials = self.candidate.trials.borrow();
+        self.hook.memory.keep_latest(self.derivation(), self.hook.machines, &trials);
+    }
+
+    fn derivation(&self) -> &str {
+        &self.candidate.request.drv_path
+    }
+
+    fn name_of(&self, index: usize) -> &str {
+        &self.hook.machines[index].name
     }
 }
 
