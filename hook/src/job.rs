@@ -160,6 +160,15 @@ pub fn sets_options(settings: &Settings) -> bool {
     settings.flag("keep-failed") || settings.number("max-silent-time", 0) > 0
 }
 
+/// What a build has of its machine until it is over.
+#[derive(Default)]
+pub struct Claim {
+    /// A slot of this client. None if it was given back already.
+    pub slot: Option<Held>,
+    /// One of the slots that clients share there.
+    pub lease: Option<Lease>,
+}
+
 /// What happened, for the log.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Report {
@@ -306,7 +315,7 @@ impl Task<'_> {
         Ok(referable)
     }
 
-    /// Does it. The slot and the lease are given back as soon as the build is over, before outputs travel.
+    /// Does it. What it claims of the machine is given back as soon as the build is over, before outputs travel.
     ///
     /// The builder has been sent [`Prepared::ahead`].
     ///
@@ -317,11 +326,10 @@ impl Task<'_> {
         builder: &mut Builder,
         job: &Job,
         prepared: &Prepared,
-        slot: &mut Option<Held>,
-        lease: &mut Option<Lease>,
+        claim: &mut Claim,
     ) -> Result<Report, JobError> {
         let mut relay = Relay { nix: self.nix, activities: HashMap::new() };
-        let done = self.steps(builder, job, prepared, (slot, lease), &mut relay);
+        let done = self.steps(builder, job, prepared, claim, &mut relay);
         builder.finish(&mut |e| relay.pass(e));
         relay.end();
         self.nix.wait_for_log(LOG_BOUND);
@@ -333,24 +341,23 @@ impl Task<'_> {
         builder: &mut Builder,
         job: &Job,
         prepared: &Prepared,
-        (slot, lease): (&mut Option<Held>, &mut Option<Lease>),
+        claim: &mut Claim,
         relay: &mut Relay<'_>,
     ) -> Result<Report, JobError> {
         let mut report = Report::default();
-        (self.meanwhile)(slot.as_ref());
+        (self.meanwhile)(claim.slot.as_ref());
         // Now, while the builder is at work; if it fails it is done again when there is something to register.
         let registrar = self.registrar().ok();
         let clock = Instant::now();
         self.send_inputs(builder, job, prepared, relay, &mut report)?;
         report.inputs = clock.elapsed();
-        if let Some(lease) = lease {
+        if let Some(lease) = &mut claim.lease {
             self.wait_for(lease)?;
         }
         let clock = Instant::now();
         report.was_built = self.build(builder, job, prepared, relay)?.is_new();
         report.build = clock.elapsed();
-        *slot = None;
-        *lease = None;
+        *claim = Claim::default();
         (self.ended)();
         let clock = Instant::now();
         self.fetch_outputs(builder, job, prepared, registrar, relay, &mut report)?;

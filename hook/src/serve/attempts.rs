@@ -6,7 +6,7 @@ use super::moving::Outlook;
 use super::{Candidate, Chosen, Hook, PATIENT_BOUND};
 use crate::builder::Store as Builder;
 use crate::derivation;
-use crate::job::{self, Blame, JobError, Prepared, Report, Task};
+use crate::job::{self, Blame, Claim, JobError, Prepared, Report, Task};
 use crate::lease::Lease;
 use crate::plan::machine::Machine;
 use crate::plan::telling;
@@ -132,7 +132,7 @@ impl Hook<'_> {
             begin: Instant::now(),
             way,
             prepared,
-            slot: Some(slot),
+            claim: Claim { slot: Some(slot), lease: None },
             count: 0,
             had_connection: false,
             guessed_wrong: false,
@@ -183,8 +183,8 @@ struct Attempts<'t, 'a> {
     way: Way,
     /// What was prepared for that.
     prepared: Prepared,
-    /// None from the end of the build on.
-    slot: Option<Held>,
+    /// The slot stays its own until the build is over, the lease goes with the connection.
+    claim: Claim,
     /// How many have begun, of those that count.
     count: usize,
     had_connection: bool,
@@ -201,7 +201,10 @@ impl Attempts<'_, '_> {
     fn run(mut self, mut reached: Option<Reached>) -> Ended {
         while self.count < TRIES {
             self.count += 1;
-            match self.attempt(reached.take()) {
+            let attempt = self.attempt(reached.take());
+            // With the connection the build has ended there.
+            self.claim.lease = None;
+            match attempt {
                 Ok(how) => return Ended::Done(how),
                 Err(Stop::Over(ended)) => return ended,
                 Err(Stop::Again) => {}
@@ -226,8 +229,8 @@ impl Attempts<'_, '_> {
             // If it fails the connection is lost, which the first answer will show.
             let _ = builder.send_ahead(self.prepared.ahead.clone());
         }
-        let mut lease = self.take_places();
-        let done = self.task.run(builder, self.job, &self.prepared, &mut self.slot, &mut lease);
+        self.renew_claim();
+        let done = self.task.run(builder, self.job, &self.prepared, &mut self.claim);
         let error = match done {
             Ok(report) => return Ok(self.built(&report)),
             Err(error) => error,
@@ -296,15 +299,18 @@ impl Attempts<'_, '_> {
         if was_sent { Err(Stop::Again) } else { Ok(()) }
     }
 
-    /// A lease where slots are shared, or another slot if the build was over already when the connection was lost.
-    fn take_places(&mut self) -> Option<Lease> {
-        if self.slot.is_some() {
-            return self.shared_slots.and_then(|slots| Lease::begin(&self.hook.reach, self.machine, slots));
+    /// Begins to wait for a lease, where slots are shared. If the build was over already when the connection was lost, a slot
+    /// is taken again.
+    fn renew_claim(&mut self) {
+        let (hook, machine) = (self.hook, self.machine);
+        if self.claim.slot.is_some() {
+            let lease = |slots| Lease::begin(&hook.reach, machine, slots);
+            self.claim.lease = self.shared_slots.and_then(lease);
+        } else {
+            // Most likely there is nothing left to build: it needs no lease, and another build's claim to the last slot is
+            // no reason to wait.
+            self.claim.slot = hook.slots.take_any(&machine.name, machine.max_jobs).ok().flatten();
         }
-        // Most likely there is nothing left to build: no lease is needed, and another build's claim to the last slot is no
-        // reason to wait.
-        self.slot = self.hook.slots.take_any(&self.machine.name, self.machine.max_jobs).ok().flatten();
-        None
     }
 
     /// Notes what others can learn from it.
@@ -367,7 +373,7 @@ impl Attempts<'_, '_> {
         let Some(better) = self.outlook.and_then(Outlook::take) else { return Stop::Again };
         // With the connection the build ends there, and then the slot is free.
         drop(connection);
-        self.slot = None;
+        self.claim.slot = None;
         Ended::Moved(self.hook.move_to(better, self.candidate, self.machine)).into()
     }
 
