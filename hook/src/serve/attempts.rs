@@ -220,7 +220,7 @@ impl Attempts<'_, '_> {
         let was_sent = reached.is_none() && !self.prepared.ahead.is_empty();
         let mut connection = reached.map_or_else(|| self.connect(), Ok)?;
         self.had_connection = true;
-        self.candidate.has_run.set(true);
+        self.candidate.wait.end();
         let builder = &mut connection.builder;
         self.heed_age(builder, was_sent)?;
         self.ask_own_settings(builder);

@@ -160,16 +160,12 @@ impl Hook<'_> {
         failed: &Failed,
         cut_off: &HashSet<usize>,
     ) -> Result<(Decision, Option<Held>), SlotError> {
-        let missed = candidate.looked.take().map(Moment::missed);
-        candidate.looked.set(Some(Moment::now()));
-        let obstructed = candidate.obstructed.get();
-        let obstructed = missed.map_or(obstructed, |missed| obstructed.map(|since| missed.after(since)));
-        let waiting = Some(candidate.since());
-        let silent = self.asking.silent.get();
+        let wait = &candidate.wait;
+        wait.look(Moment::now());
         let work = Work {
-            obstructed_since: obstructed,
-            waiting_since: waiting,
-            silent_since: silent,
+            obstructed_since: wait.obstructed(),
+            waiting_since: Some(wait.since()),
+            silent_since: self.asking.silent.get(),
             ..candidate.work
         };
         let unfit = candidate.unfit.borrow();
@@ -179,7 +175,7 @@ impl Hook<'_> {
             health.or_else(|| cut_off.contains(&index).then_some(Health::CutOff))
         };
         let decided = self.decide_if((candidate, &work), stage, health, |_| true)?;
-        candidate.obstructed.set(decided.0.obstructed_since(work.obstructed_since));
+        wait.note_obstructed(decided.0.obstructed_since(work.obstructed_since));
         self.asking.silent.set(decided.0.silent_since(work.silent_since));
         Ok(decided)
     }

@@ -13,6 +13,7 @@ mod moving;
 mod notice;
 mod race;
 mod trust;
+mod wait;
 mod waiting;
 
 use crate::config::rules::Offload;
@@ -45,7 +46,7 @@ use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
 use race::{Runner, STAGGER, log_first, race};
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::error::Error;
 use std::ffi::OsString;
@@ -53,9 +54,10 @@ use std::io::{self, StdinLock};
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 use thiserror::Error;
 use tracing::level_filters::LevelFilter;
+use wait::Wait;
 
 /// How many further machines are contacted in parallel when the best one is not known to answer.
 const MOST_RIVALS: usize = 15;
@@ -160,14 +162,7 @@ fn level(verbosity: u64) -> LevelFilter {
 struct Candidate {
     request: Request,
     work: Work,
-    /// Since when it waits: when Nix first asked for it, or when it lost the machine on which it ran.
-    since: Cell<SystemTime>,
-    /// Whether it has had a connection since it was last waiting.
-    has_run: Cell<bool>,
-    /// Since when obstacles that may pass have kept it from every machine, as of the last decision.
-    obstructed: Cell<Option<SystemTime>>,
-    /// When that was.
-    looked: Cell<Option<Moment>>,
+    wait: Wait,
     /// How it fared on machines so far; the last word on each.
     trials: RefCell<Vec<Trial>>,
     /// What speaks against a machine for this build only, by its index.
@@ -181,20 +176,6 @@ struct Candidate {
     tail: OnceCell<Option<f64>>,
     /// The inputs that not every machine takes from us, once they have been looked up.
     in_doubt: OnceCell<Vec<PathInfo>>,
-}
-
-impl Candidate {
-    /// Since when it waits.
-    fn since(&self) -> SystemTime {
-        self.since.get()
-    }
-
-    /// It waits again. The time that it ran is no time of waiting.
-    fn waits_again(&self, now: SystemTime) {
-        if self.has_run.take() {
-            self.since.set(now);
-        }
-    }
 }
 
 /// A machine that was chosen, its slot, and a connection if one was made to be sure.
@@ -383,7 +364,7 @@ impl<'a> Hook<'a> {
             self.tell_error(&error, Verbosity::Error);
             (Verdict::Decline, None)
         });
-        times.obstructed = candidate.obstructed.get();
+        times.obstructed = candidate.wait.obstructed();
         match choice {
             (Verdict::Accept(index), Some(chosen)) => {
                 let accepted = Accepted::Now(Box::new(chosen));
@@ -423,10 +404,7 @@ impl<'a> Hook<'a> {
         Ok(Candidate {
             request: request.clone(),
             work: self.work(&drv, times.first),
-            since: Cell::new(times.first),
-            has_run: Cell::new(false),
-            obstructed: Cell::new(times.obstructed),
-            looked: Cell::new(None),
+            wait: Wait::new(times),
             trials: RefCell::default(),
             unfit: RefCell::default(),
             drv_path: path,
@@ -564,7 +542,7 @@ impl<'a> Hook<'a> {
     /// A place among the builds that wait here for a slot of these machines; none if there are too many of this user. What
     /// waits for the build itself is looked at later, for Nix waits now.
     fn place_in_queue(&self, candidate: &Candidate, machines: &[usize]) -> Option<Place> {
-        let (wish, came) = (self.wish(machines), turn::ticket(candidate.since(), None));
+        let (wish, came) = (self.wish(machines), turn::ticket(candidate.wait.since(), None));
         self.queue.place(wish, queue::whose(), came, self.rules.max_waiting).unwrap_or_else(|error| {
             tracing::error!("no place to wait for a slot: {}", exit::reason(&error));
             None

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 /// A moment on both clocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
-    wall: SystemTime,
+    pub(super) wall: SystemTime,
     /// It stands still while the machine sleeps (`CLOCK_MONOTONIC`).
-    lived: Instant,
+    pub(super) lived: Instant,
 }
 
 /// By how much the clock went on more than the time that was lived through, or less.
@@ -30,7 +30,8 @@ impl Moment {
         self.missed_until(Self::now())
     }
 
-    fn missed_until(self, now: Self) -> Missed {
+    /// What was missed between then and `now`.
+    pub(super) fn missed_until(self, now: Self) -> Missed {
         let lived = now.lived.saturating_duration_since(self.lived);
         match now.wall.duration_since(self.wall + lived) {
             Ok(asleep) => Missed::Asleep(asleep),

@@ -30,7 +30,7 @@ impl Hook<'_> {
         stage: Stage<'_>,
         failed: &mut Failed,
     ) -> Option<Chosen> {
-        candidate.waits_again(SystemTime::now());
+        candidate.wait.go_on(SystemTime::now());
         match self.choose(candidate, stage, failed) {
             Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
                 // It is accepted, so it has to wait however many do.
@@ -72,7 +72,7 @@ impl Hook<'_> {
             })
             .ok()
         });
-        turn::ticket(candidate.since(), *tail)
+        turn::ticket(candidate.wait.since(), *tail)
     }
 
     /// Waits until a machine has a slot for the build. None if no machine will ever do.
@@ -91,7 +91,7 @@ impl Hook<'_> {
         let mut is_held_back = holds_back();
         // Without a turn it may still get a slot.
         let mut turn = place.and_then(|place| self.wait_for_turn(place, candidate, is_held_back));
-        let mut obstacles = Obstacles::since(candidate.since());
+        let mut obstacles = Obstacles::since(candidate.wait.since());
         let mut trouble = Trouble::default();
         let mut watch: Option<Watch> = None;
         loop {
@@ -188,7 +188,7 @@ impl Hook<'_> {
 
     /// None also if a build that is held back has been that for long enough.
     fn wait_for_turn(&self, place: Place, candidate: &Candidate, is_held_back: bool) -> Option<Turn> {
-        let waited = SystemTime::now().duration_since(candidate.since()).unwrap_or_default();
+        let waited = SystemTime::now().duration_since(candidate.wait.since()).unwrap_or_default();
         let left = self.rules.hold_back.saturating_sub(waited);
         let until = is_held_back.then(|| Instant::now() + left);
         place.wait(until).map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok().flatten()
@@ -241,7 +241,8 @@ impl Obstacles {
         self.line = line;
         let Some(line) = &self.line else { return };
         if let Some(since) = hook.memory.asked(line).obstructed {
-            candidate.obstructed.set(Some(self.inherited(candidate.obstructed.get(), since)));
+            let since = self.inherited(candidate.wait.obstructed(), since);
+            candidate.wait.note_obstructed(Some(since));
             self.noted = Some(Instant::now());
         }
     }
@@ -249,7 +250,7 @@ impl Obstacles {
     /// After a decision: lets those behind know.
     fn note(&mut self, hook: &Hook<'_>, candidate: &Candidate, wish: Option<&Wish>) {
         let (Some(line), Some(_)) = (&self.line, wish) else { return };
-        let obstructed = candidate.obstructed.get();
+        let obstructed = candidate.wait.obstructed();
         let is_due = match (obstructed, self.noted) {
             (Some(_), noted) => noted.is_none_or(|noted| noted.elapsed() >= NOTE_AGAIN),
             (None, noted) => noted.is_some(),
