@@ -239,6 +239,32 @@ fn a_slot_that_is_lost_in_mid_build_is_taken_anew() {
     built.assert_stderr_lacks("lost");
 }
 
+#[test]
+fn a_shell_that_cannot_be_had_just_now_is_no_fault_of_the_connection() {
+    let world = World::new();
+    let mac = world.builder("mac").max_sessions(1).start();
+    let client = world.client().named("one").hook(Hook::Ours).uses(&mac, "ssh-ng", 4).journald().start();
+    let settings = "[choice]\nsample-every = 0\n[[machine]]\nname = 'mac'\nshared-slots = 2\n";
+    client.write("/etc/nix/offload.toml", settings);
+    let first = start(&client, "first");
+    wait_for_begin(&client, "first", &["mac"]);
+    // The first one's shell has the only session, and nobody can log in for another one.
+    mac.set_key_options("from=\"192.0.2.1\"");
+    let second = start(&client, "second");
+    wait_until("another master is tried for", SOON, || {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().any(|entry| event(entry) == "SSH master not started")
+    });
+    assert_eq!(begun(&client, "second"), Vec::<String>::new());
+    open(&client, "first");
+    first.wait().assert_success();
+    wait_for_begin(&client, "second", &["mac"]);
+    assert_eq!(held(&mac), 1);
+    open(&client, "second");
+    second.wait().assert_success().assert_stderr_lacks("connecting again").assert_stderr_lacks(WITHOUT);
+    assert_all_given_back(&mac);
+}
+
 /// A login shell that does not come to run anything while the machine has too much to do.
 const SLOW: &str = "#!/bin/bash\n\
     if [ \"$2\" = sh ]; then while [ -e /tmp/too-much-to-do ]; do sleep 0.1; done; fi\n\

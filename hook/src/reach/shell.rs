@@ -23,7 +23,7 @@ pub struct Beside {
     pub stream: Stream,
     /// The way to learn how it ended. Without it the end of what it says is its own end, and a lost connection an error.
     pub status: Option<SessionStatus>,
-    /// To be kept as long.
+    /// To be kept as long as any part of the stream: with the last of them the session ends.
     pub seat: Option<Held>,
 }
 
