@@ -81,7 +81,11 @@ impl Pool {
                 None => match (self.start(&endpoint, left(), first_command), &last) {
                     (Ok(master), _) => (master, true),
                     // The ones before are well, and there will be room on them.
-                    (Err(_), Some(full)) if matches!(why(full), Some(OpenError::Taken)) => break,
+                    (Err(_), Some(full))
+                        if matches!(why(full), Some(OpenError::Taken | OpenError::Refused { .. })) =>
+                    {
+                        break;
+                    }
                     (Err(error), _) => return Err(error.into()),
                 },
             };

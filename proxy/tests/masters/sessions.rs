@@ -1,7 +1,7 @@
 //! More sessions than sshd gives on one connection, and masters that nobody uses.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{ErrorKind, Read, Write},
     time::{Duration, Instant, SystemTime},
 };
@@ -47,6 +47,17 @@ fn an_sshd_that_gives_no_session_at_all_is_not_logged_in_to_again_and_again() {
         assert!(reason.contains("Session open refused"), "{reason}");
         assert!(world.logins() <= most, "{}", world.logins());
     }
+}
+
+#[test]
+fn where_no_second_master_can_be_had_it_is_said_that_the_first_is_full() {
+    let world = World::with_sshd(|_| "MaxSessions 1".into());
+    let (_, only) = session_on_any(&world.pool, &world.endpoint(), "cat", BOUND).unwrap();
+    fs::remove_file(world.path("authorized_keys")).unwrap();
+    let error = session_on_any(&world.pool, &world.endpoint(), "cat", BOUND).map(drop).unwrap_err();
+    assert!(matches!(error, Trouble::Open(OpenError::Refused { .. })), "{error:?}");
+    assert_eq!(world.logins(), 1);
+    Echo::of(only).ends();
 }
 
 #[test]
