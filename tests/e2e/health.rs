@@ -457,3 +457,33 @@ fn many_dead_machines_do_not_hide_the_one_that_answers_and_are_told_if_there_is_
     assert_built_on(&client, &built, "late");
     assert!(built.took() < LIMIT, "{built}");
 }
+
+#[test]
+fn of_many_dead_machines_a_few_are_tried_again_at_a_time() {
+    const DEAD: usize = 24;
+    const AT_A_TIME: usize = 16;
+    let world = World::new();
+    let mac = world.builder("mac").start();
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let config = format!("Host hole*\n HostName 127.0.0.1\n Port {nobody}\n");
+    let list = |speed: usize| -> String {
+        (0..DEAD).map(|number| format!("ssh-ng://hole{number} x86_64-linux - 1 {speed}\n")).collect()
+    };
+    let client = plan(&world).journald().ssh_config(&config).uses(&mac, "ssh-ng", 4).start();
+    let fleet = client.read("/etc/nix/machines");
+    client.set_machines(&list(9));
+    client.nix_build(&drv::where_built("first"), &["-j1"]).assert_success();
+    let is_noted = |number: usize| note(&client, &format!("//hole{number}\0")).is_some();
+    wait_until("all have failed", SOON, || (0..DEAD).all(is_noted));
+    client.set_machines(&format!("{}{fleet}", list(9)));
+    client.nix_build(&drv::where_built("warm-up"), &["-j0"]).assert_success();
+    let tried = || {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().filter(|entry| event(entry) == "trying this machine again").count()
+    };
+    let before = tried();
+    pause_all(&client, -1.0);
+    let built = client.nix_build(&drv::where_built("again"), &["-j0"]);
+    assert_built_on(&client, &built, "mac");
+    assert_eq!(tried() - before, AT_A_TIME, "{built}");
+}

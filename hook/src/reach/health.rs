@@ -129,13 +129,13 @@ impl Reach {
     }
 
     /// Has the machine tried again, if it is time for that and nobody else does. Nobody waits for it: it is done by a
-    /// process of its own, which outlives this one.
-    pub fn try_again(&self, machine: &Machine) {
+    /// process of its own, which outlives this one. Says whether that was begun.
+    pub fn try_again(&self, machine: &Machine) -> bool {
         let now = SystemTime::now();
         if self.health_of_host(machine).is_some_and(|memory| memory.pause(now).is_some()) {
-            return;
+            return false;
         }
-        let Some(probe) = self.health(machine).claim(now) else { return };
+        let Some(probe) = self.health(machine).claim(now) else { return false };
         tracing::info!(
             event = "trying this machine again",
             builder = machine.name,
@@ -150,7 +150,7 @@ impl Reach {
                     reach.connect(&machine, &StoreDir::default(), reach.connect_timeout(), &Ahead::default());
                 drop(probe);
             });
-            return;
+            return true;
         }
         let child = Command::new("/proc/self/exe")
             .arg0("nix-offload")
@@ -164,9 +164,13 @@ impl Reach {
             .process_group(0)
             .spawn();
         match child {
-            Ok(mut child) => drop(thread::spawn(move || child.wait())),
+            Ok(mut child) => {
+                thread::spawn(move || child.wait());
+                true
+            }
             Err(error) => {
-                tracing::warn!(event = "cannot try this machine again", builder = machine.name, %error, "cannot try {} again: {error}", machine.name)
+                tracing::warn!(event = "cannot try this machine again", builder = machine.name, %error, "cannot try {} again: {error}", machine.name);
+                false
             }
         }
     }

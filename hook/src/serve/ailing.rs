@@ -11,8 +11,9 @@ use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
 use std::time::SystemTime;
 
-/// How many machines that Nix could not wait for are asked at a time; each takes a process.
-const MOST_ASKED: usize = 16;
+/// How many machines are tried at a time, whether they failed or Nix could not wait for them; each takes a process. The next
+/// request has more of them tried.
+const MOST_TRIED: usize = 16;
 
 impl Hook<'_> {
     /// A machine could not be used for a reason that is its own.
@@ -85,37 +86,42 @@ impl Hook<'_> {
         ailing.extend(unasked.iter().chain(&recalled));
         ailing.sort_unstable();
         ailing.dedup();
-        let mut most = MOST_ASKED;
+        let mut tried = 0;
         for index in ailing {
             let machine = &self.machines[index];
-            let Some(known) = self.reach.ailing(machine, SystemTime::now()) else {
-                let is_to_be_seen = recalled.contains(&index) && !self.reach.is_warm(machine);
-                let is_unasked = unasked.contains(&index) && !self.asking.is_under_way(index);
-                if most > 0 && (is_unasked || is_to_be_seen) {
-                    most -= 1;
-                    self.reach.try_again(machine);
+            let is_due = match self.reach.ailing(machine, SystemTime::now()) {
+                None => {
+                    let is_to_be_seen = recalled.contains(&index) && !self.reach.is_warm(machine);
+                    is_to_be_seen || unasked.contains(&index) && !self.asking.is_under_way(index)
                 }
-                continue;
+                Some(known) => {
+                    if let Some(text) = self.reach.take_news(machine) {
+                        self.tell(index, &text);
+                    }
+                    known.until.is_none()
+                }
             };
-            if let Some(text) = self.reach.take_news(machine) {
-                self.tell(index, &text);
-            }
-            if known.until.is_none() {
-                self.reach.try_again(machine);
+            if is_due && tried < MOST_TRIED && self.reach.try_again(machine) {
+                tried += 1;
             }
         }
     }
 
     /// Has those tried again for which it is time, of the machines that a decision left alone for their health.
     pub(super) fn try_what_ailed(&self, decision: &Decision) {
-        for (index, refusal) in decision.refusals() {
-            let machine = &self.machines[index];
-            let is_left_alone = matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_));
-            let known = is_left_alone.then(|| self.reach.ailing(machine, SystemTime::now())).flatten();
-            if known.is_some_and(|known| known.until.is_none()) {
-                self.reach.try_again(machine);
-            }
-        }
+        let left_alone = decision
+            .refusals()
+            .filter(|(_, refusal)| matches!(refusal, Refusal::CoolDown { .. } | Refusal::Failed(_)));
+        let machines = left_alone.map(|(index, _)| &self.machines[index]);
+        let is_due = |machine: &&Machine| {
+            let known = self.reach.ailing(machine, SystemTime::now());
+            known.is_some_and(|known| known.until.is_none())
+        };
+        machines
+            .filter(is_due)
+            .filter(|machine| self.reach.try_again(machine))
+            .take(MOST_TRIED)
+            .for_each(drop);
     }
 
     /// Forgets what failed in this process if it has been seen to be well since.
