@@ -132,8 +132,7 @@ impl Slots {
         let mut count = Count::default();
         for number in 0..max_jobs {
             let path = self.path(machine, number);
-            // Only a descriptor for writing tells those who watch when it is closed, so a look uses none.
-            match lock(&path, FlockArg::LockExclusiveNonblock, false) {
+            match peek(&path) {
                 // Slots above the first free one may be taken and count, so go on.
                 Ok(Some(_)) => drop(count.free.get_or_insert(number)),
                 Ok(None) => count.load.taken += 1,
@@ -203,7 +202,7 @@ impl Slots {
 
     /// One entry for each taken slot of a machine: what its holder wrote; `None` where it wrote nothing (a stock hook).
     pub fn holders(&self, machine: &str, max_jobs: u64) -> Vec<Option<Holder>> {
-        let taken = |path: &PathBuf| matches!(lock(path, FlockArg::LockExclusiveNonblock, false), Ok(None));
+        let taken = |path: &PathBuf| matches!(peek(path), Ok(None));
         (0..max_jobs)
             .map(|number| self.path(machine, number))
             .filter(|path| path.exists() && taken(path))
@@ -318,6 +317,14 @@ fn wait_for(path: PathBuf) -> Result<Held, SlotError> {
         .map_err(|source| SlotError { path, source })
 }
 
+/// Looks whether a slot is free; `None` when another process holds it.
+///
+/// Only a descriptor for writing tells those who watch when it is closed, so this one is for reading. With that NFS gives no
+/// exclusive lock (`nfs4_proc_lock` in fs/nfs/nfs4proc.c of Linux 6.18: EBADF), but a shared one serves as well.
+fn peek(path: &Path) -> io::Result<Option<Flock<File>>> {
+    lock(path, FlockArg::LockSharedNonblock, false)
+}
+
 /// Opens and locks; `None` when another process holds it.
 fn lock(path: &Path, how: FlockArg, write: bool) -> io::Result<Option<Flock<File>>> {
     let mut options = OpenOptions::new();
@@ -372,6 +379,20 @@ mod tests {
         assert_eq!(take(&slots, "ssh-ng://other", 1).0, 0);
         assert!(slots.take_any("ssh-ng://mac", 2).unwrap().is_none());
         assert!(slots.take_any("ssh-ng://mac", 3).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_look_at_slots_is_in_nobodys_way_who_looks_too() {
+        let (_state, slots) = slots();
+        let (_, held) = take(&slots, "m", 1);
+        drop(held);
+        // With a lock that a file system may give for reading alone.
+        let looking = peek(&slots.path("m", 0)).unwrap().unwrap();
+        assert_eq!(slots.count("m", 1).unwrap().load.taken, 0);
+        assert_eq!(slots.holders("m", 1), []);
+        assert!(slots.take("m", 0).unwrap().is_none());
+        drop(looking);
+        assert!(slots.take("m", 0).unwrap().is_some());
     }
 
     #[test]
