@@ -13,8 +13,16 @@ const BOUND: Duration = Duration::from_secs(20);
 /// Entries about one derivation that are looked at, the newest first.
 const MOST: &str = "200";
 /// The events that are decisions, by `EVENT`; `MESSAGE` was the same before there was that.
-const DECISIONS: [&str; 7] =
-    ["answered first", "asked Nix's own hook", "chosen", "declined", "not for us", "postponed", "waiting"];
+const DECISIONS: [&str; 8] = [
+    "answered first",
+    "asked Nix's own hook",
+    "chosen",
+    "declined",
+    "known to answer",
+    "not for us",
+    "postponed",
+    "waiting",
+];
 
 /// A decision as the journal has it.
 #[derive(Debug, Clone, PartialEq, Eq)]

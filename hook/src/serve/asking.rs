@@ -4,16 +4,13 @@
 //! Must never decide what becomes of a build meanwhile, or wait itself.
 
 use super::ailing::log_failure;
-use super::race::Late;
+use super::race::{CHECKING, Late};
 use super::{Candidate, Failed, Hook, Stage};
 use crate::plan;
 use crate::reach::FIRST_PAUSE;
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::time::{Duration, Instant, SystemTime};
-
-/// A machine that has answered in the last moment has this long to say that it takes the build.
-const CHECKING: Duration = Duration::from_secs(1);
 
 /// What a process remembers of the machines that it asked.
 #[derive(Default)]
@@ -46,8 +43,7 @@ impl Hook<'_> {
 
     /// How long a machine that has answered may take to say whether it takes the build, if Nix is to wait until `end`.
     pub(super) fn time_to_check(&self, end: Option<Instant>) -> Duration {
-        let all = self.reach.connect_timeout();
-        end.map_or(all, |end| all.min(end.saturating_duration_since(Instant::now()).max(CHECKING)))
+        time_to_check(self.reach.connect_timeout(), end, Instant::now())
     }
 
     /// Nix has waited for long enough, and there are machines that may still answer.
@@ -88,5 +84,27 @@ impl Hook<'_> {
                 && !self.may_be_promised(machine, candidate)
         };
         (0..self.machines.len()).filter(is_silent).collect()
+    }
+}
+
+fn time_to_check(most: Duration, end: Option<Instant>, now: Instant) -> Duration {
+    end.map_or(most, |end| most.min((end + CHECKING).saturating_duration_since(now)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_that_answer_late_share_one_moment() {
+        const MOST: Duration = Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(60);
+        let left = |before: f64, after: f64| {
+            let now = end - Duration::from_secs_f64(before) + Duration::from_secs_f64(after);
+            time_to_check(MOST, Some(end), now).as_secs_f64()
+        };
+        assert_eq!([left(20.0, 0.0), left(1.0, 0.0), left(0.0, 0.0)], [5.0, 2.0, 1.0]);
+        assert_eq!([left(0.0, 0.75), left(0.0, 1.0), left(0.0, 30.0)], [0.25, 0.0, 0.0]);
+        assert_eq!(time_to_check(MOST, None, end), MOST);
     }
 }

@@ -45,7 +45,7 @@ use nix_derivation::{Derivation, StorePath};
 use nix_offload_proxy::exit;
 use nix_offload_proxy::log::{self, Fallback};
 use nix_offload_proxy::settings::{self as offload, SettingsError};
-use race::{Runner, STAGGER, log_first, race};
+use race::{Runner, STAGGER, log_instead, race};
 use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::error::Error;
@@ -506,6 +506,7 @@ impl<'a> Hook<'a> {
             if raced.winner.is_none() && warm.is_none() && end.is_some_and(|end| Instant::now() >= end) {
                 self.note_in_vain(raced.late);
             }
+            let was_asked = raced.winner.is_some();
             let (winner, reached) = match raced.winner {
                 Some((winner, reached)) => (winner, reached.map(|reached| *reached)),
                 None => match warm {
@@ -524,7 +525,7 @@ impl<'a> Hook<'a> {
                 .lock_choice()
                 .and_then(|_choosing| self.slots.take_many(&machine.name, machine.max_jobs, slots));
             if let Ok(Some(slot)) = slot {
-                log_first(&candidate.request.drv_path, &machine.name);
+                log_instead(&candidate.request.drv_path, &machine.name, was_asked);
                 let chosen = Chosen { index: winner, pace: decision.pace(winner), slot, reached };
                 return Ok((Verdict::Accept(winner), Some(chosen)));
             }

@@ -8,6 +8,7 @@ use crate::reach::{Reach, ReachError, Reached};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::master::OpenError;
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -28,6 +29,9 @@ const GRACE: Duration = Duration::from_secs(3);
 
 /// When nobody is to wait any longer, those whose time is over by then have this long to say how they failed.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Machines that have answered in the last moment have this long, all together, to say that they take the build.
+pub(super) const CHECKING: Duration = Duration::from_secs(1);
 
 /// One machine, and how long it may take.
 pub(super) struct Runner<'a> {
@@ -114,7 +118,7 @@ pub(super) fn race(
         {
             Ok(arrival) => arrival,
             Err(_) if end.is_some_and(|end| Instant::now() >= end) => {
-                raced.end(&running, results);
+                raced.end(running, results);
                 return raced;
             }
             Err(_) if is_followed && !has_other => continue,
@@ -138,14 +142,23 @@ pub(super) fn race(
             }
             Err(error) => raced.failed.push((index, error)),
         }
+        if until.is_some_and(|until| Instant::now() >= until + CHECKING) {
+            raced.end(running, results);
+            return raced;
+        }
     }
 }
 
 impl Raced {
     /// Nobody waits any longer.
-    fn end(&mut self, running: &[(&Runner<'_>, Instant)], results: Receiver<Arrival>) {
+    fn end(&mut self, mut running: Vec<(&Runner<'_>, Instant)>, results: Receiver<Arrival>) {
+        // Of those that answered while another one was seen through, it is known now that they are well.
+        while let Ok((index, reached)) = results.try_recv() {
+            running.retain(|(runner, _)| runner.index != index);
+            self.failed.extend(reached.err().map(|error| (index, error)));
+        }
         let mut asked = HashSet::new();
-        for (runner, begin) in running {
+        for (runner, begin) in &running {
             let ran = begin.elapsed();
             if ran >= runner.bound {
                 self.failed.push(runner.timed_out());
@@ -166,10 +179,15 @@ impl Runner<'_> {
     }
 }
 
-/// Logs that this machine gets the build because it was the first to answer.
-pub(super) fn log_first(derivation: &str, builder: &str) {
-    let (event, name) = ("answered first", derivation::name_in(derivation));
-    tracing::info!(event, derivation, builder, "{builder} answered first and gets '{name}'");
+/// Logs that this machine gets the build in the place of the one that was chosen: it was asked too and was the first to
+/// answer, or it is known to answer.
+pub(super) fn log_instead(derivation: &str, builder: &str, was_asked: bool) {
+    let name = derivation::name_in(derivation);
+    let (event, why) = match was_asked {
+        true => ("answered first", "answered first"),
+        false => ("known to answer", "is known to answer"),
+    };
+    tracing::info!(event, derivation, builder, "{builder} {why} and gets '{name}'");
 }
 
 /// How long those that run are left alone.
@@ -193,8 +211,13 @@ fn last_words(running: &[(&Runner<'_>, Instant)], until: Instant) -> Duration {
 fn start(reach: &Reach, store_dir: &StoreDir, runner: &Runner<'_>, done: Sender<Arrival>) {
     let (reach, store_dir, machine) = (reach.clone(), store_dir.clone(), runner.machine.clone());
     let (index, bound) = (runner.index, runner.bound);
-    thread::spawn(move || {
+    let ask = Arc::new(move || {
         let reached = reach.connect(&machine, &store_dir, bound, &Ahead::default());
         let _ = done.send((index, reached));
     });
+    let asks = Arc::clone(&ask);
+    if let Err(error) = thread::Builder::new().spawn(move || asks()) {
+        tracing::warn!(event = "cannot start a thread", %error, "cannot start a thread, so one machine is asked at a time: {error}");
+        ask();
+    }
 }
