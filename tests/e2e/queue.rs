@@ -460,3 +460,23 @@ fn the_time_that_a_build_ran_is_no_time_that_it_waited() {
         assert_eq!(client.read(&output.assert_success().out_path()), "mac\n", "{output}");
     }
 }
+
+#[test]
+fn that_there_is_no_place_in_another_line_is_told_once_and_the_build_waits_all_the_same() {
+    let world = World::new();
+    let (client, _builders, [fastgate, slowgate]) = fast_and_slow(&world, "[choice]\nhold-back = '12s'\n");
+    let long = client.spawn_nix_build(&gated("long"), &["-j0"]);
+    wait_until("it waits", SOON, || long.stderr_so_far().contains("waits for a slot of"));
+    client.run("cd /run/nix-offload/queue && rm door && mkdir door");
+    // From now on it is held back for the fast machine, and looks at the slots every two seconds.
+    open(&client, "slowgate");
+    slowgate.wait().assert_success();
+    wait_for_begin(&client, "long", &["slow"]);
+    for name in ["long", "fastgate"] {
+        open(&client, name);
+    }
+    fastgate.wait().assert_success();
+    let built = long.wait();
+    let told = built.assert_success().stderr().matches("to wait for a slot").count();
+    assert_eq!(told, 1, "{built}");
+}

@@ -5,11 +5,12 @@
 use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::derivation;
 use crate::plan::{Because, Verdict, telling, turn};
-use crate::queue::{self, Place, Turn, Wish};
-use crate::slots::{SlotError, Watch};
+use crate::queue::{self, Place, QueueError, Turn, Wish};
+use crate::slots::Watch;
 use crate::state::Times;
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
+use std::error::Error;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -89,10 +90,14 @@ impl Hook<'_> {
         let holds_back =
             || self.memory.latest().as_ref().is_some_and(|latest| latest.because == Because::HeldBack);
         let mut is_held_back = holds_back();
+        let (mut trouble, mut no_place) = (Trouble::default(), Trouble::default());
         // Without a turn it may still get a slot.
-        let mut turn = place.and_then(|place| self.wait_for_turn(place, candidate, is_held_back));
+        let wait_for_turn = |place: Place, is_held_back: bool, no_place: &mut Trouble| {
+            let turn = self.wait_for_turn(place, candidate, is_held_back);
+            turn.map_err(|error| no_place.tell(self, &error)).ok().flatten()
+        };
+        let mut turn = place.and_then(|place| wait_for_turn(place, is_held_back, &mut no_place));
         let mut obstacles = Obstacles::since(candidate.wait.since());
-        let mut trouble = Trouble::default();
         let mut watch: Option<Watch> = None;
         loop {
             if watch.is_none() {
@@ -114,24 +119,19 @@ impl Hook<'_> {
                     // The next in its line may take what it leaves free, and it comes back when nothing is free. For which
                     // machines exactly it is held back may change with each look; it stays in the line of the first.
                     if holds_back() != is_held_back {
-                        let other = self.wish(&machines);
-                        let place = match turn.take() {
-                            Some(same) if same.wish().machines == other.machines => {
-                                turn = Some(same);
-                                Ok(None)
-                            }
-                            Some(turn) => turn.change(other).map(Some),
-                            // It was held back for long enough.
-                            None => self.queue.place(other, queue::whose(), self.ticket(candidate), u64::MAX),
-                        };
-                        let place = place.map_err(|error| self.tell_error(&error, Verbosity::Warn));
+                        let place = self.change_line(&mut turn, self.wish(&machines), candidate);
+                        let place = place.map_err(|error| no_place.tell(self, &error));
                         if let Ok(Some(place)) = place {
                             obstacles.entered = SystemTime::now();
                             is_held_back = holds_back();
-                            turn = self.wait_for_turn(place, candidate, is_held_back);
+                            turn = wait_for_turn(place, is_held_back, &mut no_place);
                             continue;
                         }
                     }
+                }
+                Ok((_, None)) => {
+                    obstacles.note(self, candidate, wish);
+                    return None;
                 }
                 Ok((_, chosen)) => {
                     obstacles.note(self, candidate, wish);
@@ -186,16 +186,40 @@ impl Hook<'_> {
         self.nix.message(Verbosity::Info, &text);
     }
 
-    /// None also if a build that is held back has been that for long enough.
-    fn wait_for_turn(&self, place: Place, candidate: &Candidate, is_held_back: bool) -> Option<Turn> {
+    /// A place in the line of those that have this wish; none if that is where it has its turn. The turn in another line is
+    /// given up.
+    fn change_line(
+        &self,
+        turn: &mut Option<Turn>,
+        wish: Wish,
+        candidate: &Candidate,
+    ) -> Result<Option<Place>, QueueError> {
+        match turn.take() {
+            Some(same) if same.wish().machines == wish.machines => {
+                *turn = Some(same);
+                Ok(None)
+            }
+            Some(turn) => turn.change(wish).map(Some),
+            // It was held back for long enough.
+            None => self.queue.place(wish, queue::whose(), self.ticket(candidate), u64::MAX),
+        }
+    }
+
+    /// None if a build that is held back has been that for long enough.
+    fn wait_for_turn(
+        &self,
+        place: Place,
+        candidate: &Candidate,
+        is_held_back: bool,
+    ) -> Result<Option<Turn>, QueueError> {
         let waited = SystemTime::now().duration_since(candidate.wait.since()).unwrap_or_default();
         let left = self.rules.hold_back.saturating_sub(waited);
         let until = is_held_back.then(|| Instant::now() + left);
-        place.wait(until).map_err(|error| self.tell_error(&error, Verbosity::Warn)).ok().flatten()
+        place.wait(until)
     }
 }
 
-/// Slots that cannot be looked at.
+/// Slots that cannot be looked at, or no place in the queue to be had.
 #[derive(Default)]
 struct Trouble {
     is_told: bool,
@@ -204,7 +228,7 @@ struct Trouble {
 
 impl Trouble {
     /// Tells of it, once.
-    fn tell(&mut self, hook: &Hook<'_>, error: &SlotError) {
+    fn tell(&mut self, hook: &Hook<'_>, error: &dyn Error) {
         if !std::mem::replace(&mut self.is_told, true) {
             hook.tell_error(error, Verbosity::Warn);
         }
