@@ -9,6 +9,7 @@ use crate::plan::{Decision, Refusal};
 use crate::reach::ReachError;
 use crate::wire::hook::Verbosity;
 use nix_offload_proxy::exit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::SystemTime;
 
 /// How many machines are tried at a time, whether they failed or Nix could not wait for them; each takes a process. The next
@@ -73,6 +74,11 @@ impl Hook<'_> {
     /// tried again for which it is time, or asked that Nix could not wait for. Those that are short of something are to be
     /// looked at further. That takes a connection, and the sampler makes none, so it is made here if it has ended.
     pub(super) fn attend(&self, failed: &Failed) {
+        // No build is to be lost for a fault in this.
+        let _ = catch_unwind(AssertUnwindSafe(|| self.tell_and_try(failed)));
+    }
+
+    fn tell_and_try(&self, failed: &Failed) {
         self.tell_of_network();
         for index in self.memory.short() {
             self.reach.note_wanted(&self.machines[index]);

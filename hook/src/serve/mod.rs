@@ -293,11 +293,7 @@ impl<'a> Hook<'a> {
             let answered =
                 catch_unwind(AssertUnwindSafe(|| self.answer(request, times, &mut failed, &mut handover)));
             let answer = answered.unwrap_or_else(|_| {
-                self.nix.message(
-                    Verbosity::Error,
-                    "nix-offload: internal error while choosing a machine (see journalctl -t nix-offload); \
-                     please report it",
-                );
+                self.tell_fault("choosing a machine");
                 Answer::Reply(Reply::Decline)
             });
             let (Answer::Reply(reply) | Answer::Ours(reply, ..) | Answer::Handed(reply, _)) = &answer;
@@ -324,12 +320,23 @@ impl<'a> Hook<'a> {
                     // Nix writes this with its whole event loop waiting, so it is read before anything else.
                     let job = hook::read_job(source).map_err(ServeError::Protocol)?;
                     self.attend(&failed);
-                    return Ok(self.build(&candidate, accepted, &job, failed));
+                    let build = AssertUnwindSafe(|| self.build(&candidate, accepted, &job, failed));
+                    return Ok(catch_unwind(build).unwrap_or_else(|_| {
+                        self.tell_fault("an accepted build");
+                        exit::FAILURE
+                    }));
                 }
                 Answer::Handed(_, stock) => return Ok(stock.carry_on(source, self.nix)),
             }
         }
         Ok(exit::OK)
+    }
+
+    /// Tells of a panic.
+    fn tell_fault(&self, during: &str) {
+        let text =
+            format!("internal error during {during} (see journalctl -t nix-offload); please report it");
+        self.nix.message(Verbosity::Error, &format!("nix-offload: {text}"));
     }
 
     fn answer(
