@@ -26,7 +26,7 @@ use crate::nix_side::NixSide;
 use crate::path_info::PathInfo;
 use crate::plan::machine::Machine;
 use crate::plan::outputs::Wanted;
-use crate::plan::{Local, Request, Rules, Verdict, Work, turn};
+use crate::plan::{Local, Request, Rules, Work, turn};
 use crate::queue::{self, Place, Queue, QueueError, Wish};
 use crate::reach::{Reach, ReachSetupError, Reached};
 use crate::sampler::Interest;
@@ -38,6 +38,7 @@ use crate::survey;
 use crate::wire::WireError;
 use crate::wire::hook::{self, Reply, Verbosity};
 use asking::Asking;
+use choosing::Choice;
 use deciding::Memory;
 use handover::{Among, Handover};
 use moment::Moment;
@@ -359,17 +360,14 @@ impl<'a> Hook<'a> {
             }
         };
         let name = |index: usize| self.machines[index].name.clone();
-        let choice = self.choose(&candidate, Stage::New { may_ask: true }, failed).unwrap_or_else(|error| {
-            self.tell_error(&error, Verbosity::Error);
-            (Verdict::Decline, None)
-        });
+        let choice = self.choose(&candidate, Stage::New { may_ask: true }, failed);
         times.obstructed = candidate.wait.obstructed();
         match choice {
-            (Verdict::Accept(index), Some(chosen)) => {
-                let accepted = Accepted::Now(Box::new(chosen));
-                Answer::Ours(Reply::Accept { machine: name(index) }, Box::new(candidate), accepted)
+            Ok(Choice::Machine(chosen)) => {
+                let reply = Reply::Accept { machine: name(chosen.index) };
+                Answer::Ours(reply, Box::new(candidate), Accepted::Now(chosen))
             }
-            (Verdict::Wait(machines), _) => {
+            Ok(Choice::Wait(machines)) => {
                 match (machines.first(), self.place_in_queue(&candidate, &machines)) {
                     // The first is named to Nix, which cannot be told otherwise later; the user can.
                     (Some(first), Some(place)) => {
@@ -379,11 +377,14 @@ impl<'a> Hook<'a> {
                     _ => Answer::Reply(Reply::Postpone),
                 }
             }
-            (Verdict::Postpone(_), _) => {
+            Ok(Choice::Postpone(_)) => {
                 self.tell_what_is_missing(&request, &self.local);
                 Answer::Reply(Reply::Postpone)
             }
-            _ => {
+            Ok(Choice::Decline) | Err(_) => {
+                if let Err(error) = choice {
+                    self.tell_error(&error, Verbosity::Error);
+                }
                 let why = "its machine is not of a kind we speak";
                 let answer = handover.ask(Among::Foreign, &request, why);
                 if answer.0 == Reply::Decline {

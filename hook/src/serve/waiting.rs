@@ -2,6 +2,7 @@
 //!
 //! Must never lose a build for a trouble that passes, or have a rule of its own about whose turn it is.
 
+use super::choosing::Choice;
 use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::derivation;
 use crate::plan::{Because, Verdict, telling, turn};
@@ -33,7 +34,9 @@ impl Hook<'_> {
     ) -> Option<Chosen> {
         candidate.wait.go_on(SystemTime::now());
         match self.choose(candidate, stage, failed) {
-            Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
+            Ok(Choice::Machine(chosen)) => Some(*chosen),
+            Ok(Choice::Decline) => None,
+            Ok(Choice::Wait(machines) | Choice::Postpone(machines)) => {
                 // It is accepted, so it has to wait however many do.
                 let (wish, came) = (self.wish(&machines), self.ticket(candidate));
                 let place = self.queue.place(wish, queue::whose(), came, u64::MAX);
@@ -43,7 +46,6 @@ impl Hook<'_> {
                 });
                 self.wait_for_slot(candidate, failed, place)
             }
-            Ok((_, chosen)) => chosen,
             Err(_) => self.wait_for_slot(candidate, failed, None),
         }
     }
@@ -110,7 +112,7 @@ impl Hook<'_> {
             obstacles.inherit(self, candidate, wish);
             self.forget_what_is_well(failed);
             match self.choose(candidate, Stage::Waited(wish), failed) {
-                Ok((Verdict::Wait(machines) | Verdict::Postpone(machines), _)) => {
+                Ok(Choice::Wait(machines) | Choice::Postpone(machines)) => {
                     trouble.since = None;
                     obstacles.note(self, candidate, wish);
                     self.attend(failed);
@@ -129,11 +131,11 @@ impl Hook<'_> {
                         }
                     }
                 }
-                Ok((_, None)) => {
+                Ok(Choice::Decline) => {
                     obstacles.note(self, candidate, wish);
                     return None;
                 }
-                Ok((_, chosen)) => {
+                Ok(Choice::Machine(chosen)) => {
                     obstacles.note(self, candidate, wish);
                     let duration_ms = begin.elapsed().as_millis() as u64;
                     let name = derivation::name_in(&candidate.request.drv_path);
@@ -144,7 +146,7 @@ impl Hook<'_> {
                         "'{name}' waited {} s for a slot",
                         exit::seconds(begin.elapsed())
                     );
-                    return chosen;
+                    return Some(*chosen);
                 }
                 Err(error) => {
                     trouble.tell(self, &error);
