@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use harness::{Client, Hook, Mode, Release, Running, World, drv, wait_until};
+use harness::{Client, Hook, Mode, Release, Running, World, drv, event, wait_until};
 use nix::sys::signal::Signal;
 
 use crate::support::{SOON, begun, gated, open, sleeping, wait_for_begin};
@@ -223,6 +223,27 @@ fn what_another_hook_does_stands_beside_what_we_do() {
             built.assert_stderr_has(&format!("-{ours}.drv' on 'local://?root=/srv/ours'"));
         }
         client.verify_store_at(STORE);
+    }
+}
+
+#[test]
+fn what_is_to_be_done_here_is_not_offered_to_the_machines_of_another_hook() {
+    let world = World::new();
+    let client = world.client().hook(Hook::Ours).journald().start();
+    client.set_machines("file:///srv/cache x86_64-linux - 1 1\n");
+    let asked = || {
+        let entries = client.journal("-t nix-offload");
+        entries.iter().filter(|entry| event(entry) == "asked Nix's own hook").count()
+    };
+    let settings = [
+        ("policy = 'local-first'", 0),
+        // For whom this one is full, and another one may be free.
+        ("policy = 'remote-first'", 1),
+    ];
+    for (number, (policy, times)) in settings.into_iter().enumerate() {
+        client.write("/etc/nix/offload.toml", &format!("[choice]\n{policy}\n"));
+        let built = client.nix_build(&drv::where_built(&format!("policy-{number}")), &["-j1"]);
+        assert_eq!(asked(), times, "{policy}: {built}");
     }
 }
 

@@ -509,8 +509,7 @@ fn stand(
     standings: &mut [Standing],
 ) {
     let Some(first) = ranked.first() else { return };
-    let is_local =
-        matches!(because, Because::Builtin | Because::LocalFirst | Because::LocalSooner | Because::LocalFree);
+    let is_local = because.prefers_here() || because == Because::LocalFree;
     for (place, Ranked { candidate, estimate }) in (1..).zip(ranked) {
         let Candidate { index, machine, known, weight, is_free, .. } = candidate;
         let refusal = if !is_free {

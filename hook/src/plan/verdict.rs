@@ -53,6 +53,13 @@ pub enum Because {
     NothingFits,
 }
 
+impl Because {
+    /// Whether it is to be done here whatever other machines there are, those included that we do not speak to.
+    pub fn prefers_here(self) -> bool {
+        matches!(self, Self::Builtin | Self::LocalFirst | Self::LocalSooner)
+    }
+}
+
 /// How the machines were put in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {

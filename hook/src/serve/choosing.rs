@@ -5,7 +5,7 @@
 use super::ailing::log_failure;
 use super::race::{Raced, Runner, STAGGER, log_instead, race};
 use super::{Candidate, Chosen, Failed, Hook, Stage};
-use crate::plan::{Decision, Verdict};
+use crate::plan::{Because, Decision, Verdict};
 use crate::reach::{ReachError, Reached};
 use crate::slots::{Held, SlotError};
 use crate::state::End;
@@ -28,7 +28,7 @@ pub(super) enum Choice {
     /// None yet: Nix is to ask again. See [`Verdict::Postpone`].
     Postpone(Vec<usize>),
     /// None.
-    Decline,
+    Decline(Because),
 }
 
 /// What has come of asking machines for one build.
@@ -68,7 +68,7 @@ impl Hook<'_> {
                 (Verdict::Accept(_), None) => continue,
                 (Verdict::Wait(machines), _) => return Ok(Choice::Wait(machines.clone())),
                 (Verdict::Postpone(machines), _) => return Ok(Choice::Postpone(machines.clone())),
-                (Verdict::Decline, _) => return Ok(Choice::Decline),
+                (Verdict::Decline, _) => return Ok(Choice::Decline(decision.because)),
             };
             let choice = |index: usize, slot: Held, reached: Option<Reached>| {
                 Choice::Machine(Box::new(Chosen { index, pace: decision.pace(index), slot, reached }))

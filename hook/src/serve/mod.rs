@@ -381,7 +381,9 @@ impl<'a> Hook<'a> {
                 self.tell_what_is_missing(&request, &self.local);
                 Answer::Reply(Reply::Postpone)
             }
-            Ok(Choice::Decline) | Err(_) => {
+            // Nix's own hook would send it away.
+            Ok(Choice::Decline(because)) if because.prefers_here() => Answer::Reply(Reply::Decline),
+            Ok(Choice::Decline(_)) | Err(_) => {
                 if let Err(error) = choice {
                     self.tell_error(&error, Verbosity::Error);
                 }

@@ -35,7 +35,7 @@ impl Hook<'_> {
         candidate.wait.go_on(SystemTime::now());
         match self.choose(candidate, stage, failed) {
             Ok(Choice::Machine(chosen)) => Some(*chosen),
-            Ok(Choice::Decline) => None,
+            Ok(Choice::Decline(_)) => None,
             Ok(Choice::Wait(machines) | Choice::Postpone(machines)) => {
                 // It is accepted, so it has to wait however many do.
                 let (wish, came) = (self.wish(&machines), self.ticket(candidate));
@@ -131,7 +131,7 @@ impl Hook<'_> {
                         }
                     }
                 }
-                Ok(Choice::Decline) => {
+                Ok(Choice::Decline(_)) => {
                     obstacles.note(self, candidate, wish);
                     return None;
                 }
