@@ -3,7 +3,7 @@
 //! Must never have a rule of its own about which machine is better.
 
 use super::ailing::log_failure;
-use super::race::{Raced, Runner, STAGGER, log_instead, race};
+use super::race::{Raced, Runner, STAGGER, ask_one, log_instead, race};
 use super::{Candidate, Chosen, Failed, Hook, Stage};
 use crate::plan::{Because, Decision, Verdict};
 use crate::reach::{ReachError, Reached};
@@ -116,7 +116,7 @@ impl Hook<'_> {
     }
 
     /// Asks the machine of this index, and those that would do in its place unless there is one that is known to answer
-    /// (`has_other`), which is not to wait for them.
+    /// (`has_other`).
     fn ask(
         &self,
         decision: &Decision,
@@ -125,13 +125,16 @@ impl Hook<'_> {
         candidate: &Candidate,
         end: Option<Instant>,
     ) -> Raced {
-        let rivals = if has_other { Vec::new() } else { decision.outranked() };
-        let asked = [index].into_iter().chain(rivals.into_iter().take(MOST_RIVALS));
-        let runners: Vec<Runner<'_>> = asked.map(|index| self.runner(index)).collect();
+        let (reach, store_dir) = (&self.reach, &self.location.store_dir);
         let good = |index: usize, reached| {
             self.check_within(&self.machines[index], reached, candidate, self.time_to_check(end))
         };
-        race(&self.reach, &self.location.store_dir, &runners, has_other, end, good)
+        if has_other {
+            return ask_one(reach, store_dir, &self.runner(index), end, good);
+        }
+        let asked = [index].into_iter().chain(decision.outranked().into_iter().take(MOST_RIVALS));
+        let runners: Vec<Runner<'_>> = asked.map(|index| self.runner(index)).collect();
+        race(reach, store_dir, &runners, end, good)
     }
 
     fn runner(&self, index: usize) -> Runner<'_> {

@@ -45,6 +45,7 @@ pub(super) struct Runner<'a> {
 type Arrival = (usize, Result<Reached, ReachError>);
 
 /// How it went.
+#[derive(Default)]
 pub(super) struct Raced {
     /// The first that can be used, with the connection if it is still of use.
     pub(super) winner: Option<(usize, Option<Box<Reached>>)>,
@@ -81,25 +82,46 @@ impl Late {
     }
 }
 
+/// Connects to one while there is another machine that is known to answer, which is not to wait for it any longer than a
+/// machine takes that is well, nor longer than `until`. It is to be `good`, too.
+pub(super) fn ask_one(
+    reach: &Reach,
+    store_dir: &StoreDir,
+    runner: &Runner<'_>,
+    until: Option<Instant>,
+    good: impl Fn(usize, Reached) -> Result<Option<Reached>, ReachError>,
+) -> Raced {
+    let mut raced = Raced::default();
+    let (done, results) = mpsc::channel();
+    let running = vec![(runner, Instant::now())];
+    start(reach, store_dir, runner, done);
+    let end = until.map(|until| until + last_words(&running, until));
+    let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+    match results.recv_timeout(left.map_or(STAGGER, |left| left.min(STAGGER))) {
+        Ok(arrival) => drop(raced.see(arrival, good)),
+        Err(_) if end.is_some_and(|end| Instant::now() >= end) => raced.end(running, results),
+        Err(_) => raced.slow.push(runner.index),
+    }
+    raced
+}
+
 /// Connects to them in their order, to the next one when those before it have failed or taken too long, until one is
-/// reached that is `good`. If there is another one that is known to answer (`has_other`), it stands behind the first. `until`
-/// is when nobody is to wait any longer, whoever has had no time then.
+/// reached that is `good`. `until` is when nobody is to wait any longer, whoever has had no time then.
 pub(super) fn race(
     reach: &Reach,
     store_dir: &StoreDir,
     runners: &[Runner<'_>],
-    has_other: bool,
     until: Option<Instant>,
     good: impl Fn(usize, Reached) -> Result<Option<Reached>, ReachError>,
 ) -> Raced {
-    let mut raced = Raced { winner: None, slow: Vec::new(), failed: Vec::new(), late: None };
+    let mut raced = Raced::default();
     let (done, results) = mpsc::channel();
     let longest = runners.iter().map(|runner| runner.bound).max().unwrap_or_default() + GRACE;
     let mut waiting = runners.iter();
     let mut running: Vec<(&Runner<'_>, Instant)> = Vec::new();
     loop {
         let is_begun = running.len() + raced.failed.len() > 0;
-        let is_closed = is_begun && (has_other || until.is_some_and(|until| Instant::now() >= until));
+        let is_closed = is_begun && until.is_some_and(|until| Instant::now() >= until);
         let next = if is_closed { None } else { waiting.next() };
         match next {
             Some(runner) => {
@@ -109,47 +131,51 @@ pub(super) fn race(
             None if running.is_empty() => return raced,
             None => {}
         }
-        let is_followed = has_other || waiting.len() > 0;
-        let pause = if has_other { STAGGER } else { pause(&running) };
+        let is_followed = waiting.len() > 0;
+        let bound = if is_followed { pause(&running) } else { longest };
         let end = until.map(|until| until + last_words(&running, until));
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let bound = if is_followed { pause } else { longest };
-        let (index, reached): Arrival = match results.recv_timeout(left.map_or(bound, |left| left.min(bound)))
-        {
-            Ok(arrival) => arrival,
+        match results.recv_timeout(left.map_or(bound, |left| left.min(bound))) {
+            Ok(arrival) => {
+                running.retain(|(runner, _)| runner.index != arrival.0);
+                if raced.see(arrival, &good) {
+                    let slow = running.iter().filter(|(_, begin)| begin.elapsed() >= STAGGER);
+                    raced.slow = slow.map(|(runner, _)| runner.index).collect();
+                    return raced;
+                }
+                if until.is_some_and(|until| Instant::now() >= until + CHECKING) {
+                    raced.end(running, results);
+                    return raced;
+                }
+            }
             Err(_) if end.is_some_and(|end| Instant::now() >= end) => {
                 raced.end(running, results);
                 return raced;
             }
-            Err(_) if is_followed && !has_other => continue,
+            Err(_) if is_followed => {}
             Err(_) => {
-                if has_other {
-                    raced.slow = running.iter().map(|(runner, _)| runner.index).collect();
-                } else {
-                    // They had their time, or met with a fault of ours.
-                    raced.failed.extend(running.iter().map(|(runner, _)| runner.timed_out()));
-                }
+                // They had their time, or met with a fault of ours.
+                raced.failed.extend(running.iter().map(|(runner, _)| runner.timed_out()));
                 return raced;
             }
-        };
-        running.retain(|(runner, _)| runner.index != index);
-        match reached.and_then(|reached| good(index, reached)) {
-            Ok(reached) => {
-                raced.winner = Some((index, reached.map(Box::new)));
-                let slow = running.iter().filter(|(_, begin)| begin.elapsed() >= STAGGER);
-                raced.slow = slow.map(|(runner, _)| runner.index).collect();
-                return raced;
-            }
-            Err(error) => raced.failed.push((index, error)),
-        }
-        if until.is_some_and(|until| Instant::now() >= until + CHECKING) {
-            raced.end(running, results);
-            return raced;
         }
     }
 }
 
 impl Raced {
+    /// What has come of one. Whether it gets the build.
+    fn see(
+        &mut self,
+        (index, reached): Arrival,
+        good: impl Fn(usize, Reached) -> Result<Option<Reached>, ReachError>,
+    ) -> bool {
+        match reached.and_then(|reached| good(index, reached)) {
+            Ok(reached) => self.winner = Some((index, reached.map(Box::new))),
+            Err(error) => self.failed.push((index, error)),
+        }
+        self.winner.is_some()
+    }
+
     /// Nobody waits any longer.
     fn end(&mut self, mut running: Vec<(&Runner<'_>, Instant)>, results: Receiver<Arrival>) {
         // Of those that answered while another one was seen through, it is known now that they are well.
