@@ -23,7 +23,7 @@ impl Hook<'_> {
         self.reach.is_warm(machine) && !(self.reach.is_doubtful(machine) && would_matter())
     }
 
-    /// Connects to a machine that has been promised the build.
+    /// Connects to a machine, and logs by which way.
     pub(super) fn connect(
         &self,
         machine: &Machine,
