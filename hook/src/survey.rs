@@ -3,7 +3,7 @@
 //!
 //! Must never decide, connect to a machine, or measure anything itself.
 
-use crate::plan::here::{self, Here};
+use crate::plan::here::{self, Opened};
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
@@ -221,30 +221,24 @@ pub fn against(machine: &Machine, own: &Location) -> Option<String> {
 /// Whether a machine's store is the client's own. Nix holds the locks of the outputs while its hook runs, so a build there
 /// would wait for ever (with the stock hook of Nix 2.8 to 2.34 it does).
 pub fn is_own_store(machine: &Machine, own: &Location, env: impl Fn(&str) -> Option<OsString>) -> bool {
-    let state = |setting: &str| Location::parse(setting, &env).ok().map(|location| location.state_dir);
-    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
-    let theirs = match machine.uri.here() {
+    let usual = env("NIX_REMOTE").and_then(|named| named.into_string().ok()).unwrap_or_default();
+    let state = |theirs: Result<Location, _>| Some((theirs.ok()?.state_dir, own.state_dir.clone()));
+    let places = match here::opened(machine, &usual) {
         None => None,
-        Some(Here::Program) => match machine.uri.param("remote-store") {
-            Some(store) => state(store),
-            None => {
-                let named = env("NIX_REMOTE").and_then(|named| named.into_string().ok());
-                state(named.as_deref().filter(|named| *named != "daemon").unwrap_or("auto"))
-            }
-        },
-        Some(Here::Store(base)) => state(&here::store_uri(machine, &base)),
-        Some(Here::Socket(path)) => {
-            let usual = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
-            let socket = path.map(PathBuf::from).or_else(usual);
-            match socket {
-                None => state("auto"),
-                Some(path) => {
-                    return settled(path) == settled(own.state_dir.join("daemon-socket/socket"));
-                }
+        // Where only a daemon may write to the store, `auto` is that daemon's.
+        Some(Opened::Store(setting)) => {
+            state(Location::find(&setting, &env).or_else(|_| Location::parse(&setting, &env)))
+        }
+        Some(Opened::Socket(path)) => {
+            let named = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
+            match path.map(PathBuf::from).or_else(named) {
+                Some(path) => Some((path, own.state_dir.join("daemon-socket/socket"))),
+                None => state(Location::parse("auto", &env)),
             }
         }
     };
-    theirs.is_some_and(|theirs| settled(theirs) == settled(own.state_dir.clone()))
+    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
+    places.is_some_and(|(theirs, ours)| settled(theirs) == settled(ours))
 }
 
 #[cfg(test)]
@@ -269,6 +263,26 @@ mod tests {
         }
         for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
             assert!(!is_own(uri, "auto"), "{uri}");
+        }
+        for store in ["auto", "daemon", "unix:///nix/var/nix/daemon-socket/socket"] {
+            let uri = format!("ssh-ng://localhost?remote-store={store}");
+            assert!(is_own(&uri, "auto") && !is_own(&uri, "/root/my-nix"), "{uri}");
+        }
+    }
+
+    #[test]
+    fn what_nix_opens_here_counts_for_a_program_here() {
+        let own = Location::parse("auto", |_| None).unwrap();
+        let machine = Machine::for_uri("ssh-ng://localhost", BTreeSet::new()).unwrap();
+        for (named, expected) in [
+            ("", true),
+            ("daemon", true),
+            ("unix:///nix/var/nix/daemon-socket/socket", true),
+            ("unix:///run/other", false),
+            ("/srv/x", false),
+        ] {
+            let env = |name: &str| (name == "NIX_REMOTE").then(|| named.into());
+            assert_eq!(is_own_store(&machine, &own, env), expected, "{named}");
         }
     }
 

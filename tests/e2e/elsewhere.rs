@@ -167,11 +167,17 @@ fn a_store_that_is_the_clients_own_is_left_out_at_once() {
     let world = World::new();
     for release in Release::ALL {
         let client = world.client().named(release.name()).release(release).hook(Hook::Ours).start();
-        for (number, uri) in
-            ["auto", "ssh-ng://localhost", "local", "daemon", "ssh-ng://localhost?remote-store=auto"]
-                .into_iter()
-                .enumerate()
-        {
+        start_daemon(&client);
+        let uris = [
+            "auto",
+            "ssh-ng://localhost",
+            "local",
+            "daemon",
+            "ssh-ng://localhost?remote-store=auto",
+            "ssh-ng://localhost?remote-store=daemon",
+            "ssh-ng://localhost?remote-store=unix:///nix/var/nix/daemon-socket/socket",
+        ];
+        for (number, uri) in uris.into_iter().enumerate() {
             // With the stock hook this waits for ever.
             let name = format!("own-{number}");
             let machines = format!("{uri} - - 1 1");
@@ -187,6 +193,20 @@ fn a_store_that_is_the_clients_own_is_left_out_at_once() {
         }
         client.verify_store();
     }
+}
+
+#[test]
+fn the_store_in_a_home_is_its_users_own_where_there_is_no_other() {
+    let world = World::new();
+    // `nix-daemon --stdio` has taken that store since Nix 2.34.
+    let client = world.client().release(Release::Sid).hook(Hook::Ours).start();
+    client.run("rm -rf /nix");
+    let args = ["--no-out-link", "-j0", "--builders", "ssh-ng://localhost - - 1 1", "-E"];
+    let build = client.nix("nix-build").args(args).arg(&drv::where_built("own")).as_user();
+    // With the stock hook this waits for ever.
+    let failed = build.limit(Duration::from_secs(30)).run();
+    failed.assert_failure().assert_stderr_has("its store is this client's own");
+    assert!(client.exists("/home/user/.local/share/nix/root/nix/var/nix/db/db.sqlite"), "{failed}");
 }
 
 #[test]

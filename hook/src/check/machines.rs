@@ -8,8 +8,8 @@
 use super::finding::{Finding, Spot};
 use super::known::{self, Word};
 use crate::config::{self, Entry, Fleet};
-use crate::plan::here::Here;
-use crate::plan::machine::{Machine, Place, Scheme, StoreUri};
+use crate::plan::here;
+use crate::plan::machine::{Machine, Place, Scheme};
 use base64::Engine as _;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv6Addr;
@@ -21,6 +21,8 @@ const FAST: f32 = 1000.0;
 const SLOW: f32 = 0.001;
 /// Stands at the beginning of files that some editors write.
 const BYTE_ORDER_MARK: char = '\u{feff}';
+/// The store that Nix takes unless it is told otherwise.
+const USUAL: &str = "auto";
 const QUOTES: [char; 2] = ['"', '\''];
 
 /// What this machine has by itself.
@@ -224,7 +226,7 @@ impl Judged {
     /// What is wrong with column 1.
     fn uri(&mut self, line: &Line<'_>, machine: &Machine, own: &Own) {
         let word = line.entry.words[0].1;
-        let here = machine.uri.here();
+        let is_here = machine.uri.here().is_some();
         if let Some((written, _)) = word.split_once("://") {
             let scheme = written.trim_start_matches(BYTE_ORDER_MARK).trim_matches(QUOTES);
             self.scheme(&line.part(0, 0, written), scheme);
@@ -233,7 +235,7 @@ impl Judged {
             self.parameter(line, name);
         }
         // Of other kinds of stores we do not know what they mean.
-        let is_known = here.is_some() || !matches!(machine.uri.scheme, Scheme::Other(_));
+        let is_known = is_here || !matches!(machine.uri.scheme, Scheme::Other(_));
         let query = word.split_once('?').filter(|_| is_known).map_or("", |(_, query)| query);
         for pair in query.split('&').filter(|pair| !pair.is_empty() && !pair.contains('=')) {
             let at = ['?', '&'].iter().find_map(|mark| word.find(&format!("{mark}{pair}")));
@@ -245,8 +247,8 @@ impl Judged {
             let end = word.find('?').unwrap_or(word.len());
             self.warn(&line.part(0, 0, &word[..end]), slip.message, slip.cure);
         }
-        if let Some(here) = &here {
-            if is_own_store(here, &machine.uri, &own.socket) {
+        if is_here {
+            if here::opened(machine, USUAL).is_some_and(|opened| opened.is_usual(&own.socket)) {
                 self.warn(
                     &line.column(0),
                     "this is the store of this very machine, so it gets no builds",
@@ -278,7 +280,8 @@ impl Judged {
                 format!("put the address in brackets: [{address}]:{port}"),
             );
         }
-        let must_be_elsewhere = machine.uri.param("remote-store").is_none();
+        let opened = here::by_program(&machine.uri, USUAL);
+        let must_be_elsewhere = opened.is_some_and(|opened| opened.is_usual(&own.socket));
         self.hosts.push(Target { spot: line.authority(host.name()), host, must_be_elsewhere });
     }
 
@@ -423,18 +426,6 @@ impl Judged {
                     "correct the name behind '@', or write the file",
                 );
             }
-        }
-    }
-}
-
-/// Whether it is the store that the hook itself puts outputs into, as far as the URI says.
-fn is_own_store(here: &Here, uri: &StoreUri, socket: &str) -> bool {
-    let elsewhere = |names: &[&str]| names.iter().any(|name| uri.param(name).is_some());
-    match here {
-        Here::Program => !elsewhere(&["remote-store"]),
-        Here::Socket(path) => path.as_deref().is_none_or(|path| path == socket),
-        Here::Store(base) => {
-            matches!(base.as_str(), "auto" | "local" | "/") && !elsewhere(&["root", "store", "state", "real"])
         }
     }
 }

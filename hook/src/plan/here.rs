@@ -19,6 +19,30 @@ pub enum Here {
     Store(String),
 }
 
+/// The store that a machine on this very machine has in the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Opened {
+    /// That of the daemon that listens there; without a path at the usual place.
+    Socket(Option<String>),
+    /// The one that such a setting means.
+    Store(String),
+}
+
+impl Opened {
+    /// Whether that is the store that Nix uses here unless it is told otherwise, as far as the words say. `socket` is
+    /// where its daemon listens.
+    pub fn is_usual(&self, socket: &str) -> bool {
+        let setting = match self {
+            Self::Socket(path) => return path.as_deref().is_none_or(|path| path == socket),
+            Self::Store(setting) => setting,
+        };
+        let Ok(uri) = StoreUri::parse(setting) else { return false };
+        let is_elsewhere = ["root", "store", "state", "real"].iter().any(|name| uri.param(name).is_some());
+        let is_plain = matches!(&uri.scheme, Scheme::Other(base) if matches!(base.as_str(), "" | "auto" | "local" | "/"));
+        is_plain && !is_elsewhere
+    }
+}
+
 /// A store URI that names a path or nothing, where a machine was surely meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slip {
@@ -108,6 +132,33 @@ pub(super) fn of_base(base: &str) -> Option<Here> {
     }
 }
 
+/// What a machine opens that is this very machine. `usual` is what Nix here opens unless it is told otherwise
+/// (`NIX_REMOTE`).
+pub fn opened(machine: &Machine, usual: &str) -> Option<Opened> {
+    match machine.uri.here()? {
+        Here::Program => by_program(&machine.uri, usual),
+        Here::Socket(path) => Some(Opened::Socket(path)),
+        Here::Store(base) => Some(Opened::Store(store_uri(machine, &base))),
+    }
+}
+
+/// What the remote program of an ssh machine opens where it runs, if that is a store of the same machine: its
+/// `remote-store` is for it what `--store` is for a user there (`forwardStdioConnection` in Nix 2.34
+/// `src/nix/unix/daemon.cc`).
+pub fn by_program(uri: &StoreUri, usual: &str) -> Option<Opened> {
+    let setting = uri.param("remote-store").unwrap_or(usual);
+    let store = StoreUri::parse(setting).ok()?;
+    match store.here()? {
+        // It starts another one, which is told something else or nothing.
+        Here::Program => by_program(&store, if setting == usual { "auto" } else { usual }),
+        Here::Socket(path) => Some(Opened::Socket(path)),
+        Here::Store(base) => Some(Opened::Store(match setting.split_once('?') {
+            Some((_, query)) => format!("{base}?{query}"),
+            None => base,
+        })),
+    }
+}
+
 /// The URI by which a daemon is told to open the machine's store, with the features of its line for the store's own.
 ///
 /// Source: `Machine::completeStoreReference` in Nix 2.34 `src/libstore/machines.cc`: the features are set even if there
@@ -162,6 +213,40 @@ mod tests {
             ("unix:///run/x", Some(Here::Socket(Some("/run/x".into())))),
         ] {
             assert_eq!(here(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_program_here_opens_what_it_is_told_to_or_what_nix_uses_here() {
+        let opened = |uri: &str, usual: &str| {
+            let machine = Machine::for_uri(uri, BTreeSet::new()).unwrap();
+            opened(&machine, usual).map(|opened| (opened.is_usual("/run/s"), opened))
+        };
+        let store = |is_usual, setting: &str| Some((is_usual, Opened::Store(setting.to_owned())));
+        let socket = |is_usual, path: Option<&str>| Some((is_usual, Opened::Socket(path.map(str::to_owned))));
+        for (uri, usual, expected) in [
+            ("localhost", "", store(true, "auto")),
+            ("ssh-ng://localhost", "auto", store(true, "auto")),
+            ("localhost", "daemon", socket(true, None)),
+            ("localhost", "unix:///run/s", socket(true, Some("/run/s"))),
+            ("localhost", "/srv/x", store(false, "/srv/x")),
+            ("localhost", "ssh-ng://localhost", store(true, "auto")),
+            ("localhost?remote-store=auto", "/srv/x", store(true, "auto")),
+            ("localhost?remote-store=daemon", "/srv/x", socket(true, None)),
+            ("ssh://localhost?remote-store=unix:///run/t", "", socket(false, Some("/run/t"))),
+            (
+                "localhost?remote-store=srv/x?system-features%3Da",
+                "",
+                store(false, "/srv/x?system-features=a"),
+            ),
+            ("localhost?remote-store=local%3Froot%3D/srv/x", "", store(false, "local?root=/srv/x")),
+            ("ssh://localhost?remote-store=ssh://localhost%3Fremote-store%3Ddaemon", "", socket(true, None)),
+            ("ssh://localhost?remote-store=ssh://mac", "", None),
+            ("local", "/srv/x", store(true, "local?system-features=")),
+            ("daemon", "/srv/x", socket(true, None)),
+            ("ssh://mac", "", None),
+        ] {
+            assert_eq!(opened(uri, usual), expected, "{uri} {usual}");
         }
     }
 

@@ -210,6 +210,9 @@ fn stores_of_this_very_machine() {
         "local",
         "unix://",
         "unix:///nix/var/nix/daemon-socket/socket",
+        "ssh-ng://localhost?remote-store=auto",
+        "ssh-ng://localhost?remote-store=daemon",
+        "ssh-ng://localhost?remote-store=unix:///nix/var/nix/daemon-socket/socket",
     ] {
         assert_one(text, &["1:1 [", "warning: this is the store of this very machine", "max-jobs"]);
     }
@@ -269,7 +272,7 @@ fn lists_that_are_not_there() {
 #[test]
 fn keys_and_hosts_are_handed_back_with_their_places() {
     let judged = judged(
-        "a?ssh-key=/k\nssh-ng://me@ssh:23 - /l\nssh-ng://c?remote-store=/x\nlocalhost?ssh-key=/k&remote-store=/x\n",
+        "a?ssh-key=/k\nssh-ng://me@ssh:23 - /l\nssh-ng://c?remote-store=/x\nssh://d?remote-store=auto\nlocalhost?ssh-key=/k&remote-store=/x\n",
         &[],
     );
     let keys: Vec<_> = judged.keys.iter().map(|(spot, file)| (spot.place.column, file.as_str())).collect();
@@ -279,7 +282,10 @@ fn keys_and_hosts_are_handed_back_with_their_places() {
         .iter()
         .map(|t| (t.spot.place.column, t.host.destination.as_str(), t.host.port, t.must_be_elsewhere))
         .collect();
-    assert_eq!(hosts, [(1, "a", None, true), (13, "me@ssh", Some(23), true), (10, "c", None, false)]);
+    assert_eq!(
+        hosts,
+        [(1, "a", None, true), (13, "me@ssh", Some(23), true), (10, "c", None, false), (7, "d", None, true)]
+    );
 }
 
 #[test]
