@@ -17,14 +17,14 @@ pub use withheld::{Entry, Withholdings};
 
 use crate::digest;
 use nix::unistd::geteuid;
-use nix_offload_proxy::small_file::{NEW, write_whole};
+use nix_offload_proxy::small_file::{NEW, read_own, write_whole};
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, DirBuilder, OpenOptions};
+use std::fs::{self, DirBuilder};
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ const VARIABLE: &str = "NIX_OFFLOAD_STATE_DIR";
 const SYSTEM: &str = "/var/lib/nix-offload";
 /// How many writes there are to one that looks for what was left of others.
 const TIDYING: u64 = 64;
+/// A file with more bytes is not read.
+const MOST_BYTES: u64 = 4 << 20;
 
 /// The directory of what is to survive a restart of this machine: `$NIX_OFFLOAD_STATE_DIR`, else
 /// `/var/lib/nix-offload` for root, else `nix-offload` in `$XDG_STATE_HOME` or `~/.local/state`. None if the
@@ -104,23 +106,7 @@ fn value_in(text: &str, key: &str) -> Option<String> {
 
 /// A file's text; none unless it is ours.
 fn read(path: &Path) -> Option<String> {
-    const MOST_BYTES: u64 = 4 << 20;
-    let file = options().read(true).open(path).ok()?;
-    let metadata = file.metadata().ok()?;
-    let is_ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
-    if !metadata.is_file() || !is_ours || metadata.len() > MOST_BYTES {
-        return None;
-    }
-    let mut text = String::with_capacity(metadata.len() as usize + 1);
-    file.take(MOST_BYTES).read_to_string(&mut text).ok()?;
-    Some(text)
-}
-
-/// For files of ours: no link is followed, nobody is waited for, and what is made is for us alone.
-fn options() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.mode(0o600).custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK);
-    options
+    read_own(path, MOST_BYTES).ok()
 }
 
 /// Writes a file whole, and makes its directory if need be.
@@ -161,6 +147,7 @@ fn tidy(written: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::MetadataExt;
     use std::time::SystemTime;
 
     #[test]
@@ -235,24 +222,5 @@ mod tests {
             !old.exists()
         });
         assert!(is_gone && young.exists() && fs::read_dir(&inner).unwrap().count() == 2);
-    }
-
-    #[test]
-    fn what_others_could_have_written_is_not_read() {
-        use std::os::unix::fs::{PermissionsExt, symlink};
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join("f");
-        write(&file, "x").unwrap();
-        assert_eq!(read(&file).as_deref(), Some("x"));
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o662)).unwrap();
-        assert_eq!(read(&file), None);
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-        symlink(&file, directory.path().join("link")).unwrap();
-        assert_eq!(read(&directory.path().join("link")), None);
-        let fifo = directory.path().join("fifo");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert_eq!(read(&fifo), None);
-        fs::remove_file(fifo).unwrap();
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 }

@@ -1,14 +1,16 @@
-//! Small files that processes leave for each other: made with their directory, and written whole.
+//! Small files that processes leave for each other: made with their directory, written whole, and read if they are ours.
 //!
 //! Must never know what they say.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
     hash::{BuildHasher, Hasher, RandomState},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
+
+use nix::{fcntl::OFlag, unistd::geteuid};
 
 /// What the name of a file ends with while it is written.
 pub const NEW: &str = "new";
@@ -45,10 +47,30 @@ pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
         .inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
+/// Reads a file of ours: a regular one, of `most` bytes at most, that nobody else can have written. No link is followed,
+/// and nobody is waited for.
+///
+/// # Errors
+/// If there is none, or it is something else, or it is no text.
+pub fn read_own(path: &Path, most: u64) -> io::Result<String> {
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.uid() != geteuid().as_raw() || metadata.mode() & 0o022 != 0 {
+        return Err(io::Error::other("it is not a file that only its owner can write to"));
+    }
+    if metadata.len() > most {
+        return Err(io::Error::other(format!("it has more than {most} bytes")));
+    }
+    let mut text = String::with_capacity(metadata.len() as usize + 1);
+    file.take(most).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{PermissionsExt, symlink};
 
     #[test]
     fn a_missing_directory_is_made_and_not_the_one_above_it() {
@@ -78,5 +100,26 @@ mod tests {
         fs::create_dir_all(occupied.join("x")).unwrap();
         write_whole(&occupied, "x").unwrap_err();
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_others_could_have_written_is_not_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        assert_eq!(read_own(&path, 9).unwrap_err().kind(), io::ErrorKind::NotFound);
+        write_whole(&path, "x").unwrap();
+        assert_eq!(read_own(&path, 1).unwrap(), "x");
+        assert!(read_own(&path, 0).unwrap_err().to_string().contains("more than 0 bytes"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o662)).unwrap();
+        read_own(&path, 9).unwrap_err();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        symlink(&path, directory.path().join("link")).unwrap();
+        read_own(&directory.path().join("link"), 9).unwrap_err();
+        let fifo = directory.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        read_own(&fifo, 9).unwrap_err();
+        read_own(directory.path(), 9).unwrap_err();
+        fs::write(&path, [0xff]).unwrap();
+        read_own(&path, 9).unwrap_err();
     }
 }

@@ -3,12 +3,12 @@
 //! Owns its form. Whoever reads it gets what there is: a file that is missing, broken or not ours is an empty one.
 
 use crate::plan::Sample;
-use nix::unistd::geteuid;
+use nix_offload_proxy::small_file;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -75,8 +75,8 @@ impl Samples {
 
     /// Reads the file.
     pub fn read(path: &Path) -> Self {
-        let text = read(path);
-        let kept: Option<Kept> = text.and_then(|text| serde_json::from_slice(&text).ok());
+        let text = small_file::read_own(path, MOST_BYTES).ok();
+        let kept: Option<Kept> = text.and_then(|text| serde_json::from_str(&text).ok());
         let Some(kept) = kept else { return Self::default() };
         let machines =
             kept.machines.into_iter().filter_map(|(key, entry)| Some((key, entry.into_entry()?))).collect();
@@ -163,20 +163,6 @@ impl KeptEntry {
     }
 }
 
-/// A regular file of ours.
-fn read(path: &Path) -> Option<Vec<u8>> {
-    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
-    let file: File = OpenOptions::new().read(true).custom_flags(flags).open(path).ok()?;
-    let metadata = file.metadata().ok()?;
-    let is_ours = metadata.uid() == geteuid().as_raw() && metadata.mode() & 0o022 == 0;
-    if !metadata.is_file() || !is_ours || metadata.len() > MOST_BYTES {
-        return None;
-    }
-    let mut text = Vec::with_capacity(metadata.len() as usize + 1);
-    file.take(MOST_BYTES).read_to_end(&mut text).ok()?;
-    Some(text)
-}
-
 fn seconds(time: SystemTime) -> f64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     // Milliseconds do, and make a shorter file.
@@ -192,7 +178,7 @@ fn time(seconds: f64) -> Option<SystemTime> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     fn entry(at: u64) -> Entry {
         let sample = Sample {

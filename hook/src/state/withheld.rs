@@ -1,11 +1,13 @@
 //! Machines that somebody took out of service.
 
-use super::{make, options, read, write};
+use super::{make, read, write};
 use crate::plan::known::{Withheld, Withholding};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
 use std::io;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -92,7 +94,10 @@ impl Entry {
 
 fn turn(directory: &Path) -> io::Result<Flock<std::fs::File>> {
     make(directory)?;
-    let file = options().write(true).create(true).truncate(false).open(directory.join("withheld.lock"))?;
+    let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags);
+    let file = options.open(directory.join("withheld.lock"))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
