@@ -77,18 +77,20 @@ impl Ledger {
         keys.iter().map(&mut value).collect()
     }
 
-    /// Keeps a value of one line. The oldest one in its file is forgotten for it, if there are too many.
+    /// Keeps a value of one line. The oldest one in its file is forgotten for it, if there are too many. One with which the
+    /// file could become too large to be read is not kept.
     fn put(&self, key: &str, value: &str) -> io::Result<()> {
         debug_assert!(!key.contains(['\t', '\n']) && !value.contains('\n'));
+        if (key.len() + value.len() + 2) as u64 > MOST_BYTES / self.keep as u64 {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         let file = self.file(key);
         let mut text = format!("{key}\t{value}\n");
-        for line in read(&file).unwrap_or_default().lines().take(self.keep) {
-            if line.split_once('\t').is_some_and(|(other, _)| other != key)
-                && text.matches('\n').count() < self.keep
-            {
-                text.push_str(line);
-                text.push('\n');
-            }
+        let before = read(&file).unwrap_or_default();
+        let is_another = |line: &&str| line.split_once('\t').is_some_and(|(other, _)| other != key);
+        for line in before.lines().filter(is_another).take(self.keep.saturating_sub(1)) {
+            text.push_str(line);
+            text.push('\n');
         }
         write(&file, &text)
     }
@@ -201,6 +203,20 @@ mod tests {
         let counts: Vec<usize> = fs::read_dir(&ledger.directory).unwrap().map(lines).collect();
         assert_eq!(counts, [3, 3]);
         assert_eq!(ledger.get("k99").as_deref(), Some("v"));
+    }
+
+    #[test]
+    fn a_value_that_is_too_large_is_not_kept_and_costs_no_other_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let ledger = Ledger { directory: directory.path().join("ledger"), files: 1, keep: 4 };
+        let largest = "x".repeat((1 << 20) - "a\t\n".len());
+        for key in ["a", "b", "c", "d"] {
+            ledger.put(key, &largest).unwrap();
+        }
+        ledger.put("e", &(largest.clone() + "x")).unwrap_err();
+        ledger.put("d", &largest).unwrap();
+        assert_eq!(ledger.get("e"), None);
+        assert!(["a", "b", "c", "d"].iter().all(|key| ledger.get(key).as_deref() == Some(&largest)));
     }
 
     #[test]

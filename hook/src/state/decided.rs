@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+/// What is kept of how a build ended on one machine, in characters: a builder may have said much in one line.
+const MOST_TEXT: usize = 300;
+
 /// The memory of decisions: some 4,000 derivations.
 #[derive(Debug, Clone)]
 pub struct Decided(Ledger);
@@ -60,9 +63,13 @@ impl Last {
 }
 
 impl Trial {
-    /// The first line of `text` is kept.
+    /// The first line of `text` is kept, or its beginning.
     pub fn new(machine: &str, end: End, text: &str, now: SystemTime) -> Self {
-        let text = text.lines().next().unwrap_or_default().to_owned();
+        let line = text.lines().next().unwrap_or_default();
+        let text = match line.char_indices().nth(MOST_TEXT) {
+            Some((end, _)) => format!("{}...", &line[..end]),
+            None => line.to_owned(),
+        };
         Self { at: seconds(now), machine: machine.to_owned(), end, text }
     }
 
@@ -117,6 +124,11 @@ mod tests {
         let last = decided.last("/nix/store/x.drv").unwrap();
         assert_eq!((last.time(), last.ranking.as_str()), (now, "1. mac\n\tsecond \"line\"\n"));
         assert_eq!((last.trials[0].text.as_str(), last.trials[0].time()), ("refused", now));
+        let long = "ü".repeat(1 << 20);
+        let trials = [Trial::new("mac", End::Failed, &long, now)];
+        decided.note("/nix/store/x.drv", "again", &trials, now);
+        let last = decided.last("/nix/store/x.drv").unwrap();
+        assert_eq!(last.trials[0].text, format!("{}...", "ü".repeat(300)));
         // As it was kept before there were trials.
         decided.0.put("/nix/store/y.drv", r#"{"at":1700000000,"ranking":"x"}"#).unwrap();
         assert_eq!(decided.last("/nix/store/y.drv").unwrap().trials, []);
