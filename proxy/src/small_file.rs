@@ -3,7 +3,7 @@
 //! Must never know what they say.
 
 use std::{
-    fs::{self, DirBuilder, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions},
     hash::{BuildHasher, Hasher, RandomState},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
@@ -38,11 +38,25 @@ pub fn in_directory<T>(path: &Path, act: impl Fn() -> io::Result<T>) -> io::Resu
 /// # Errors
 /// If it cannot be written. Then the file is as it was.
 pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
+    replace(path, text, |_| Ok(()))
+}
+
+/// The same, and what is written is there after a loss of power too.
+///
+/// # Errors
+/// If it cannot be written. The file is as it was, or it is not known whether it would outlast such a loss.
+pub fn write_to_last(path: &Path, text: &str) -> io::Result<()> {
+    replace(path, text, File::sync_all)?;
+    path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+}
+
+fn replace(path: &Path, text: &str, sync: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
     // No other process has this name, and nobody else can have made it before.
     let number = RandomState::new().build_hasher().finish();
     let new = path.with_extension(format!("{number:x}.{NEW}"));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
     file.write_all(text.as_bytes())
+        .and_then(|()| sync(&file))
         .and_then(|()| fs::rename(&new, path))
         .inspect_err(|_| drop(fs::remove_file(&new)))
 }
@@ -92,13 +106,16 @@ mod tests {
         let path = directory.path().join("f.json");
         write_whole(&path, "a long one").unwrap();
         // Who reads it meanwhile has the old one to its end.
-        let before = fs::File::open(&path).unwrap();
+        let before = File::open(&path).unwrap();
         write_whole(&path, "short").unwrap();
         assert_eq!(io::read_to_string(before).unwrap(), "a long one");
         assert_eq!(fs::read_to_string(&path).unwrap(), "short");
         let occupied = directory.path().join("d");
         fs::create_dir_all(occupied.join("x")).unwrap();
         write_whole(&occupied, "x").unwrap_err();
+        write_to_last(&occupied, "x").unwrap_err();
+        write_to_last(&path, "lasting").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "lasting");
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
     }
 

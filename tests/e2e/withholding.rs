@@ -70,6 +70,28 @@ fn what_is_said_for_a_time_ends_by_itself() {
 }
 
 #[test]
+fn what_was_said_before_is_not_lost_because_a_part_of_it_cannot_be_read() {
+    const FILE: &str = "/var/lib/nix-offload/withheld.json";
+    let world = World::new();
+    let (mac, pi) = (world.builder("mac").start(), world.builder("pi").start());
+    let client = plan(&world).uses(&mac, "ssh-ng", 1).uses(&pi, "ssh-ng", 1).start();
+    client.nix_offload(&["disable", "mac", "--reason", "on fire"]).assert_success();
+    let written = client.read(FILE);
+    let edited = written.replacen('{', r#"{ "ssh-ng://old": "disabled","#, 1);
+    client.write_mode(FILE, &edited, 0o600);
+    for (command, machine) in [("drain", "pi"), ("enable", "mac")] {
+        let refused = client.nix_offload(&[command, machine]);
+        assert_eq!(refused.code(), 78, "{refused}");
+        refused.assert_stderr_has(FILE).assert_stderr_has("'ssh-ng://old'").assert_stderr_has("or delete it");
+        assert_eq!(client.read(FILE), edited);
+    }
+    assert_eq!(built_on(&client, "a"), "pi", "what can be read counts");
+    client.write_mode(FILE, &written, 0o600);
+    client.nix_offload(&["enable", "mac"]).assert_success();
+    assert_eq!(built_on(&client, "b"), "mac");
+}
+
+#[test]
 fn a_build_that_only_a_drained_machine_can_do_waits_until_it_is_enabled() {
     let world = World::new();
     let mac = world.builder("mac").start();

@@ -1,14 +1,17 @@
 //! Machines that somebody took out of service.
 
-use super::{make, read, write};
+use super::{MOST_BYTES, make, tidy};
 use crate::plan::known::{Withheld, Withholding};
 use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix_offload_proxy::small_file;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const FILE: &str = "withheld.json";
@@ -30,10 +33,52 @@ pub struct Entry {
 pub struct Withholdings(BTreeMap<String, Entry>);
 
 impl Withholdings {
-    /// Reads them from a state directory.
+    /// Where they are in a state directory.
+    pub fn path(directory: &Path) -> PathBuf {
+        directory.join(FILE)
+    }
+
+    /// Reads them from a state directory, for builds: what cannot be read keeps none from a machine.
     pub fn read(directory: &Path) -> Self {
-        let text = read(&directory.join(FILE));
-        Self(text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default())
+        static TOLD: Once = Once::new();
+        let (all, fault) = Self::look(directory);
+        if let Some(fault) = fault {
+            let file = Self::path(directory).display().to_string();
+            let event = "cannot read which machines are out of service";
+            TOLD.call_once(|| tracing::warn!(event, file, reason = %fault, "{event}: {file}: {fault}"));
+        }
+        all
+    }
+
+    /// The same for people, who are to know that something is lost.
+    ///
+    /// # Errors
+    /// If not all that is there can be read.
+    pub fn read_all(directory: &Path) -> io::Result<Self> {
+        let (all, fault) = Self::look(directory);
+        fault.map_or(Ok(all), Err)
+    }
+
+    /// What can be read, and why not all of it can.
+    fn look(directory: &Path) -> (Self, Option<io::Error>) {
+        let text = match small_file::read_own(&Self::path(directory), MOST_BYTES) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Default::default(),
+            text => text,
+        };
+        let values = text.and_then(|text| Ok(serde_json::from_str::<BTreeMap<String, Value>>(&text)?));
+        let (mut all, mut fault) = (BTreeMap::new(), None);
+        match values {
+            Err(error) => fault = Some(error),
+            Ok(values) => {
+                for (machine, value) in values {
+                    match serde_json::from_value(value) {
+                        Ok(entry) => drop(all.insert(machine, entry)),
+                        Err(error) => fault = Some(io::Error::other(format!("'{machine}': {error}"))),
+                    }
+                }
+            }
+        }
+        (Self(all), fault)
     }
 
     /// What is said of a machine, be it over or not.
@@ -51,12 +96,12 @@ impl Withholdings {
     /// What is over is forgotten.
     ///
     /// # Errors
-    /// If it cannot be kept.
+    /// If it cannot be kept, or not all that was kept before can be read.
     pub fn change(directory: &Path, machines: &[String], to: Option<&Withheld>) -> io::Result<Vec<String>> {
         let now = SystemTime::now();
-        let path = directory.join(FILE);
+        let path = Self::path(directory);
         let _turn = turn(directory)?;
-        let mut all = Self::read(directory);
+        let mut all = Self::read_all(directory)?;
         all.0.retain(|_, entry| entry.to_withheld().holds(now));
         let to = to.map(Entry::of);
         let mut changed = Vec::new();
@@ -69,7 +114,9 @@ impl Withholdings {
                 changed.push(machine.clone());
             }
         }
-        write(&path, &serde_json::to_string_pretty(&all.0).map_err(io::Error::other)?)?;
+        // A person has said it, and will not say it again.
+        small_file::write_to_last(&path, &serde_json::to_string_pretty(&all.0)?)?;
+        tidy(&path);
         Ok(changed)
     }
 }
@@ -130,6 +177,30 @@ mod tests {
         assert_eq!(Withholdings::read(&state).0.into_keys().collect::<Vec<_>>(), ["c"]);
         std::fs::write(state.join(FILE), "{ \"a\": 7").unwrap();
         assert_eq!(Withholdings::read(&state), Withholdings::default());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_written_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path();
+        let file = Withholdings::path(state);
+        let withheld = Withheld { how: Withholding::Disabled, until: None, why: String::new() };
+        let good = r#""a": { "how": "disabled" }"#;
+        for (text, fault) in [
+            ("{ \"a\": 7".to_owned(), "line 1"),
+            (format!("{{ {good}, \"b\": 7 }}"), "'b': "),
+            (String::new(), "EOF"),
+        ] {
+            small_file::write_whole(&file, &text).unwrap();
+            let error = Withholdings::change(state, &["c".to_owned()], Some(&withheld)).unwrap_err();
+            assert!(error.to_string().contains(fault), "{error}");
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+            let is_readable = text.contains(good);
+            assert_eq!(Withholdings::read(state).of("a"), is_readable.then(|| withheld.clone()), "{text}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        Withholdings::change(state, &["c".to_owned()], Some(&withheld)).unwrap();
+        assert_eq!(Withholdings::read_all(state).unwrap().of("c"), Some(withheld));
     }
 
     #[test]

@@ -40,6 +40,15 @@ pub enum WithholdError {
         /// The one that was probably meant.
         likeliest: Option<String>,
     },
+    /// What was said before cannot be read, and is not to be lost.
+    #[error("cannot read which machines are out of service from {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
+    },
     /// It cannot be written down.
     #[error("cannot write to {}", directory.display())]
     Write {
@@ -63,6 +72,9 @@ impl WithholdError {
             Self::Unknown { .. } => {
                 Some("give its host, its store's URI, or its name in the list of machines".into())
             }
+            Self::Read { path, .. } => {
+                Some(format!("correct {}, or delete it; then all machines are in service", path.display()))
+            }
             Self::Write { .. } | Self::Output(_) => None,
         }
     }
@@ -72,7 +84,7 @@ impl WithholdError {
         match self {
             Self::Vantage(error) => error.exit_code(),
             Self::Unknown { .. } => exit::USAGE,
-            Self::Write { .. } => exit::CONFIG,
+            Self::Read { .. } | Self::Write { .. } => exit::CONFIG,
             Self::Output(_) => exit::FAILURE,
         }
     }
@@ -111,7 +123,8 @@ pub fn withhold(
         // What cannot be shown cannot be helped.
         let _ = writeln!(io::stderr(), "warning: {problem}");
     }
-    let before = Withholdings::read(&directory);
+    let before = Withholdings::read_all(&directory)
+        .map_err(|source| WithholdError::Read { path: Withholdings::path(&directory), source })?;
     let withheld: Vec<&str> = before.in_force(now).map(|(name, _)| name).collect();
     let chosen = choose(words, &machines, &withheld)?;
     let to = match change {
