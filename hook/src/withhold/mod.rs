@@ -24,7 +24,7 @@ use thiserror::Error;
 /// More names than this are not listed in one line.
 const MOST_NAMES: usize = 20;
 
-/// Why nothing was changed.
+/// Why it failed. Nothing was changed then, unless only the report cannot be printed.
 #[derive(Debug, Error)]
 pub enum WithholdError {
     /// There is no ground to stand on.
@@ -107,7 +107,7 @@ struct Done {
 /// Changes what is kept of machines and prints what that means; gives the exit code.
 ///
 /// # Errors
-/// If a name means no machine, or nothing could be changed. Then nothing was.
+/// If a name means no machine, or nothing could be changed; then nothing was. Or if the report cannot be printed.
 pub fn withhold(
     change: &Change,
     words: &[String],
