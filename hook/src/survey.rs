@@ -145,9 +145,8 @@ impl<'a> Survey<'a> {
         let before = waiting + self.narrower.all_of(&machine.name);
         let slot_wait = if free.is_none() || waiting > 0 { self.slot_wait(machine, before) } else { None };
         let missing = self.missing.get(&machine.name).copied();
-        // Nobody samples a machine that never had a build of ours.
-        let is_sampled = is_used && !self.samples.is_empty();
-        let said = if is_sampled { self.samples.of(&self.reach.key(machine)) } else { None };
+        // It may have answered without having had a build of ours, to be looked at before its first one.
+        let said = if self.samples.is_empty() { None } else { self.samples.of(&self.reach.key(machine)) };
         let backlog = self.backlogs.get(&machine.name).copied();
         let bandwidth = if is_used { self.reach.speed(machine).bandwidth() } else { None };
         let round_trip = said.and_then(|said| said.round_trip);
@@ -284,6 +283,25 @@ mod tests {
             let env = |name: &str| (name == "NIX_REMOTE").then(|| named.into());
             assert_eq!(is_own_store(&machine, &own, env), expected, "{named}");
         }
+    }
+
+    #[test]
+    fn what_a_machine_said_counts_before_its_first_build() {
+        let directory = tempfile::tempdir().unwrap();
+        let name =
+            |name: &str| (name == "NIX_OFFLOAD_RUNTIME_DIR").then(|| directory.path().join("run").into());
+        let reach = Reach::new(name).unwrap();
+        let slots = Slots::open(directory.path().join("current-load")).unwrap();
+        let location = Location::parse("/srv/store", |_| None).unwrap();
+        let machine = Machine::for_uri("ssh-ng://new", BTreeSet::new()).unwrap();
+        let said = serde_json::json!({ "at": 1_700_000_000, "inhibited": "being set up" });
+        let all = serde_json::json!({ "machines": { reach.key(&machine): said } });
+        let file = Samples::path(reach.directory());
+        nix_offload_proxy::small_file::write_whole(&file, &all.to_string()).unwrap();
+        let machines = std::slice::from_ref(&machine);
+        let survey = Survey::begin(machines, &slots, &reach, &location, None, SystemTime::now());
+        let sample = survey.look(&machine).unwrap().known.sample;
+        assert_eq!(sample.and_then(|sample| sample.inhibited).as_deref(), Some("being set up"));
     }
 
     #[test]
