@@ -17,6 +17,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 /// In the runtime directory.
@@ -155,8 +156,9 @@ fn store_dir(machine: &Machine, own: &str) -> Option<String> {
     }
 }
 
-/// Starts a sampler if there is none. It is given its lock in the place of standard input, so that there is never a
-/// moment at which two could be started.
+/// Starts a sampler if there is none, unless this program was replaced: it would end at once, and hooks of the new one start
+/// theirs. It is given its lock in the place of standard input, so that there is never a moment at which two could be
+/// started.
 fn start(directory: &Path) -> io::Result<()> {
     let path = directory.join(LOCK);
     let lock =
@@ -166,7 +168,10 @@ fn start(directory: &Path) -> io::Result<()> {
         Err(fs::TryLockError::WouldBlock) => return Ok(()),
         Err(fs::TryLockError::Error(error)) => return Err(error),
     }
-    Command::new("/proc/self/exe")
+    if !is_installed() {
+        return Ok(());
+    }
+    let mut child = Command::new("/proc/self/exe")
         .arg0("nix-offload")
         .arg("sample")
         .stdin(lock)
@@ -175,8 +180,14 @@ fn start(directory: &Path) -> io::Result<()> {
         .current_dir("/")
         // What kills our process group, as Nix does when a hook has ended, must not kill it.
         .process_group(0)
-        .spawn()
-        .map(drop)
+        .spawn()?;
+    // A hook may live longer than several of them, and is to leave no dead ones about.
+    thread::Builder::new().spawn(move || child.wait()).map(drop)
+}
+
+/// Whether the program that runs is still in a directory.
+fn is_installed() -> bool {
+    fs::metadata("/proc/self/exe").is_ok_and(|program| program.nlink() > 0)
 }
 
 fn directory(reach: &Reach) -> PathBuf {
@@ -202,7 +213,7 @@ impl Post {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let there = fs::symlink_metadata(self.directory.join(LOCK)).map(identity);
         let is_ours = |there| self.lock.metadata().map(identity).is_ok_and(|ours| ours == there);
-        there.is_ok_and(is_ours) && fs::metadata("/proc/self/exe").is_ok_and(|program| program.nlink() > 0)
+        there.is_ok_and(is_ours) && is_installed()
     }
 
     /// The files of lists, and when each was last wanted.
