@@ -108,6 +108,11 @@ impl Slots {
         Self { directory }
     }
 
+    /// Where they are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// Waits for the right to choose a machine. Whoever counts slots to take one holds it, stock hooks too
     /// (`main-lock`), and for a moment only; so must those who count for another reason, for counting locks each free slot.
     ///

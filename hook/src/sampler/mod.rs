@@ -24,7 +24,7 @@ use conversation::{Conversation, Silence};
 use hangs::Hangs;
 use interest::{List, Post};
 use nix_offload_proxy::exit::{self, Failure};
-use own_load::OwnLoad;
+use own_load::{Builds, OwnLoad};
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io;
@@ -133,6 +133,9 @@ struct Watched {
     not_before: Instant,
 }
 
+/// The slots that are taken on each machine, by its key.
+type Taken = HashMap<String, Builds>;
+
 /// What a watcher tells.
 struct News {
     key: String,
@@ -182,25 +185,36 @@ impl Sampler {
             return false;
         }
         let locks = FileLocks::read();
-        let mut is_wanted = false;
-        self.watched.values_mut().for_each(|watched| watched.is_wanted = false);
-        for (path, wanted) in self.post.lists() {
+        let mut taken = Taken::new();
+        let mut wanted = Vec::new();
+        for (path, last) in self.post.lists() {
             let post = &self.post;
             let fleet =
                 self.lists.entry(path.clone()).or_insert_with(|| post.read(&path).and_then(Fleet::new));
-            let is_recent = SystemTime::now().duration_since(wanted).is_ok_and(|age| age < IDLE)
+            let is_recent = SystemTime::now().duration_since(last).is_ok_and(|age| age < IDLE)
                 // After the clock was set back.
-                || wanted > SystemTime::now();
-            let builds =
-                fleet.as_ref().map_or(0, |fleet| fleet.look_at_slots(locks.as_ref(), &mut self.watched));
-            if is_recent || builds > 0 {
-                is_wanted = true;
-                if let Some(fleet) = fleet {
-                    fleet.watch(&mut self.watched, &self.samples, &self.tell);
-                }
+                || last > SystemTime::now();
+            let has_builds = fleet
+                .as_ref()
+                .zip(locks.as_ref())
+                .is_some_and(|(fleet, locks)| fleet.look_at_slots(locks, &self.watched, &mut taken));
+            if is_recent || has_builds {
+                wanted.push(path);
             } else {
                 self.lists.remove(&path);
                 self.post.remove(&path);
+            }
+        }
+        let now = Instant::now();
+        for (key, watched) in &mut self.watched {
+            let count = taken.get(key).map(Builds::count);
+            watched.own_load.count(count, now);
+            watched.used = count.filter(|count| *count > 0).map_or(watched.used, |_| Some(now));
+            watched.is_wanted = false;
+        }
+        for path in &wanted {
+            if let Some(Some(fleet)) = self.lists.get(path) {
+                fleet.watch(&mut self.watched, &taken, &self.samples, &self.tell);
             }
         }
         // A shell keeps its connection alive, which must not be the only reason for there being one.
@@ -209,7 +223,7 @@ impl Sampler {
         if self.watched.len() >= MOST_WATCHED {
             self.watched.retain(|_, watched| watched.is_wanted || watched.is_watched());
         }
-        is_wanted
+        !wanted.is_empty()
     }
 
     /// Takes in what watchers tell until it is time to look again.
@@ -283,40 +297,43 @@ impl Fleet {
         Some(Self { reach: Arc::new(reach), slots: slots.ok(), every, idle, machines })
     }
 
-    /// Counts the slots of machines that builds have reached; gives how many are taken in all.
-    fn look_at_slots(&self, locks: Option<&FileLocks>, watched: &mut HashMap<String, Watched>) -> u64 {
-        let now = Instant::now();
-        let mut all = 0;
+    /// Counts the slots of machines that builds have reached. Whether one is taken.
+    fn look_at_slots(
+        &self,
+        locks: &FileLocks,
+        watched: &HashMap<String, Watched>,
+        taken: &mut Taken,
+    ) -> bool {
+        let Some(slots) = &self.slots else { return false };
+        let mut has_builds = false;
         for target in &self.machines {
             let machine = &target.machine;
             if !watched.contains_key(&target.key) && !self.reach.was_reached(machine) {
                 continue;
             }
-            let taken = self
-                .slots
-                .as_ref()
-                .zip(locks)
-                .map(|(slots, locks)| slots.look(&machine.name, machine.max_jobs, locks));
-            all += taken.unwrap_or(0);
-            if let Some(watched) = watched.get_mut(&target.key) {
-                watched.own_load.count(taken, now);
-                if taken.is_some_and(|taken| taken > 0) {
-                    watched.used = Some(now);
-                }
-            }
+            let count = slots.look(&machine.name, machine.max_jobs, locks);
+            has_builds |= count > 0;
+            taken.entry(target.key.clone()).or_default().note(slots.directory(), count);
         }
-        all
+        has_builds
     }
 
     /// Has machines looked at that are not, and can be.
-    fn watch(&self, watched: &mut HashMap<String, Watched>, samples: &Samples, tell: &Sender<News>) {
+    fn watch(
+        &self,
+        watched: &mut HashMap<String, Watched>,
+        taken: &Taken,
+        samples: &Samples,
+        tell: &Sender<News>,
+    ) {
         let now = Instant::now();
         for target in &self.machines {
             let known = watched.get(&target.key);
             if known.is_none() && watched.len() >= MOST_WATCHED {
                 continue;
             }
-            let used = known.and_then(|watched| watched.used);
+            let has_builds = || taken.get(&target.key).is_some_and(|builds| builds.count() > 0);
+            let used = known.map_or_else(|| has_builds().then_some(now), |watched| watched.used);
             let is_used = used.is_some_and(|used| now.saturating_duration_since(used) < self.idle);
             if !is_used && !self.reach.was_wanted(&target.machine, self.idle) {
                 continue;
@@ -329,7 +346,7 @@ impl Fleet {
                 let before = samples.of(&target.key).map(|entry| &entry.sample);
                 let own_load = OwnLoad::after(before, now);
                 let is_over = Arc::default();
-                Watched { own_load, watcher: None, is_over, is_wanted: true, used: None, not_before: now }
+                Watched { own_load, watcher: None, is_over, is_wanted: true, used, not_before: now }
             });
             state.is_wanted = true;
             if now < state.not_before || state.watcher.as_ref().is_some_and(|watcher| !watcher.is_finished())

@@ -2,6 +2,8 @@
 //! taken slots.
 
 use crate::plan::Sample;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// What is left of a load average over one minute after a millisecond, of whose logarithm a minute makes -1 (`EXP_1` in
@@ -15,6 +17,26 @@ pub(super) struct OwnLoad {
     at: Instant,
     /// Whether the slots can be seen at all.
     is_known: bool,
+}
+
+/// The slots that are taken on one machine at one moment, by the directory of their lock files.
+#[derive(Debug, Default)]
+pub(super) struct Builds(HashMap<PathBuf, u64>);
+
+impl Builds {
+    /// So many are taken, as one line of a list has it. Those lines with the same URI share their slots, of which one may
+    /// have more than another.
+    pub(super) fn note(&mut self, directory: &Path, taken: u64) {
+        match self.0.get_mut(directory) {
+            Some(most) => *most = taken.max(*most),
+            None => drop(self.0.insert(directory.to_owned(), taken)),
+        }
+    }
+
+    /// How many that is in all.
+    pub(super) fn count(&self) -> u64 {
+        self.0.values().sum()
+    }
 }
 
 impl OwnLoad {
@@ -67,6 +89,16 @@ mod tests {
         let mut load = after(1);
         load.count(Some(0), begin + Duration::from_secs(120));
         assert!((load.value().unwrap() - expected * (-1.0f64).exp()).abs() < 0.001);
+    }
+
+    #[test]
+    fn lines_of_one_machine_share_their_slots_and_stores_have_slots_of_their_own() {
+        let mut builds = Builds::default();
+        assert_eq!(builds.count(), 0);
+        for (directory, taken) in [("/a", 1), ("/a", 3), ("/a", 2), ("/b", 4)] {
+            builds.note(Path::new(directory), taken);
+        }
+        assert_eq!(builds.count(), 7);
     }
 
     #[test]
