@@ -6,11 +6,11 @@
 
 use std::time::Duration;
 
-use harness::{Builder, Client, ClientPlan, Hook, Output, World, drv, wait_until};
+use harness::{Builder, Client, ClientPlan, Hook, OURS, Output, World, drv, wait_until};
 use serde_json::Value;
 
 use crate::support::{
-    NO_SAMPLES, OFTEN, SOON, assert_only_masters_left, begun, gated, open, pretend, wait_for_begin,
+    NO_SAMPLES, OFTEN, SOON, assert_only_masters_left, begun, gated, open, picky, pretend, wait_for_begin,
 };
 
 /// Longer than the sampler stays after the last build.
@@ -278,6 +278,66 @@ fn builds_go_on_when_the_sampler_is_killed_or_stopped() {
     // Nor does anything depend on what it left.
     client.write("/run/nix-offload/load.json", "{");
     assert_built_on(&client, &build(&client, "with-a-broken-file"), "mac");
+}
+
+#[test]
+fn a_hook_whose_program_was_replaced_starts_no_sampler_that_would_end_at_once() {
+    const HOOK: &str = "/usr/local/bin/nix-offload";
+    let world = World::new();
+    let (mac, pi) = (world.builder("mac").start(), world.builder("pi").start());
+    let client = world
+        .client()
+        .hook(Hook::Ours)
+        .uses(&mac, "ssh-ng", 1)
+        .knows(&pi)
+        .machines("ssh-ng://pi x86_64-linux - 1 1 - benchmark")
+        .start();
+    client.write("/etc/nix/offload.toml", OFTEN);
+    client.run(&format!("mkdir -p /usr/local/bin; cp {OURS} {HOOK}"));
+    let start = |build: &str| client.spawn_nix_build(build, &["-j0", "--option", "build-hook", HOOK]);
+    let first = start(&gated("first"));
+    wait_for_begin(&client, "first", &["mac"]);
+    let second = start(&gated("second"));
+    wait_until("it waits", SOON, || second.stderr_so_far().contains("waits for a slot"));
+    wait_until("there is a sampler", SOON, || samplers(&client).len() == 1);
+    client.run(&format!("cp {OURS} {HOOK}.new; mv {HOOK}.new {HOOK}"));
+    wait_until("it has ended", SOON, || samplers(&client).is_empty());
+    let shown = || client.run("stat -c %y /run/nix-offload/sample/*.list");
+    for _ in 0..3 {
+        let before = shown();
+        wait_until("the hook that waits shows its interest", SOON, || shown() != before);
+    }
+    let parents = "/^State:/ { dead = $2 == \"Z\" } /^PPid:/ { if (dead) print $2 }";
+    let parents = client.run(&format!("awk '{parents}' /proc/[0-9]*/status 2>/dev/null || true"));
+    for hook in client.pids_matching("nix-offload 3") {
+        assert!(!parents.lines().any(|parent| parent == hook.to_string()), "{hook}: {parents}");
+    }
+    let third = start(&picky("third", "benchmark"));
+    wait_until("the new program has its sampler", SOON, || samplers(&client).len() == 1);
+    for name in ["first", "second", "third"] {
+        open(&client, name);
+    }
+    for (build, machine) in [(first, "mac"), (second, "mac"), (third, "pi")] {
+        assert_built_on(&client, &build.wait(), machine);
+    }
+}
+
+#[test]
+fn a_long_build_has_its_machine_looked_at_again_after_the_sampler_was_killed() {
+    let world = World::new();
+    let (left, right) = (world.builder("left").start(), world.builder("right").start());
+    let client = client(&world, &[&left, &right]);
+    let running = client.spawn_nix_build(&gated("running"), &["-j0"]);
+    wait_for_begin(&client, "running", &["left"]);
+    wait_until("there is a sample", SOON, || !samples(&client).is_empty());
+    client.kill(samplers(&client)[0], "KILL");
+    wait_until("it is gone", SOON, || samplers(&client).is_empty());
+    // As after hours: nothing is known, and nothing but the build tells that the machine is in use.
+    client.run("rm /run/nix-offload/load.json; touch -d '2 days ago' /run/nix-offload/answered/*");
+    wait_until("there is another sampler", IDLE, || samplers(&client).len() == 1);
+    wait_until("the machine is looked at", SOON, || samples(&client).len() == 1);
+    open(&client, "running");
+    assert_built_on(&client, &running.wait(), "left");
 }
 
 #[test]

@@ -108,6 +108,8 @@ impl Outlook<'_, '_> {
     /// Whether there is a better machine for a build that has run for the time `ran`. Its slot is kept until it is
     /// [taken](Outlook::take) or [left](Outlook::leave).
     pub(super) fn finds(&self, ran: Duration) -> bool {
+        // No other hook may be there to do it when the sampler was killed, or was replaced with its program.
+        self.hook.interest.show();
         let derivation = self.candidate.request.drv_path.as_str();
         match self.better(ran) {
             Ok(better) => {
