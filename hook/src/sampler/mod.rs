@@ -49,7 +49,7 @@ const PAUSE: Duration = Duration::from_secs(15);
 const MUTE: Duration = Duration::from_secs(600);
 /// What is older is forgotten. Until then a machine that was short of something is asked before it gets a build.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
-/// How many machines are looked at, at most: each costs a thread.
+/// How many machines are looked at, at most: each costs a thread. Others have to wait until one of these is not used any more.
 const MOST_WATCHED: usize = 512;
 /// How long shells may take to be ended at the end.
 const PARTING: Duration = Duration::from_secs(3);
@@ -89,7 +89,8 @@ pub fn run() -> Result<(), SamplerError> {
     let path = Samples::path(reach.directory());
     let (tell, hear) = mpsc::channel();
     let samples = Samples::read(&path);
-    let mut sampler = Sampler { post, path, samples, lists: HashMap::new(), watched: HashMap::new(), tell };
+    let (lists, watched) = Default::default();
+    let mut sampler = Sampler { post, path, samples, lists, watched, left_out: 0, tell };
     tracing::debug!("looking at the load of machines");
     while sampler.tick() {
         sampler.listen(&hear);
@@ -150,6 +151,8 @@ struct Sampler {
     samples: Samples,
     lists: HashMap<PathBuf, Option<Fleet>>,
     watched: HashMap<String, Watched>,
+    /// Machines that were too many to be looked at, a moment ago.
+    left_out: usize,
     tell: Sender<News>,
 }
 
@@ -212,9 +215,10 @@ impl Sampler {
             watched.used = count.filter(|count| *count > 0).map_or(watched.used, |_| Some(now));
             watched.is_wanted = false;
         }
+        let mut left_out = 0;
         for path in &wanted {
             if let Some(Some(fleet)) = self.lists.get(path) {
-                fleet.watch(&mut self.watched, &taken, &self.samples, &self.tell);
+                left_out += fleet.watch(&mut self.watched, &taken, &self.samples, &self.tell);
             }
         }
         // A shell keeps its connection alive, which must not be the only reason for there being one.
@@ -223,6 +227,15 @@ impl Sampler {
         if self.watched.len() >= MOST_WATCHED {
             self.watched.retain(|_, watched| watched.is_wanted || watched.is_watched());
         }
+        // Else there is room for them now.
+        let left_out = if self.watched.len() >= MOST_WATCHED { left_out } else { 0 };
+        if left_out > 0 && self.left_out == 0 {
+            tracing::warn!(
+                event = "too many machines are in use",
+                "{MOST_WATCHED} machines are looked at; of {left_out} more that are in use the load is not known"
+            );
+        }
+        self.left_out = left_out;
         !wanted.is_empty()
     }
 
@@ -318,20 +331,18 @@ impl Fleet {
         has_builds
     }
 
-    /// Has machines looked at that are not, and can be.
+    /// Has machines looked at that are not, and can be. Gives how many there are too many.
     fn watch(
         &self,
         watched: &mut HashMap<String, Watched>,
         taken: &Taken,
         samples: &Samples,
         tell: &Sender<News>,
-    ) {
+    ) -> usize {
         let now = Instant::now();
+        let mut left_out = 0;
         for target in &self.machines {
             let known = watched.get(&target.key);
-            if known.is_none() && watched.len() >= MOST_WATCHED {
-                continue;
-            }
             let has_builds = || taken.get(&target.key).is_some_and(|builds| builds.count() > 0);
             let used = known.map_or_else(|| has_builds().then_some(now), |watched| watched.used);
             let is_used = used.is_some_and(|used| now.saturating_duration_since(used) < self.idle);
@@ -340,6 +351,10 @@ impl Fleet {
             }
             let mute = samples.mute_since(&target.key);
             if mute.is_some_and(|since| since.elapsed().is_ok_and(|age| age < MUTE)) {
+                continue;
+            }
+            if known.is_none() && watched.len() >= MOST_WATCHED {
+                left_out += 1;
                 continue;
             }
             let state = watched.entry(target.key.clone()).or_insert_with(|| {
@@ -361,6 +376,7 @@ impl Fleet {
             let watcher = thread::Builder::new().stack_size(STACK);
             state.watcher = watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_over)).ok();
         }
+        left_out
     }
 }
 
