@@ -239,42 +239,12 @@ impl Sampler {
         !wanted.is_empty()
     }
 
-    /// Takes in what watchers tell until it is time to look again.
+    /// Takes in what watchers tell until it is time to look again, and writes it down.
     fn listen(&mut self, hear: &Receiver<News>) {
         let end = Instant::now() + TICK;
         let mut is_new = false;
         while let Ok(news) = hear.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            let now = SystemTime::now();
-            let Some(watched) = self.watched.get_mut(&news.key) else { continue };
-            watched.not_before = Instant::now() + news.pause;
-            match news.what {
-                Ok(mut entry) => {
-                    entry.sample.own_load = watched.own_load.value();
-                    self.samples.put(&news.key, entry);
-                    is_new = true;
-                }
-                Err(silence) => {
-                    tracing::debug!(key = news.key, reason = silence.describe(), "no sample of a machine");
-                    let is_old = self
-                        .samples
-                        .of(&news.key)
-                        .is_none_or(|entry| now.duration_since(entry.sample.at).is_ok_and(|age| age > MUTE));
-                    let is_mute = match silence {
-                        // One that was only slow, or is, has answered before.
-                        Silence::NoShell => is_old,
-                        Silence::NoLastingSession(_) => true,
-                        Silence::NoSession(_) | Silence::Lost => false,
-                    };
-                    if is_mute {
-                        self.samples.put_mute(&news.key, now);
-                        if is_old {
-                            // What it was short of then would be held against it for ever.
-                            self.samples.remove(&news.key);
-                        }
-                        is_new = true;
-                    }
-                }
-            }
+            is_new |= self.hear(news);
         }
         if !is_new {
             return;
@@ -285,6 +255,38 @@ impl Sampler {
         if let Err(error) = self.samples.write(&self.path) {
             tracing::debug!(%error, "cannot write down the load of machines");
         }
+    }
+
+    /// Takes in what a watcher tells. Whether there is anything to be written down.
+    fn hear(&mut self, News { key, what, pause }: News) -> bool {
+        let now = SystemTime::now();
+        let Some(watched) = self.watched.get_mut(&key) else { return false };
+        watched.not_before = Instant::now() + pause;
+        let silence = match what {
+            Ok(mut entry) => {
+                entry.sample.own_load = watched.own_load.value();
+                self.samples.put(&key, entry);
+                return true;
+            }
+            Err(silence) => silence,
+        };
+        tracing::debug!(key, reason = silence.describe(), "no sample of a machine");
+        let is_past = |entry: &Entry| now.duration_since(entry.sample.at).is_ok_and(|age| age > MUTE);
+        let is_old = self.samples.of(&key).is_none_or(is_past);
+        let is_mute = match silence {
+            // One that was only slow, or is, has answered before.
+            Silence::NoShell => is_old,
+            Silence::NoLastingSession(_) => true,
+            Silence::NoSession(_) | Silence::Lost => false,
+        };
+        if is_mute {
+            self.samples.put_mute(&key, now);
+        }
+        if is_mute && is_old {
+            // What it was short of then would be held against it for ever.
+            self.samples.remove(&key);
+        }
+        is_mute
     }
 }
 
@@ -408,38 +410,39 @@ fn look(
         let hangs = || target.hangs.lock().unwrap_or_else(PoisonError::into_inner);
         let is_asked = hangs().may_be_asked(begin);
         let store_dir = target.store_dir.as_deref().filter(|_| is_asked);
-        let answer = match conversation.sample(store_dir) {
-            Ok(answer) => answer,
-            Err(silence) => {
-                say(Err(silence), PAUSE);
-                return;
+        let answer = conversation.sample(store_dir);
+        match &answer {
+            Ok(answer) if answer.hangs => {
+                tracing::debug!(builder = target.machine.name, "its file system does not answer");
+                hangs().hung(Instant::now());
             }
+            Ok(_) if is_asked => hangs().answered(),
+            _ => {}
+        }
+        // Where the machine is left now, for how long.
+        let pause = match &answer {
+            Err(_) => Some(PAUSE),
+            Ok(answer) if answer.hangs => Some(every),
+            Ok(_) => (!stays()).then_some(every * SPARING),
         };
-        if answer.hangs {
-            tracing::debug!(builder = target.machine.name, "its file system does not answer");
-            hangs().hung(Instant::now());
-            say(Ok(answer.entry), every);
+        let is_heard = say(answer.map(|answer| answer.entry), pause.unwrap_or_default());
+        if pause.is_some() || !is_heard || !rests(begin + every, stays) {
             return;
-        }
-        if is_asked {
-            hangs().answered();
-        }
-        if !stays() {
-            say(Ok(answer.entry), every * SPARING);
-            return;
-        }
-        if !say(Ok(answer.entry), Duration::ZERO) {
-            return;
-        }
-        while let left = every.saturating_sub(begin.elapsed())
-            && !left.is_zero()
-        {
-            thread::park_timeout(left.min(TICK));
-            if !stays() {
-                return;
-            }
         }
     }
+}
+
+/// Rests until then. False if the machine is to be left.
+fn rests(until: Instant, stays: impl Fn() -> bool) -> bool {
+    while let left = until.saturating_duration_since(Instant::now())
+        && !left.is_zero()
+    {
+        thread::park_timeout(left.min(TICK));
+        if !stays() {
+            return false;
+        }
+    }
+    true
 }
 
 #[cfg(test)]
