@@ -414,6 +414,12 @@ fn a_file_system_that_hangs_holds_nobody() {
     let at = samples(&client)[0]["at"].as_f64();
     wait_for_sample(&client, "another one", |sample| sample["at"].as_f64() > at);
     assert_built_on(&client, &build(&client, "two"), "mac");
+    // Nor by another sampler.
+    client.kill(samplers(&client)[0], "KILL");
+    wait_until("it is gone", SOON, || samplers(&client).is_empty());
+    let at = samples(&client)[0]["at"].as_f64();
+    assert_built_on(&client, &build(&client, "three"), "mac");
+    wait_for_sample(&client, "one of another sampler", |sample| sample["at"].as_f64() > at);
     assert_eq!(mac.read("/run/df-asked"), "asked\n");
 }
 

@@ -30,9 +30,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 use thiserror::Error;
@@ -47,7 +47,7 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_secs(15);
 /// How long an account is left alone that has no shell for us.
 const MUTE: Duration = Duration::from_secs(600);
-/// What is older is forgotten. Until then a machine that was short of something is asked before it gets a build.
+/// What is older is left out when something new is written down. Until then a machine that was short of something is asked before it gets a build.
 const KEPT: Duration = Duration::from_secs(24 * 3600);
 /// How many machines are looked at, at most: each costs a thread. Others have to wait until one of these is not used any more.
 const MOST_WATCHED: usize = 512;
@@ -115,8 +115,6 @@ struct Target {
     key: String,
     machine: Machine,
     store_dir: Option<String>,
-    /// Whether the file system of its store answers.
-    hangs: Mutex<Hangs>,
 }
 
 /// What is kept of a machine that can be looked at.
@@ -143,6 +141,8 @@ struct News {
     what: Result<Entry, Silence>,
     /// How long the machine is to be left alone, if the watcher leaves it now.
     pause: Duration,
+    /// Whether the file system of its store answers.
+    hangs: Hangs,
 }
 
 struct Sampler {
@@ -258,7 +258,7 @@ impl Sampler {
     }
 
     /// Takes in what a watcher tells. Whether there is anything to be written down.
-    fn hear(&mut self, News { key, what, pause }: News) -> bool {
+    fn hear(&mut self, News { key, what, pause, hangs }: News) -> bool {
         let now = SystemTime::now();
         let Some(watched) = self.watched.get_mut(&key) else { return false };
         watched.not_before = Instant::now() + pause;
@@ -266,6 +266,7 @@ impl Sampler {
             Ok(mut entry) => {
                 entry.sample.own_load = watched.own_load.value();
                 self.samples.put(&key, entry);
+                self.samples.put_hangs(&key, hangs);
                 return true;
             }
             Err(silence) => silence,
@@ -303,7 +304,7 @@ impl Fleet {
             machine.host_key = subject.host_key;
             machine.max_jobs = subject.max_jobs;
             let (key, store_dir) = (reach.key(&machine), subject.store_dir);
-            Some(Arc::new(Target { key, machine, store_dir, hangs: Mutex::default() }))
+            Some(Arc::new(Target { key, machine, store_dir }))
         };
         let machines = list.machines.into_iter().filter_map(target).collect();
         let slots = Slots::open(list.slots).map_err(|error: SlotError| tracing::debug!(%error, "no slots"));
@@ -374,9 +375,11 @@ impl Fleet {
             let (reach, target, every) = (Arc::clone(&self.reach), Arc::clone(target), self.every);
             state.is_over = Arc::default();
             let (tell, is_over) = (tell.clone(), Arc::clone(&state.is_over));
+            let hangs = samples.hangs(&target.key);
             state.not_before = now + PAUSE;
             let watcher = thread::Builder::new().stack_size(STACK);
-            state.watcher = watcher.spawn(move || look(&reach, &target, &open, every, &tell, &is_over)).ok();
+            state.watcher =
+                watcher.spawn(move || look(&reach, &target, &open, every, hangs, &tell, &is_over)).ok();
         }
         left_out
     }
@@ -388,10 +391,11 @@ fn look(
     target: &Target,
     open: &Open,
     every: Duration,
+    mut hangs: Hangs,
     tell: &Sender<News>,
     is_over: &AtomicBool,
 ) {
-    let say = |what, pause| tell.send(News { key: target.key.clone(), what, pause }).is_ok();
+    let say = |what, pause, hangs| tell.send(News { key: target.key.clone(), what, pause, hangs }).is_ok();
     let stays = || {
         !is_over.load(Ordering::Relaxed)
             && open.is_current()
@@ -401,22 +405,21 @@ fn look(
     let mut conversation = match Conversation::begin(open) {
         Ok(begun) => begun,
         Err(silence) => {
-            say(Err(silence), PAUSE.max(every));
+            say(Err(silence), PAUSE.max(every), hangs);
             return;
         }
     };
     loop {
         let begin = Instant::now();
-        let hangs = || target.hangs.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_asked = hangs().may_be_asked(begin);
+        let is_asked = hangs.may_be_asked(SystemTime::now());
         let store_dir = target.store_dir.as_deref().filter(|_| is_asked);
         let answer = conversation.sample(store_dir);
         match &answer {
             Ok(answer) if answer.hangs => {
                 tracing::debug!(builder = target.machine.name, "its file system does not answer");
-                hangs().hung(Instant::now());
+                hangs.hung(SystemTime::now());
             }
-            Ok(_) if is_asked => hangs().answered(),
+            Ok(_) if is_asked => hangs.answered(),
             _ => {}
         }
         // Where the machine is left now, for how long.
@@ -425,7 +428,7 @@ fn look(
             Ok(answer) if answer.hangs => Some(every),
             Ok(_) => (!stays()).then_some(every * SPARING),
         };
-        let is_heard = say(answer.map(|answer| answer.entry), pause.unwrap_or_default());
+        let is_heard = say(answer.map(|answer| answer.entry), pause.unwrap_or_default(), hangs);
         if pause.is_some() || !is_heard || !rests(begin + every, stays) {
             return;
         }

@@ -2,6 +2,7 @@
 //!
 //! Owns its form. Whoever reads it gets what there is: a file that is missing, broken or not ours is an empty one.
 
+use super::hangs::{self, Hangs};
 use crate::plan::Sample;
 use nix_offload_proxy::small_file;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,7 @@ pub struct Entry {
 pub struct Samples {
     machines: HashMap<String, Entry>,
     mute: HashMap<String, SystemTime>,
+    hangs: HashMap<String, Hangs>,
 }
 
 /// A file as it is written.
@@ -41,6 +43,9 @@ struct Kept {
     /// Machines whose account has no shell for us, and since when that is known, in seconds since 1970.
     #[serde(default)]
     mute: HashMap<String, f64>,
+    /// Machines whose file system was asked in vain: when it was the last time, and how many times in a row.
+    #[serde(default)]
+    hangs: HashMap<String, (f64, u32)>,
 }
 
 /// An [`Entry`] as it is written. Times are seconds since 1970.
@@ -81,7 +86,12 @@ impl Samples {
         let machines =
             kept.machines.into_iter().filter_map(|(key, entry)| Some((key, entry.into_entry()?))).collect();
         let mute = kept.mute.into_iter().filter_map(|(key, since)| Some((key, time(since)?))).collect();
-        Self { machines, mute }
+        let hangs = kept
+            .hangs
+            .into_iter()
+            .filter_map(|(key, (last, times))| Some((key, Hangs::since(time(last)?, times))))
+            .collect();
+        Self { machines, mute, hangs }
     }
 
     /// What is known of a machine, however old.
@@ -108,13 +118,27 @@ impl Samples {
         self.mute.insert(key.to_owned(), since);
     }
 
+    /// Whether the file system of a machine answers.
+    pub(super) fn hangs(&self, key: &str) -> Hangs {
+        self.hangs.get(key).copied().unwrap_or_default()
+    }
+
+    pub(super) fn put_hangs(&mut self, key: &str, hangs: Hangs) {
+        match hangs.vain() {
+            Some(_) => drop(self.hangs.insert(key.to_owned(), hangs)),
+            None => drop(self.hangs.remove(key)),
+        }
+    }
+
     /// Forgets what a machine said.
     pub(super) fn remove(&mut self, key: &str) {
         self.machines.remove(key);
     }
 
-    /// Forgets what is older.
+    /// Forgets what is older, but for how a file system answers until it may have been asked again.
     pub(super) fn forget(&mut self, before: SystemTime) {
+        let longer = before.checked_sub(hangs::LONGEST).unwrap_or(UNIX_EPOCH);
+        self.hangs.retain(|_, hangs| hangs.vain().is_some_and(|(last, _)| last >= longer));
         self.machines.retain(|_, entry| entry.sample.at >= before);
         self.mute.retain(|_, since| *since >= before);
     }
@@ -123,7 +147,9 @@ impl Samples {
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
         let machines = self.machines.iter().map(|(key, entry)| (key.clone(), KeptEntry::of(entry))).collect();
         let mute = self.mute.iter().map(|(key, since)| (key.clone(), seconds(*since))).collect();
-        let text = serde_json::to_vec(&Kept { machines, mute })?;
+        let vain = |hangs: &Hangs| hangs.vain().map(|(last, times)| (seconds(last), times));
+        let hangs = self.hangs.iter().filter_map(|(key, hangs)| Some((key.clone(), vain(hangs)?))).collect();
+        let text = serde_json::to_vec(&Kept { machines, mute, hangs })?;
         let new = path.with_extension("new");
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         file.write_all(&text)?;
@@ -204,11 +230,15 @@ mod tests {
         samples.put("a", entry(1_795_429_874_123));
         samples.put("b", Entry { sample: Sample::empty(UNIX_EPOCH), round_trip: None });
         samples.put_mute("c", UNIX_EPOCH + Duration::from_secs(5));
+        let hangs = Hangs::since(UNIX_EPOCH + Duration::from_secs(5), 3);
+        samples.put_hangs("a", hangs);
+        samples.put_hangs("b", Hangs::default());
         samples.write(&path).unwrap();
         let read = Samples::read(&path);
         assert_eq!(read, samples);
         assert_eq!(read.of("a"), Some(&entry(1_795_429_874_123)));
         assert_eq!((read.of("c"), read.mute_since("c").is_some()), (None, true));
+        assert_eq!((read.hangs("a"), read.hangs("b")), (hangs, Hangs::default()));
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
 
@@ -216,6 +246,9 @@ mod tests {
         samples.forget(UNIX_EPOCH + Duration::from_secs(6));
         assert!(samples.of("a").is_some() && samples.of("c").is_some() && samples.of("b").is_none());
         assert_eq!(samples.mute_since("c"), None, "it has spoken");
+        assert_eq!(samples.hangs("a"), hangs, "it may not have been asked since");
+        samples.forget(UNIX_EPOCH + hangs::LONGEST + Duration::from_secs(6));
+        assert_eq!(samples.hangs("a"), Hangs::default());
     }
 
     #[test]
