@@ -44,11 +44,9 @@ const MOST_CORES: u32 = 65_536;
 /// read by the shell itself: the only programs that run for a sample are those of `df`, and `sysctl` where there is
 /// no `/proc`. An inhibit file that is there keeps builds away, whatever is in it.
 pub const SCRIPT: &str = r#"LC_ALL=C; PATH="$PATH:/usr/bin:/bin:/usr/sbin:/sbin:/run/current-system/sw/bin"; export LC_ALL PATH
-os=$(uname -s 2>/dev/null)
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null)
 inhibit=/etc/nix/offload-inhibit
 machine() {
-  echo "os $os"
   echo "cores $cores"
   load=
   if [ -r /proc/loadavg ]; then read -r load </proc/loadavg; else load=$(sysctl -n vm.loadavg); fi
