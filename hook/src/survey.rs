@@ -3,7 +3,10 @@
 //!
 //! Must never decide, connect to a machine, or measure anything itself.
 
-use crate::plan::here::{self, Opened};
+mod own_store;
+
+pub use own_store::is_own_store;
+
 use crate::plan::known::Link;
 use crate::plan::machine::Machine;
 use crate::plan::{self, Health, Known, Load, Request, Work, estimate};
@@ -16,9 +19,7 @@ use crate::state::{History, Withholdings};
 use crate::store::Location;
 use nix_derivation::StorePath;
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The state of things that every decision looks at anew.
@@ -217,73 +218,11 @@ pub fn against(machine: &Machine, own: &Location) -> Option<String> {
     })
 }
 
-/// Whether a machine's store is the client's own. Nix holds the locks of the outputs while its hook runs, so a build there
-/// would wait for ever (with the stock hook of Nix 2.8 to 2.34 it does).
-pub fn is_own_store(machine: &Machine, own: &Location, env: impl Fn(&str) -> Option<OsString>) -> bool {
-    let usual = env("NIX_REMOTE").and_then(|named| named.into_string().ok()).unwrap_or_default();
-    let state = |theirs: Result<Location, _>| Some((theirs.ok()?.state_dir, own.state_dir.clone()));
-    let places = match here::opened(machine, &usual) {
-        None => None,
-        // Where only a daemon may write to the store, `auto` is that daemon's.
-        Some(Opened::Store(setting)) => {
-            state(Location::find(&setting, &env).or_else(|_| Location::parse(&setting, &env)))
-        }
-        Some(Opened::Socket(path)) => {
-            let named = || env("NIX_DAEMON_SOCKET_PATH").map(PathBuf::from);
-            match path.map(PathBuf::from).or_else(named) {
-                Some(path) => Some((path, own.state_dir.join("daemon-socket/socket"))),
-                None => state(Location::parse("auto", &env)),
-            }
-        }
-    };
-    let settled = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
-    places.is_some_and(|(theirs, ours)| settled(theirs) == settled(ours))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeSet;
-
-    #[test]
-    fn a_machine_that_is_the_clients_own_store_is_known() {
-        let env = |_: &str| None;
-        let is_own = |uri: &str, setting: &str| {
-            let machine = Machine::for_uri(uri, BTreeSet::new()).unwrap();
-            is_own_store(&machine, &Location::parse(setting, env).unwrap(), env)
-        };
-        for uri in ["auto", "local", "daemon", "localhost", "unix:///nix/var/nix/daemon-socket/socket"] {
-            assert!(is_own(uri, "auto"), "{uri}");
-            assert!(!is_own(uri, "/root/my-nix"), "{uri}");
-        }
-        for uri in ["/srv/x", "local?root=/srv/x", "ssh-ng://localhost?remote-store=/srv/x"] {
-            assert!(!is_own(uri, "auto"), "{uri}");
-            assert!(is_own(uri, "local:///srv/x"), "{uri}");
-        }
-        for uri in ["ssh-ng://mac", "https://x", "ssh-ng://root@localhost"] {
-            assert!(!is_own(uri, "auto"), "{uri}");
-        }
-        for store in ["auto", "daemon", "unix:///nix/var/nix/daemon-socket/socket"] {
-            let uri = format!("ssh-ng://localhost?remote-store={store}");
-            assert!(is_own(&uri, "auto") && !is_own(&uri, "/root/my-nix"), "{uri}");
-        }
-    }
-
-    #[test]
-    fn what_nix_opens_here_counts_for_a_program_here() {
-        let own = Location::parse("auto", |_| None).unwrap();
-        let machine = Machine::for_uri("ssh-ng://localhost", BTreeSet::new()).unwrap();
-        for (named, expected) in [
-            ("", true),
-            ("daemon", true),
-            ("unix:///nix/var/nix/daemon-socket/socket", true),
-            ("unix:///run/other", false),
-            ("/srv/x", false),
-        ] {
-            let env = |name: &str| (name == "NIX_REMOTE").then(|| named.into());
-            assert_eq!(is_own_store(&machine, &own, env), expected, "{named}");
-        }
-    }
+    use std::fs;
 
     #[test]
     fn what_a_machine_said_counts_before_its_first_build() {

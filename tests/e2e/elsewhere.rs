@@ -210,6 +210,26 @@ fn the_store_in_a_home_is_its_users_own_where_there_is_no_other() {
 }
 
 #[test]
+fn a_machine_whose_file_system_hangs_holds_up_no_build_for_another_one() {
+    let world = World::new();
+    let client = client(&world, Release::Trixie);
+    // Whoever looks at what is below it waits for an answer that never comes.
+    client.run(
+        "mknod /dev/fuse c 10 229 && mkdir /mnt/dead && exec 9<>/dev/fuse && \
+         mount -i -t fuse -o fd=9,rootmode=40000,user_id=0,group_id=0 none /mnt/dead && \
+         { setsid sleep infinity >/dev/null 2>&1 & }",
+    );
+    let machines = "/mnt/dead/store - - 1 9 ; /srv/well - - 1 1";
+    for name in ["one", "two"] {
+        let args = ["-j0", "--builders", machines];
+        let built = client.nix_build_command(&drv::trivial(name), &args).limit(Duration::from_secs(30)).run();
+        built.assert_success().assert_stderr_has("on 'local:///srv/well'");
+    }
+    let status = client.nix_offload(&["status", "--store", STORE, "--builders", machines]);
+    status.assert_success();
+}
+
+#[test]
 fn what_another_hook_does_stands_beside_what_we_do() {
     let world = World::new();
     for release in [Release::Trixie, Release::Sid] {
