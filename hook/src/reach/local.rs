@@ -3,7 +3,7 @@
 //! Must never give a child the descriptors of Nix, nor let it live on without us.
 
 use super::session::{MORE_DIRECTORIES, shell_word};
-use super::{ReachError, Way};
+use super::{ReachError, Way, left};
 use crate::builder::{Ahead, Builder, BuilderError};
 use crate::config::Settings;
 use crate::plan::here::{self, Here};
@@ -14,7 +14,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use nix_derivation::StoreDir;
-use nix_offload_proxy::master::{CloseWrite, Stream, TimedRead};
+use nix_offload_proxy::exit;
+use nix_offload_proxy::master::{self, CloseWrite, Stream, TimedRead};
 use std::env;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -132,12 +133,15 @@ pub(super) fn connect(
     bound: Duration,
     ahead: &Ahead,
 ) -> Result<(Builder, Way), ReachError> {
-    let greet = |stream| Builder::connect(stream, store_dir.clone(), Version::newest(), bound, ahead.clone());
+    let deadline = Instant::now() + bound;
+    let greet = |stream| {
+        Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline), ahead.clone())
+    };
     let command = match here {
         Here::Socket(path) => {
             let path = path.as_ref().map_or(around.socket.as_path(), Path::new);
-            let stream =
-                socket(path).map_err(|source| LocalError::Socket { path: path.to_owned(), source })?;
+            let stream = socket(path, deadline, bound)
+                .map_err(|source| LocalError::Socket { path: path.to_owned(), source })?;
             return Ok((greet(stream).map_err(ReachError::Daemon)?, Way::LocalSocket));
         }
         Here::Program => {
@@ -181,8 +185,14 @@ fn program(machine: &Machine) -> Result<String, ReachError> {
     }
 }
 
-fn socket(path: &Path) -> io::Result<Stream> {
-    let reader = UnixStream::connect(path)?;
+fn socket(path: &Path, deadline: Instant, bound: Duration) -> io::Result<Stream> {
+    let reader = master::connect(path, deadline).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            let text = format!("it took no connection within {} s", exit::seconds(bound));
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        }
+        _ => error,
+    })?;
     let writer = reader.try_clone()?;
     Ok(Stream { reader: Box::new(Socket(reader)), writer: Box::new(Socket(writer)) })
 }
@@ -383,6 +393,28 @@ impl CloseWrite for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{Backlog, listen};
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_daemon_that_takes_no_connections_is_waited_for_within_a_bound() {
+        const LONG: Duration = Duration::from_secs(20);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        // A shorter queue than the library's.
+        listen(&listener, Backlog::new(0).unwrap()).unwrap();
+        let mut queue = Vec::new();
+        while let Ok(stream) = master::connect(&path, Instant::now()) {
+            queue.push(stream);
+        }
+        let bound = Duration::from_millis(100);
+        let error = socket(&path, Instant::now() + bound, bound).unwrap_err();
+        assert_eq!(error.to_string(), "it took no connection within 0.1 s");
+        let waiting = thread::spawn(move || socket(&path, Instant::now() + LONG, LONG).map(drop));
+        listener.accept().unwrap();
+        waiting.join().unwrap().unwrap();
+    }
 
     #[test]
     fn the_remote_program_is_followed_here() {

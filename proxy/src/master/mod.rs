@@ -166,10 +166,13 @@ impl OpenError {
     }
 }
 
-/// Connects to a control socket. Blocking afterwards, but never while connecting: the queue of a stopped
-/// master fills up, and a blocking connect would wait for ever.
-fn connect(control: &Path, deadline: Instant) -> io::Result<UnixStream> {
-    connect_as(SockType::Stream, control, deadline)
+/// Connects to a socket of this machine. Blocking afterwards, but never while connecting: the queue of a stopped
+/// listener, a master for instance, fills up, and a blocking connect would wait for ever.
+///
+/// # Errors
+/// If nobody listens there, or not to us; `WouldBlock` if the queue was full until the deadline.
+pub fn connect(socket: &Path, deadline: Instant) -> io::Result<UnixStream> {
+    connect_as(SockType::Stream, socket, deadline)
 }
 
 /// The same to a socket of another type.
