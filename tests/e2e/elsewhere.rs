@@ -373,6 +373,23 @@ fn large_inputs_and_outputs_pass_through_a_daemon_of_our_own() {
     }
 }
 
+/// What would be sent to it in advance, and what it answers to the first half of that, are each more than a pipe holds.
+#[test]
+fn a_daemon_of_our_own_with_many_inputs_and_their_user_do_not_wait_for_each_other() {
+    let world = World::new();
+    let client = client(&world, Release::Bookworm);
+    for name in ["first", "when-they-are-known-to-be-there"] {
+        let many = drv::expression(&format!(
+            r#"let
+              input = i: builtins.toFile "input-of-the-usual-length-${{toString (100 + i)}}" "x";
+            in d "{name}" "set -- $inputs; echo $# > $out" {{ inputs = builtins.genList input 720; }}"#
+        ));
+        let command = client.nix_build_command(&many, &["-j0", "--builders", "auto - - 1 1"]);
+        let path = command.limit(SOON * 3).run().assert_success().out_path();
+        assert_eq!(client.read(&format!("{STORE}{path}")), "720\n");
+    }
+}
+
 #[test]
 fn a_silent_build_on_this_machine_is_ended() {
     let world = World::new();

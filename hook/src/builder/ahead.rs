@@ -15,8 +15,8 @@ use nix_derivation::{Derivation, StoreDir, StorePath};
 pub struct Ahead(Vec<u8>);
 
 impl Ahead {
-    /// What may be sent at most without reading anything: it must fit the channel's window and the sockets' buffers, for
-    /// a daemon that builds does not read.
+    /// What may be sent at most without reading anything: it must fit the channel's window, for a daemon that builds does
+    /// not read. Pipes hold less, so to a daemon on this machine nothing is sent ahead.
     const MOST: usize = 256 << 10;
 
     /// [`super::Builder::hold_and_query`].

@@ -481,7 +481,8 @@ fn both(
     doing: &'static str,
     receive: impl FnOnce(&mut Input) -> Result<(), BuilderError>,
 ) -> Result<(), BuilderError> {
-    // Below this size it fits the channel's window and the sockets' buffers, and needs no second thread.
+    // Below this size it fits the channel's window and needs no second thread. A pipe holds less, but all that is answered
+    // before the request was read whole fits one, so the other side reads on.
     const AT_ONCE: usize = 256 << 10;
     if request.len() <= AT_ONCE {
         send(output, doing, request)?;

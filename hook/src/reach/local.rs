@@ -124,18 +124,17 @@ impl Surroundings {
     }
 }
 
-/// Connects to a store of this machine.
+/// Connects to a store of this machine. Nothing is sent ahead: a pipe holds less, and answers come at once.
 pub(super) fn connect(
     machine: &Machine,
     here: &Here,
     around: &Surroundings,
     store_dir: &StoreDir,
     bound: Duration,
-    ahead: &Ahead,
 ) -> Result<(Builder, Way), ReachError> {
     let deadline = Instant::now() + bound;
     let greet = |stream| {
-        Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline), ahead.clone())
+        Builder::connect(stream, store_dir.clone(), Version::newest(), left(deadline), Ahead::default())
     };
     let command = match here {
         Here::Socket(path) => {

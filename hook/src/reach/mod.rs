@@ -192,7 +192,8 @@ impl Reach {
         Speed::at(self.notes(machine).path(Note::Speed))
     }
 
-    /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight.
+    /// Connects to the machine's Nix daemon within `bound`, and sends it `ahead` in the same flight, if it is not on this
+    /// machine.
     ///
     /// A live master is used; a dead or hung one is replaced, once.
     ///
@@ -233,7 +234,7 @@ impl Reach {
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         if let Some(here) = machine.uri.here() {
-            let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound, ahead)?;
+            let (builder, way) = local::connect(machine, &here, &self.around, store_dir, bound)?;
             let nix_version = builder.peer().nix_version.clone();
             return Ok(Reached { builder: Store::Daemon(builder.into()), way, detour: None, nix_version });
         }
