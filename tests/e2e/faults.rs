@@ -1,6 +1,7 @@
 //! Machines that cannot be used: the build goes elsewhere or fails soon, and the user is told why.
 
 use std::{
+    iter,
     net::{TcpListener, TcpStream},
     os::unix::net::UnixListener,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -324,10 +325,21 @@ fn a_daemon_that_hangs_is_done_without() {
     mac.stop_daemon();
     mac.run(&format!("rm -f {DAEMON_SOCKET}"));
     let silent = UnixListener::bind(mac.path(DAEMON_SOCKET)).unwrap();
+    silent.set_nonblocking(true).unwrap();
+    let asked = || iter::from_fn(|| silent.accept().ok()).count();
     // Root needs no daemon to build, and its connection has not failed.
     assert_used(&client, &mac);
     assert_eq!(mac.logins(), 1);
-    drop(silent);
+    assert!(asked() > 0);
+    // It is asked again when it is time for that, in a way that waits for no more than three seconds, and not by each build.
+    let built = client.nix_build(&drv::where_built("b"), &["-j0"]);
+    assert_eq!(client.read(&built.assert_success().out_path()), "mac\n");
+    assert_eq!(asked(), 0, "{built}");
+    client.run("touch -d '11 minutes ago' /run/nix-offload/answered/*.refused");
+    for (name, times) in [("c", 1), ("d", 0)] {
+        client.nix_build(&drv::where_built(name), &["-j0"]).assert_success();
+        assert_eq!(asked(), times, "{name}");
+    }
 }
 
 #[test]

@@ -56,6 +56,9 @@ const REFUSED_PAUSES: [Duration; 3] =
 /// A live master, or the link behind it, has this long to open a stream before another one is tried.
 const OPEN_BOUND: Duration = Duration::from_secs(3);
 
+/// Who gave the daemon at a socket less time than this to answer knows nothing of it.
+const FAIR_BOUND: Duration = Duration::from_secs(1);
+
 /// The first command on a new master: tells the builder's version of Nix, and ends the delay of small packets
 /// that OpenSSH up to 10.0 has until a session was opened.
 const FIRST_COMMAND: &str = "nix-daemon --version || nix-store --version";
@@ -355,6 +358,7 @@ impl Reach {
                 Err(_) => notes.remove(Note::Serve),
             }
         }
+        let mut is_silent = false;
         let mut detour = notes.get(Note::Refused).filter(|_| uses_socket(machine));
         if uses_socket(machine) && detour.is_none() {
             detour = self.still_refused(&notes, master, deadline)?;
@@ -369,15 +373,23 @@ impl Reach {
                 Err(error) => {
                     let reason = exit::reason(&error);
                     log_detour(machine, "the daemon's socket is not open to us", &reason);
-                    if matches!(error, ReachError::Open(OpenError::Refused { .. })) {
-                        notes.put(Note::Refused, &reason);
+                    match error {
+                        ReachError::Open(OpenError::Refused { .. }) => notes.put(Note::Refused, &reason),
+                        ReachError::Daemon(BuilderError::NoAnswer { bound, .. }) => is_silent = bound >= FAIR_BOUND,
+                        _ => {}
                     }
                     detour = Some(reason);
                 }
             }
         }
         let error = match session.daemon() {
-            Ok(builder) => return Ok(reached(builder, Way::Session, detour)),
+            Ok(builder) => {
+                // So it was not the link.
+                if let Some(reason) = detour.as_ref().filter(|_| is_silent) {
+                    notes.put(Note::Refused, reason);
+                }
+                return Ok(reached(builder, Way::Session, detour));
+            }
             Err(error) if serves && error.may_serve() => error,
             Err(error) => return Err(error),
         };
@@ -419,8 +431,12 @@ impl Reach {
                 Ok(Some(reason))
             }
             Err(lost @ OpenError::Gone { .. }) => Err(lost.into()),
-            // A daemon that does not answer, perhaps. If it is the link, the next way will tell.
-            Err(error) => Ok(Some(exit::reason(&ReachError::from(error)))),
+            // A daemon that does not answer, perhaps. If it is the link, the next way will tell; not each build is to wait
+            // for that.
+            Err(_) => {
+                notes.put(Note::Refused, &reason);
+                Ok(Some(reason))
+            }
         }
     }
 

@@ -19,8 +19,9 @@ pub(super) enum Note {
     Answered,
     /// It has nothing but `nix-store --serve`, and why nothing better. The better ways are not tried meanwhile.
     Serve,
-    /// It refused a channel to its daemon's socket, and how. It is not asked for one meanwhile. The first refusal leaves a
-    /// small process behind until the master ends, so later it is asked in another way.
+    /// It refused a channel to its daemon's socket, and how, or the daemon there did not answer and one of our own did. It is
+    /// not asked for one meanwhile. The first refusal leaves a small process behind until the master ends, so later it is
+    /// asked in another way.
     Refused,
     /// Its daemon does not trust us. What the daemon says, or shows when it is asked, counts for more; and even when this
     /// is not believed any more, the machine is not promised a build unseen.
