@@ -132,9 +132,9 @@ impl Notes {
     }
 }
 
-/// Leaves a note in a file.
+/// Leaves a note in a file, whole: one that is empty says something too.
 pub(super) fn put(path: &Path, text: &str) {
-    let _ = small_file::in_directory(path, || fs::write(path, text));
+    let _ = small_file::in_directory(path, || small_file::write_whole(path, text));
 }
 
 /// What a file says, if it was written within `bound`.
@@ -185,6 +185,9 @@ mod tests {
             assert_eq!((notes.get(note), notes.holds(note)), (None, false));
             assert_eq!(notes.read(note).unwrap(), name);
         }
+        let before = File::open(notes.path(Note::Own)).unwrap();
+        notes.put(Note::Own, "another");
+        assert_eq!(io::read_to_string(before).unwrap(), "0123.settings", "it is replaced, not emptied");
         notes.remove(Note::Answered);
         assert!(!notes.is_there(Note::Answered) && notes.is_there(Note::Serve));
     }
