@@ -218,6 +218,40 @@ fn a_builders_own_settings_stay_whatever_it_is_told_of_a_build() {
 }
 
 #[test]
+fn builds_that_begin_together_have_a_builder_asked_for_its_settings_once() {
+    let world = World::new();
+    let mac = world.builder("mac").nix_conf("cores = 7").start();
+    mac.write_mode(
+        "/usr/local/bin/nix",
+        "#!/bin/sh\necho \"$*\" >> /mnt/share/asked\nexec /usr/bin/nix \"$@\"\n",
+        0o755,
+    );
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 8).start();
+    client.nix_build(&drv::independent(8), &["-j0", "--keep-failed"]).assert_success();
+    let asked = client.read("/mnt/share/asked");
+    assert_eq!(asked.lines().filter(|line| line.ends_with(" config show")).count(), 1, "{asked}");
+}
+
+#[test]
+fn a_builder_that_cannot_be_asked_again_builds_with_the_settings_that_it_told() {
+    let world = World::new();
+    let mac = world.builder("mac").nix_conf("cores = 7").start();
+    let client = world.client().hook(Hook::Ours).uses(&mac, "ssh-ng", 1).start();
+    let cores = |name: &str| {
+        let built =
+            client.nix_build(&drv::script(name, "echo $NIX_BUILD_CORES > $out"), &["-j0", "--keep-failed"]);
+        client.read(&built.assert_success().out_path())
+    };
+    assert_eq!(cores("told"), "7\n");
+    // The shell that asks is lost.
+    mac.write_mode("/usr/local/bin/nix", "#!/bin/sh\necho x >> /mnt/share/asked\nkill -KILL $PPID\n", 0o755);
+    client.run("touch -d '5 hours ago' /run/nix-offload/answered/*.settings");
+    assert_eq!(cores("later"), "7\n");
+    assert_eq!(cores("soon-after-that"), "7\n");
+    assert_eq!(client.read("/mnt/share/asked"), "x\n", "not each build asks");
+}
+
+#[test]
 fn a_builder_that_cannot_be_asked_for_its_settings_builds_all_the_same() {
     let world = World::new();
     let mac = world.builder("mac").key_options(r#"command="nix-daemon --stdio""#).start();

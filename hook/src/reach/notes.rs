@@ -34,8 +34,10 @@ pub(super) enum Note {
     Unleased,
     /// Its Nix is too old for requests that are sent before it has said its version.
     Old,
-    /// What settings it has of its own, or nothing if it does not tell.
+    /// What settings it has of its own.
     Own,
+    /// It does not tell them, and why. It is not asked for them meanwhile.
+    Untold,
     /// Which paths were seen there ([`Seen`](super::Seen)), each with a time of its own.
     Seen,
     /// The older ones of these.
@@ -50,7 +52,9 @@ impl Note {
         const MINUTE: Duration = Duration::from_secs(60);
         match self {
             Self::Answered => WARM,
-            Self::Serve | Self::Refused | Self::Untrusted | Self::Unleased | Self::Old => MINUTE * 10,
+            Self::Serve | Self::Refused | Self::Untrusted | Self::Unleased | Self::Old | Self::Untold => {
+                MINUTE * 10
+            }
             Self::Own => MINUTE * 60 * 4,
             Self::Leased => MINUTE * 60 * 24,
             Self::Wanted | Self::Seen | Self::SeenBefore | Self::Speed => Duration::MAX,
@@ -69,6 +73,7 @@ impl Note {
             Self::Unleased => "unleased",
             Self::Old => "old",
             Self::Own => "settings",
+            Self::Untold => "untold",
             Self::Seen => "seen",
             Self::SeenBefore => "seen-before",
             Self::Speed => "speed",
@@ -132,7 +137,7 @@ impl Notes {
     }
 }
 
-/// Leaves a note in a file, whole: one that is empty says something too.
+/// Leaves a note in a file, whole.
 pub(super) fn put(path: &Path, text: &str) {
     let _ = small_file::in_directory(path, || small_file::write_whole(path, text));
 }
@@ -166,6 +171,7 @@ mod tests {
             (Note::Unleased, "0123.unleased", 600),
             (Note::Old, "0123.old", 600),
             (Note::Own, "0123.settings", 14_400),
+            (Note::Untold, "0123.untold", 600),
             (Note::Wanted, "0123.wanted", u64::MAX),
             (Note::Seen, "0123.seen", u64::MAX),
             (Note::SeenBefore, "0123.seen-before", u64::MAX),

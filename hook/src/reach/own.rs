@@ -2,10 +2,11 @@
 //!
 //! Must never be asked where no options are to be sent.
 
-use super::notes::{self, Note};
+use super::notes::{Note, Notes};
 use super::session::MORE_DIRECTORIES;
 use super::{Reach, left};
 use crate::config::Settings;
+use crate::digest;
 use crate::plan::here::Here;
 use crate::plan::machine::Machine;
 use crate::wire::worker::Own;
@@ -15,10 +16,7 @@ use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A machine that gave no answer is asked again after so long.
-const AGAIN: Duration = Duration::from_secs(600);
-
-/// How long it may take to answer.
+/// How long a machine may take to answer, and how long another hook that asks it is waited for.
 const BOUND: Duration = Duration::from_secs(5);
 
 /// Most bytes of an answer.
@@ -39,40 +37,65 @@ x='nix --extra-experimental-features nix-command'
 const PAUSE: Duration = Duration::from_millis(50);
 
 impl Reach {
-    /// What the machine's own settings are, if that is known without asking it; none within if it does not tell. For a store
-    /// of this machine those of Nix here count, as for the stock hook.
+    /// What the machine's own settings are, if that is known without asking it; none within if it does not tell. Where it has
+    /// told them before, these are taken until it does again. For a store of this machine those of Nix here count, as for the
+    /// stock hook.
     pub fn own_settings(&self, machine: &Machine, settings: &Settings) -> Option<Option<Own>> {
         if let Some(Here::Socket(_) | Here::Store(_)) = machine.uri.here() {
             return Some(Some(Own::read(|name| settings.get(name)).with_one_job()));
         }
-        let told = self.notes(machine);
-        let own = told.get(Note::Own).and_then(|text| Own::parse(&text));
-        own.map(Some).or_else(|| notes::get(&told.path(Note::Own), AGAIN).map(|_| None))
+        let notes = self.notes(machine);
+        let own = notes.get(Note::Own).and_then(|text| Own::parse(&text));
+        own.map(Some).or_else(|| notes.holds(Note::Untold).then(|| told_last(&notes)))
     }
 
     /// Asks a machine that is connected for them, and notes the answer for other hooks.
     pub fn ask_own_settings(&self, machine: &Machine, settings: &Settings) -> Option<Own> {
-        let deadline = Instant::now() + BOUND;
-        let answer = loop {
-            match self.shell_beside(machine, left(deadline)) {
-                // Others may be asking just that.
-                Err(error) if error.is_crowded() && Instant::now() < deadline => thread::sleep(PAUSE),
-                Err(error) if error.is_crowded() => return None,
-                Err(error) => break Err(exit::reason(&error)),
-                Ok(beside) => break ask(beside.stream, deadline),
+        // One asks, and the others find the note of that one.
+        let name = format!("settings-{}", digest::short(&self.identity(machine)));
+        let turn = self.opening.take_within(&name, 1, BOUND);
+        if let Some(known) = self.own_settings(machine, settings) {
+            return known;
+        }
+        let notes = self.notes(machine);
+        let answer = if matches!(turn, Ok(None)) { Ok(None) } else { self.hear_settings(machine) };
+        let silence = match answer {
+            Ok(Some(answer)) if Own::parse(&answer).is_some() => {
+                notes.put(Note::Own, &answer);
+                None
             }
-            if let Some(known) = self.own_settings(machine, settings) {
-                return known;
+            Ok(Some(_)) => {
+                notes.remove(Note::Own);
+                Some("its answer has none".into())
             }
+            Ok(None) => None,
+            Err(reason) => Some(reason),
         };
-        let answer = answer.unwrap_or_else(|reason| {
+        if let Some(reason) = silence {
             let (event, builder) = ("does not tell its settings", machine.name.as_str());
             tracing::info!(event, builder, reason, "{builder} {event}: {}", exit::first_line(&reason));
-            String::new()
-        });
-        self.notes(machine).put(Note::Own, &answer);
-        Own::parse(&answer)
+            notes.put(Note::Untold, &reason);
+        }
+        told_last(&notes)
     }
+
+    /// Its answer; none if others have all the shells there that we may have.
+    fn hear_settings(&self, machine: &Machine) -> Result<Option<String>, String> {
+        let deadline = Instant::now() + BOUND;
+        loop {
+            match self.shell_beside(machine, left(deadline)) {
+                Ok(beside) => return ask(beside.stream, deadline).map(Some),
+                Err(error) if !error.is_crowded() => return Err(exit::reason(&error)),
+                Err(_) if Instant::now() >= deadline => return Ok(None),
+                Err(_) => thread::sleep(PAUSE),
+            }
+        }
+    }
+}
+
+/// What it told last, however long ago.
+fn told_last(notes: &Notes) -> Option<Own> {
+    notes.read(Note::Own).ok().and_then(|text| Own::parse(&text))
 }
 
 /// Has Nix asked by a shell, and gives those lines of its answer that count.
