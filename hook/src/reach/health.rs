@@ -145,7 +145,8 @@ impl Reach {
         if machine.uri.here().is_some() {
             // What is on this machine answers at once or not at all, and Nix's settings count for it.
             let (reach, machine) = (self.clone(), machine.clone());
-            thread::spawn(move || {
+            // Where there is no thread to be had it is tried another time.
+            let _ = thread::Builder::new().spawn(move || {
                 let _ =
                     reach.connect(&machine, &StoreDir::default(), reach.connect_timeout(), &Ahead::default());
                 drop(probe);
@@ -165,7 +166,8 @@ impl Reach {
             .spawn();
         match child {
             Ok(mut child) => {
-                thread::spawn(move || child.wait());
+                // Without a thread it is a zombie until this process ends.
+                let _ = thread::Builder::new().spawn(move || child.wait());
                 true
             }
             Err(error) => {

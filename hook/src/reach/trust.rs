@@ -103,7 +103,8 @@ impl Reach {
             .ok()?;
         let mut stdout = ssh.stdout.take()?;
         let (done, said) = mpsc::channel();
-        thread::spawn(move || {
+        // If there is no thread to be had, the other end is gone and nothing is waited for.
+        let _ = thread::Builder::new().spawn(move || {
             let mut text = String::new();
             let read = stdout.read_to_string(&mut text);
             let _ = done.send(read.map(|_| text));
