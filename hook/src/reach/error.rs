@@ -71,8 +71,19 @@ pub enum ReachError {
 }
 
 fn words(stderr: &str) -> String {
-    let text = stderr.trim();
-    if text.is_empty() { String::new() } else { format!(": {}", text.replace('\n', " ")) }
+    let text = last_words(stderr);
+    if text.is_empty() { String::new() } else { format!(": {text}") }
+}
+
+/// The end of what a program said, where the reason stands, as people may read it: in one line, without control characters,
+/// which a terminal would follow.
+pub(super) fn last_words(said: &str) -> String {
+    /// In characters.
+    const QUOTED: usize = 400;
+    let blank = said.chars().map(|c| if c.is_whitespace() { ' ' } else { c });
+    let line: String = blank.filter(|c| !c.is_control()).collect();
+    let surplus = line.trim().chars().count().saturating_sub(QUOTED);
+    line.trim().chars().skip(surplus).collect()
 }
 
 fn ended(exit: Option<u32>) -> String {
@@ -207,5 +218,26 @@ impl ReachSetupError {
 impl From<ReachSetupError> for Failure {
     fn from(error: ReachSetupError) -> Self {
         Failure::new(&error, error.cure().as_deref(), exit::CONFIG)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_programs_words_the_end_is_quoted_without_what_a_terminal_would_follow() {
+        let told = |stderr: &str| {
+            ReachError::NoNix { stderr: stderr.into(), program: "nix-daemon".into() }.to_string()
+        };
+        let found = "the builder has no Nix that a login without terminal finds";
+        assert_eq!(told(" \n"), found);
+        assert_eq!(
+            told("Hello\u{1b}[2J\u{7}\r\nsh: 1:\tnot found\n"),
+            format!("{found}: Hello[2J  sh: 1: not found")
+        );
+        let long = told(&format!("{}not found", "ä".repeat(16 << 10)));
+        assert!(long.ends_with("änot found"), "{long}");
+        assert_eq!(long.chars().count(), found.chars().count() + ": ".len() + 400);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Must never give a child the descriptors of Nix, nor let it live on without us.
 
+use super::error::last_words;
 use super::session::{MORE_DIRECTORIES, shell_word};
 use super::{ReachError, Way, left};
 use crate::builder::{Ahead, Builder, BuilderError};
@@ -264,7 +265,7 @@ impl Process {
         // What it said last may still be on its way to the thread that reads it.
         thread::sleep(Duration::from_millis(5));
         let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
-        (status, String::from_utf8_lossy(&said).trim().replace('\n', " "))
+        (status, last_words(&String::from_utf8_lossy(&said)))
     }
 
     fn kill(&self) {

@@ -26,7 +26,7 @@ use crate::config::Settings;
 use crate::digest;
 use crate::plan::machine::{Machine, Scheme};
 use crate::slots::Slots;
-use crate::wire::worker::Version;
+use crate::wire::worker::{Version, plain_version};
 use nix_derivation::StoreDir;
 use nix_offload_proxy::exit;
 use nix_offload_proxy::master::{Endpoint, Master, OpenError, Pool, Recipe, Stream};
@@ -532,7 +532,8 @@ fn endpoint(machine: &Machine, ssh_options: &[String]) -> Result<Endpoint, Reach
 
 /// The version in the output of a program's `--version`, for instance `nix-daemon (Nix) 2.8.0`.
 fn version_in(output: &str) -> Option<String> {
-    output.lines().find_map(|line| line.rsplit_once("(Nix) ")).map(|(_, version)| version.trim().to_owned())
+    let (_, version) = output.lines().find_map(|line| line.rsplit_once("(Nix) "))?;
+    Some(plain_version(version.trim()))
 }
 
 /// Logs why the way that is tried first is not the one that is taken.
@@ -553,6 +554,7 @@ mod tests {
     #[test]
     fn the_version_is_found_among_other_lines() {
         assert_eq!(version_in("Welcome!\nnix-daemon (Nix) 2.26.3\n").as_deref(), Some("2.26.3"));
+        assert_eq!(version_in("nix-daemon (Nix) 2.8\u{1b}[2J\n").as_deref(), Some("2.8[2J"));
         assert_eq!(version_in("bash: nix-daemon: command not found"), None);
     }
 

@@ -15,7 +15,8 @@ mod result;
 
 pub(super) use greeting::find_magic;
 pub use greeting::{
-    MAX_BANNER, NEWEST_MINOR, OLDEST_MINOR, Peer, Version, put_greeting, read_greeting, read_peer,
+    MAX_BANNER, NEWEST_MINOR, OLDEST_MINOR, Peer, Version, plain_version, put_greeting, read_greeting,
+    read_peer,
 };
 pub use options::{Options, Own, put_set_options};
 pub use result::{BuildResult, Outcome, read_build_result, read_keyed_build_result};

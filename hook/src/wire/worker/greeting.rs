@@ -116,13 +116,21 @@ pub(in crate::wire) fn find_magic(source: &mut impl Read, magic: u64) -> Result<
     Ok(())
 }
 
+/// A version of Nix as a builder says it, for people to read: short, and without control characters.
+pub fn plain_version(said: &str) -> String {
+    const LONGEST: usize = 100;
+    said.chars().filter(|c| !c.is_control()).take(LONGEST).collect()
+}
+
 /// Reads what follows the version in the greeting. The message loop after it is the caller's.
 ///
 /// # Errors
 /// If the stream ends or holds something else.
 pub fn read_peer(source: &mut impl Read, version: Version) -> Result<Peer, WireError> {
-    let nix_version =
-        if version.0 >= 33 { Some(read_string(source, "the daemon's Nix version", MAX_NAME)?) } else { None };
+    let nix_version = match version.0 {
+        33.. => Some(plain_version(&read_string(source, "the daemon's Nix version", MAX_NAME)?)),
+        _ => None,
+    };
     let trusted = match version.0 {
         35.. => match read_u64(source, "whether the daemon trusts us")? {
             0 => None,

@@ -106,6 +106,14 @@ fn version_and_trust_come_with_the_protocols_that_have_them() {
 }
 
 #[test]
+fn a_version_is_short_and_does_nothing_to_a_terminal() {
+    let mut bytes = Vec::new();
+    put_str(&mut bytes, &format!("2.26\x1b[2J{}", "x".repeat(500)));
+    let peer = read_peer(&mut bytes.as_slice(), version(34)).unwrap();
+    assert_eq!(peer.nix_version.unwrap(), format!("2.26[2J{}", "x".repeat(93)));
+}
+
+#[test]
 fn metadata_goes_there_and_back() {
     let store_dir = StoreDir::default();
     let answer = info_answer(&info());
