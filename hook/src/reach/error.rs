@@ -115,11 +115,15 @@ impl ReachError {
             Self::Endpoint(_) => Some("correct the machine's line in the list of machines".into()),
             Self::Start(error) => error.cure(),
             Self::Local(error) => Some(error.cure()),
-            Self::Open(_) => Some(
+            Self::Open(OpenError::Refused { .. }) => Some(
                 "see the builder's sshd log; it must allow forwarding of unix sockets \
                  (AllowStreamLocalForwarding) or commands (MaxSessions, ForceCommand)"
                     .into(),
             ),
+            Self::Open(OpenError::TimedOut { .. }) => Some(
+                "check that the machine is up and not overloaded, and that the network lets us reach it".into(),
+            ),
+            Self::Open(_) => Some("try again, which makes another SSH connection if need be".into()),
             Self::NoNix { program, .. } => Some(format!(
                 "install Nix there; if it is installed, make '{program}' known to shells that are not \
                  interactive, or append ?remote-program=/path/to/{program} to the machine's URI"
@@ -224,6 +228,22 @@ impl From<ReachSetupError> for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stream_that_is_not_opened_has_the_cure_of_its_cause() {
+        let cure = |error: OpenError| ReachError::from(error).cure().unwrap();
+        let bound = std::time::Duration::from_secs(3);
+        let gone =
+            OpenError::Gone { control: "/run/x".into(), source: std::io::ErrorKind::BrokenPipe.into() };
+        for (error, word) in [
+            (OpenError::Refused { reason: "no".into() }, "AllowStreamLocalForwarding"),
+            (OpenError::TimedOut { bound, master_answers: true }, "the machine is up"),
+            (gone, "try again"),
+        ] {
+            let cure = cure(error);
+            assert!(cure.contains(word), "{cure}");
+        }
+    }
 
     #[test]
     fn of_a_programs_words_the_end_is_quoted_without_what_a_terminal_would_follow() {

@@ -62,18 +62,23 @@ pub enum LocalError {
         source: io::Error,
     },
     /// The program ended instead of answering.
-    #[error("'{command}' ended here with {status}{}", if stderr.is_empty() { String::new() } else { format!(": {stderr}") })]
+    #[error("'{command}' {}{}", ended(.status.as_deref()), if stderr.is_empty() { String::new() } else { format!(": {stderr}") })]
     Ended {
         /// The command.
         command: String,
-        /// How it ended.
-        status: String,
+        /// How it ended; none if it goes on.
+        status: Option<String>,
         /// What it said.
         stderr: String,
         /// What came instead of a greeting.
         #[source]
         source: Box<BuilderError>,
     },
+}
+
+fn ended(status: Option<&str>) -> String {
+    status
+        .map_or_else(|| "goes on here without an answer".into(), |status| format!("ended here with {status}"))
 }
 
 impl LocalError {
@@ -162,6 +167,7 @@ pub(super) fn connect(
         Ok(builder) => Ok((builder, Way::Child)),
         Err(error @ (BuilderError::NoDaemon { .. } | BuilderError::Lost { .. })) => {
             let (status, stderr) = child.end();
+            child.kill();
             Err(LocalError::Ended { command, status, stderr, source: Box::new(error) }.into())
         }
         Err(error) => Err(ReachError::Daemon(error)),
@@ -251,15 +257,15 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// How it ended and what it said.
-    fn end(&self) -> (String, String) {
+    /// How it ended, if it did, and what it said.
+    fn end(&self) -> (Option<String>, String) {
         let deadline = Instant::now() + END_BOUND;
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         let status = loop {
             match child.try_wait() {
-                Ok(Some(status)) => break status.to_string(),
+                Ok(Some(status)) => break Some(status.to_string()),
                 Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
-                _ => break "no answer".to_owned(),
+                _ => break None,
             }
         };
         // What it said last may still be on its way to the thread that reads it.
@@ -414,6 +420,27 @@ mod tests {
         let waiting = thread::spawn(move || socket(&path, Instant::now() + LONG, LONG).map(drop));
         listener.accept().unwrap();
         waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_program_that_closes_its_output_and_goes_on_is_told_from_one_that_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("program");
+        let said = |script: &str| {
+            std::fs::write(&path, script).unwrap();
+            let uri = format!("ssh-ng://localhost?remote-program=sh%20{}", path.display());
+            let machine = Machine::for_uri(&uri, Default::default()).unwrap();
+            let around = Surroundings::new(|_| None);
+            let bound = Duration::from_secs(20);
+            match connect(&machine, &Here::Program, &around, &StoreDir::default(), bound) {
+                Err(error) => error.to_string(),
+                Ok(_) => panic!("that is no daemon"),
+            }
+        };
+        let on = said("exec >&-\nexec sleep 4715\n");
+        assert!(on.ends_with("--stdio' goes on here without an answer"), "{on}");
+        let ended = said("echo no >&2; exit 3\n");
+        assert!(ended.ends_with("--stdio' ended here with exit status: 3: no"), "{ended}");
     }
 
     #[test]

@@ -2,12 +2,12 @@
 //!
 //! To look at a machine must never start a master, wake it or ask for anything that a person would have to answer.
 
+use super::local::{self, LocalError};
 use super::notes::Note;
-use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left, local};
+use super::{FIRST_COMMAND, OPEN_BOUND, Reach, ReachError, Way, endpoint, left};
 use crate::plan::machine::Machine;
 use crate::slots::Held;
 use nix_offload_proxy::master::{Master, OpenError, SessionStatus, Stream};
-use std::io;
 use std::time::{Duration, Instant};
 
 /// What is asked of the far account's shell, whichever that is. Scripts come on standard input.
@@ -153,13 +153,13 @@ impl Open {
     ///
     /// # Errors
     /// If the master gives no session for it, or none can be started here.
-    pub fn shell(&self, bound: Duration) -> Result<Stream, OpenError> {
+    pub fn shell(&self, bound: Duration) -> Result<Stream, ReachError> {
         match &self.master {
             Some(master) if self.is_by_socket => Ok(master.open_lasting_session(COMMAND, bound)?.into()),
             Some(master) => Ok(master.open_session(COMMAND, bound)?.into_stream().0),
             None => {
-                let gone = |source: io::Error| OpenError::Gone { control: "/bin/sh".into(), source };
-                local::start(COMMAND, "").map(|(stream, _)| stream).map_err(gone)
+                let failed = |source| LocalError::Start { command: COMMAND.into(), source };
+                Ok(local::start(COMMAND, "").map(|(stream, _)| stream).map_err(failed)?)
             }
         }
     }

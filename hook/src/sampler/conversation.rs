@@ -3,10 +3,10 @@
 //! Must never wait without a bound, nor ask a machine again that did not answer: that is for whoever called.
 
 use super::samples::Entry;
-use crate::reach::Open;
+use crate::reach::{Open, ReachError};
 use crate::sample::{self, Progress};
 use nix_offload_proxy::exit;
-use nix_offload_proxy::master::{OpenError, Stream};
+use nix_offload_proxy::master::Stream;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::time::{Duration, Instant, SystemTime};
@@ -26,9 +26,9 @@ const ROUND_TRIPS: usize = 8;
 #[derive(Debug)]
 pub(super) enum Silence {
     /// The master gives no session now.
-    NoSession(OpenError),
+    NoSession(ReachError),
     /// The same in the way that costs a small process for the rest of the master's life.
-    NoLastingSession(OpenError),
+    NoLastingSession(ReachError),
     /// Something else than a shell answered, or nothing did.
     NoShell,
     /// The shell is gone, or says nothing more.
@@ -64,7 +64,7 @@ impl Conversation {
     /// Starts a shell.
     pub(super) fn begin(open: &Open) -> Result<Self, Silence> {
         let stream = open.shell(SESSION_BOUND).map_err(|error| match error {
-            OpenError::Refused { .. } if open.is_by_socket() => Silence::NoLastingSession(error),
+            error if error.is_no_session() && open.is_by_socket() => Silence::NoLastingSession(error),
             error => Silence::NoSession(error),
         })?;
         let mut begun = Self { stream, heard: Vec::new(), round_trips: VecDeque::new() };
