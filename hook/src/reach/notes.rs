@@ -17,7 +17,8 @@ pub const WARM: Duration = Duration::from_secs(60);
 pub(super) enum Note {
     /// It answered, and by which [way](super::Way). Removed when it fails.
     Answered,
-    /// It has nothing but `nix-store --serve`, and why nothing better. The better ways are not tried meanwhile.
+    /// No daemon of it could be reached or started, and why. `nix-store --serve` comes first meanwhile, and the other ways
+    /// only if that fails.
     Serve,
     /// It refused a channel to its daemon's socket, and how, or the daemon there did not answer and one of our own did. It is
     /// not asked for one meanwhile. The first refusal leaves a small process behind until the master ends, so later it is
