@@ -30,7 +30,18 @@ const REFUSED_PAUSES: [Duration; 3] =
 /// Who gave the daemon at a socket less time than this to answer knows nothing of it.
 const FAIR_BOUND: Duration = Duration::from_secs(1);
 
+/// A connection, how it came about, and why a better way could not be taken.
+type Found = (Store, Way, Option<String>);
+
+/// The daemon's socket is not the way.
+struct Closed {
+    reason: String,
+    /// Nothing was heard of the daemon. It may have been the link.
+    is_silent: bool,
+}
+
 impl Reach {
+    /// By the best way that is open.
     pub(super) fn on_master(
         &self,
         master: &Master,
@@ -40,88 +51,73 @@ impl Reach {
         ahead: &Ahead,
     ) -> Result<Reached, ReachError> {
         let session = Session { master, machine, store_dir, deadline, ahead };
-        let named = is_named(machine);
-        let serves = machine.uri.scheme == Scheme::Ssh;
-        let notes = self.notes(machine);
-        let reached = |builder: Store, way, detour| {
-            let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
-            Reached { builder, way, detour, nix_version }
+        let (builder, way, detour) = match machine.uri.scheme {
+            Scheme::Ssh if is_named(machine) => by_named_store(&session)?,
+            _ => self.by_best_way(&session)?,
         };
-        if serves && named {
-            let error = match session.serve() {
-                Ok(store) => return Ok(reached(store, Way::Serve, None)),
-                Err(error) => error,
-            };
-            // Where sshd runs one command whatever is asked for, that may be a daemon.
-            if error.is_other_protocol()
-                && let Ok(builder) = session.daemon()
-            {
-                return Ok(reached(builder, Way::Session, Some(exit::reason(&error))));
-            }
-            return Err(error);
-        }
+        let nix_version = builder.nix_version().or_else(|| version_in(&master.first_output()?));
+        Ok(Reached { builder, way, detour, nix_version })
+    }
+
+    fn by_best_way(&self, session: &Session<'_>) -> Result<Found, ReachError> {
+        let (machine, notes) = (session.machine, self.notes(session.machine));
+        let serves = machine.uri.scheme == Scheme::Ssh;
         if serves && let Some(reason) = notes.get(Note::Serve) {
             match session.serve() {
-                Ok(store) => return Ok(reached(store, Way::Serve, Some(reason))),
+                Ok(store) => return Ok((store, Way::Serve, Some(reason))),
                 Err(ReachError::Open(error)) => return Err(error.into()),
                 // Things have changed there; perhaps the other ways are open now.
                 Err(_) => notes.remove(Note::Serve),
             }
         }
-        let mut is_silent = false;
-        let mut detour = notes.get(Note::Refused).filter(|_| uses_socket(machine));
-        if uses_socket(machine) && detour.is_none() {
-            detour = self.still_refused(&notes, master, deadline)?;
-        }
-        if uses_socket(machine) && detour.is_none() {
-            match self.by_socket(master, machine, store_dir, deadline, ahead) {
-                Ok(builder) => {
-                    self.keep(master, machine);
-                    return Ok(reached(Store::Daemon(builder.into()), Way::Socket, None));
-                }
-                Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
-                Err(error) => {
-                    let reason = exit::reason(&error);
-                    log_detour(machine, "the daemon's socket is not open to us", &reason);
-                    match error {
-                        ReachError::Open(OpenError::Refused { .. }) => notes.put(Note::Refused, &reason),
-                        ReachError::Daemon(BuilderError::NoAnswer { bound, .. }) => {
-                            is_silent = bound >= FAIR_BOUND
-                        }
-                        _ => {}
-                    }
-                    detour = Some(reason);
-                }
+        let closed = if uses_socket(machine) {
+            match self.by_socket(session, &notes)? {
+                Ok(builder) => return Ok((Store::Daemon(builder.into()), Way::Socket, None)),
+                Err(closed) => Some(closed),
             }
-        }
-        let error = match session.daemon() {
+        } else {
+            None
+        };
+        match session.daemon() {
             Ok(builder) => {
                 // So it was not the link.
-                if let Some(reason) = detour.as_ref().filter(|_| is_silent) {
+                if let Some(Closed { reason, is_silent: true }) = &closed {
                     notes.put(Note::Refused, reason);
                 }
-                return Ok(reached(builder, Way::Session, detour));
+                Ok((builder, Way::Session, closed.map(|closed| closed.reason)))
             }
-            Err(error) if serves && error.may_serve() => error,
-            Err(error) => return Err(error),
-        };
-        match session.serve() {
-            Ok(store) => {
-                let reason = exit::reason(&error);
-                log_detour(machine, "no daemon can be started for us", &reason);
-                notes.put(Note::Serve, &reason);
-                Ok(reached(store, Way::Serve, Some(reason)))
-            }
-            Err(lost @ ReachError::Open(_)) => Err(lost),
-            Err(slow @ ReachError::Daemon(BuilderError::NoAnswer { .. })) => {
-                // A slow shell, and this one was the last of several; next time it is the first.
-                notes.put(Note::Serve, &exit::reason(&error));
-                Err(slow)
-            }
-            // What is said of a program that is there tells more than that another one is not.
-            Err(other) if error.is_no_nix() && !other.is_no_nix() => Err(other),
-            Err(_) => Err(error),
+            Err(error) if serves && error.may_serve() => by_store_instead(session, &notes, error),
+            Err(error) => Err(error),
         }
+    }
+
+    /// By the daemon's socket, or why it is closed to us. Other errors end the attempt.
+    fn by_socket(&self, session: &Session<'_>, notes: &Notes) -> Result<Result<Builder, Closed>, ReachError> {
+        let &Session { master, machine, deadline, .. } = session;
+        let refused = match notes.get(Note::Refused) {
+            None => self.still_refused(notes, master, deadline)?,
+            refused => refused,
+        };
+        if let Some(reason) = refused {
+            return Ok(Err(Closed { reason, is_silent: false }));
+        }
+        let error = match self.open_socket(session) {
+            Ok(builder) => {
+                self.keep(master, machine);
+                return Ok(Ok(builder));
+            }
+            Err(ReachError::Open(error)) if error.is_master_lost() => return Err(error.into()),
+            Err(error) => error,
+        };
+        let reason = exit::reason(&error);
+        log_detour(machine, "the daemon's socket is not open to us", &reason);
+        let mut is_silent = false;
+        match error {
+            ReachError::Open(OpenError::Refused { .. }) => notes.put(Note::Refused, &reason),
+            ReachError::Daemon(BuilderError::NoAnswer { bound, .. }) => is_silent = bound >= FAIR_BOUND,
+            _ => {}
+        }
+        Ok(Err(Closed { reason, is_silent }))
     }
 
     /// Why the way to the daemon's socket is not to be taken, if it was refused some time ago and is still closed.
@@ -152,14 +148,8 @@ impl Reach {
         }
     }
 
-    fn by_socket(
-        &self,
-        master: &Master,
-        machine: &Machine,
-        store_dir: &StoreDir,
-        deadline: Instant,
-        ahead: &Ahead,
-    ) -> Result<Builder, ReachError> {
+    fn open_socket(&self, session: &Session<'_>) -> Result<Builder, ReachError> {
+        let &Session { master, machine, store_dir, deadline, ahead } = session;
         // Without a turn it may still go well.
         let _turn =
             self.opening.take_within(&machine.uri.destination, OPENING, TURN_BOUND.min(left(deadline)));
@@ -188,6 +178,42 @@ impl Reach {
             )
             .map_err(ReachError::Daemon);
         }
+    }
+}
+
+/// By the program that the machine's line names.
+fn by_named_store(session: &Session<'_>) -> Result<Found, ReachError> {
+    let error = match session.serve() {
+        Ok(store) => return Ok((store, Way::Serve, None)),
+        Err(error) => error,
+    };
+    // Where sshd runs one command whatever is asked for, that may be a daemon.
+    if error.is_other_protocol()
+        && let Ok(builder) = session.daemon()
+    {
+        return Ok((builder, Way::Session, Some(exit::reason(&error))));
+    }
+    Err(error)
+}
+
+/// By `nix-store --serve`, where no daemon could be started for this reason.
+fn by_store_instead(session: &Session<'_>, notes: &Notes, error: ReachError) -> Result<Found, ReachError> {
+    match session.serve() {
+        Ok(store) => {
+            let reason = exit::reason(&error);
+            log_detour(session.machine, "no daemon can be started for us", &reason);
+            notes.put(Note::Serve, &reason);
+            Ok((store, Way::Serve, Some(reason)))
+        }
+        Err(lost @ ReachError::Open(_)) => Err(lost),
+        Err(slow @ ReachError::Daemon(BuilderError::NoAnswer { .. })) => {
+            // A slow shell, and this one was the last of several; next time it is the first.
+            notes.put(Note::Serve, &exit::reason(&error));
+            Err(slow)
+        }
+        // What is said of a program that is there tells more than that another one is not.
+        Err(other) if error.is_no_nix() && !other.is_no_nix() => Err(other),
+        Err(_) => Err(error),
     }
 }
 
