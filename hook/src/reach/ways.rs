@@ -28,7 +28,7 @@ const REFUSED_PAUSES: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(60), Duration::from_millis(180)];
 
 /// Who gave the daemon at a socket less time than this to answer knows nothing of it.
-const FAIR_BOUND: Duration = Duration::from_secs(1);
+const FAIR_BOUND: Duration = Duration::from_millis(500);
 
 /// A connection, how it came about, and why a better way could not be taken.
 type Found = (Store, Way, Option<String>);
