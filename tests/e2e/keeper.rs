@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use harness::{Builder, Client, Hook, World, drv, wait_until};
 
-use crate::support::{SOON, assert_only_masters_left, gated, open, wait_for_begin};
+use crate::support::{SOON, assert_only_masters_left, gate, gated, open, wait_for_begin};
 
 /// Longer than streams are kept after the last build.
 const IDLE: Duration = Duration::from_secs(40);
@@ -34,6 +34,11 @@ fn serving(mac: &Builder) -> Vec<u32> {
     daemons.sort_unstable();
     daemons.drain(..1);
     daemons
+}
+
+/// Small processes that hold a connection to the master.
+fn holders(client: &Client) -> usize {
+    client.pids_matching("/bin/sh -c exec 3>&-").len()
 }
 
 /// Two builds, after which streams are opened in advance; gives the daemons behind them.
@@ -95,6 +100,42 @@ fn builds_go_on_when_the_keeper_is_killed() {
     open(&client, "running");
     assert_eq!(client.read(&running.wait().assert_success().out_path()), "mac\n");
     assert_eq!(mac.logins(), 1);
+    assert_only_masters_left(&client, 1);
+}
+
+/// The master has much to say to a hook that is killed, and nobody is there who would have closed its channel.
+#[test]
+fn a_hook_that_is_killed_after_its_keeper_leaves_neither_a_daemon_nor_a_broken_master() {
+    let (_world, mac, client) = one_of_each();
+    warm_up(&mac, &client);
+    let talker = drv::script(
+        "talker",
+        &format!(
+            "echo $PPID > /mnt/share/daemon; {}; for i in $(seq 20000); do echo line $i of a hundred characters, {}; done; \
+             touch /mnt/share/said; sleep 600",
+            gate("talker"),
+            "or nearly so".repeat(6)
+        ),
+    );
+    let running = client.spawn_nix_build(&talker, &["-j0"]);
+    wait_for_begin(&client, "talker", &["mac"]);
+    let daemon: u32 = client.read("/mnt/share/daemon").trim().parse().unwrap();
+    let hook = client.pids_matching("nix-offload 3")[0];
+    client.kill(keepers(&client)[0], "KILL");
+    wait_until("somebody else watches over the channel", SOON, || holders(&client) == 1);
+    let beside = client.spawn_nix_build(&gated("beside"), &["-j0"]);
+    wait_for_begin(&client, "beside", &["mac"]);
+    client.kill(hook, "STOP");
+    open(&client, "talker");
+    wait_until("the master has much to say", SOON, || client.path("/mnt/share/said").exists());
+    client.kill(hook, "KILL");
+    running.wait().assert_failure();
+    wait_until("its daemon is gone", SOON, || !serving(&mac).contains(&daemon));
+    open(&client, "beside");
+    assert_eq!(client.read(&beside.wait().assert_success().out_path()), "mac\n");
+    assert_eq!(mac.logins(), 1);
+    wait_until("the keeper is gone", IDLE, || keepers(&client).is_empty());
+    wait_until("no daemon is left", SOON, || serving(&mac).is_empty());
     assert_only_masters_left(&client, 1);
 }
 

@@ -20,7 +20,7 @@ pub(crate) const UNANSWERED: Duration = Duration::from_secs(65);
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Notes where it was begun, waits for [`open`] and then writes where it was built.
-fn gate(name: &str) -> String {
+pub(crate) fn gate(name: &str) -> String {
     format!(
         "cat /etc/machine-name >> /mnt/share/{name}.begun; \
          until [ -e /mnt/share/{name}.go ]; do sleep 0.02; done; cat /etc/machine-name > $out"

@@ -79,10 +79,7 @@ impl Channel {
 /// Opens a channel to a unix socket on the far side (`direct-streamlocal@openssh.com`).
 pub(super) fn open(control: &Path, socket_path: &str, bound: Duration) -> Result<Channel, OpenError> {
     let (opened, holder) = begin(control, &Dialogue::opening(socket_path)?, bound)?;
-    let guard = holder.map(|mut holder| {
-        holder.opened(&codec::close(opened.confirmed.channel));
-        Guard::Shell(holder)
-    });
+    let guard = holder.map(|holder| shell(holder, opened.confirmed.channel));
     Ok(opened.into_channel(control, guard))
 }
 
@@ -136,9 +133,7 @@ fn begin(control: &Path, opening: &[u8], bound: Duration) -> Result<(Opened, Opt
     let gone = |source| OpenError::Gone { control: control.to_owned(), source };
     let mut socket = connect(control, deadline).map_err(gone)?;
     socket.set_write_timeout(Some(MASTER_STALL)).map_err(gone)?;
-    let holder = Holder::spawn(&socket)
-        .map_err(|error| tracing::warn!(event = "cannot run /bin/sh", %error, "cannot run /bin/sh: {error}"))
-        .ok();
+    let holder = spawn_holder(&socket);
     let mut dialogue = Dialogue::default();
     let confirmed = match dialogue.run(&mut socket, opening, deadline) {
         Ok(confirmed) => confirmed,
@@ -170,7 +165,7 @@ fn begin(control: &Path, opening: &[u8], bound: Duration) -> Result<(Opened, Opt
 pub(super) enum Guard {
     /// A small process of ours.
     Shell(Holder),
-    /// The keeper that handed the channel over.
+    /// The keeper that handed the channel over. Should it end before us, a small process takes its place.
     Keeper(Hold),
 }
 
@@ -272,6 +267,20 @@ impl Shared {
     fn end(&self) {
         lock(&self.flow).over = true;
         self.changed.notify_all();
+    }
+
+    /// Waits until the socket has something to be read, and sees meanwhile that the channel stays guarded. Returns at
+    /// once if nothing can happen to the guard: the read itself waits then.
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<()> {
+        let mut guard = lock(&self.guard);
+        while let Some(Guard::Keeper(hold)) = &*guard {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if hold.wait(&self.socket, left)? {
+                return Ok(());
+            }
+            *guard = spawn_holder(&self.socket).map(|holder| shell(holder, self.channel));
+        }
+        Ok(())
     }
 }
 
@@ -418,7 +427,7 @@ impl Read for ChannelReader {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let mut socket = &self.shared.socket;
-            match self.incoming.fill(&mut socket) {
+            match self.shared.wait(deadline).and_then(|()| self.incoming.fill(&mut socket)) {
                 Ok(()) => {}
                 Err(error) if is_timeout(&error) => return Err(io::ErrorKind::TimedOut.into()),
                 Err(error) => {
@@ -488,6 +497,19 @@ impl CloseWrite for ChannelWriter {
         self.ended = true;
         self.shared.send(&codec::eof(self.shared.channel), &[])
     }
+}
+
+/// The channel is open: should we die, the small process closes it.
+fn shell(mut holder: Holder, channel: u32) -> Guard {
+    holder.opened(&codec::close(channel));
+    Guard::Shell(holder)
+}
+
+/// Without one the channel is not guarded.
+fn spawn_holder(socket: &UnixStream) -> Option<Holder> {
+    Holder::spawn(socket)
+        .map_err(|error| tracing::warn!(event = "cannot run /bin/sh", %error, "cannot run /bin/sh: {error}"))
+        .ok()
 }
 
 fn write_both(mut socket: &UnixStream, mut header: &[u8], mut data: &[u8]) -> io::Result<()> {

@@ -7,7 +7,7 @@
 use std::{
     io::{self, Write},
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd},
         unix::{net::UnixStream, process::CommandExt},
     },
     path::Path,
@@ -17,6 +17,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{self, MsgFlags, SockType},
 };
 
@@ -124,6 +125,25 @@ impl<'a> Word<'a> {
 pub(super) struct Hold(UnixStream);
 
 impl Hold {
+    /// Waits until the stream has something to be read. False as soon as the keeper is gone.
+    ///
+    /// # Errors
+    /// `TimedOut` after the limit.
+    pub(super) fn wait(&self, stream: &UnixStream, limit: Option<Duration>) -> io::Result<bool> {
+        // Rounded up, or the last millisecond would be spent in a loop.
+        let limit = limit.map(|limit| PollTimeout::try_from(limit + Duration::from_millis(1)));
+        let limit = limit.map_or(PollTimeout::NONE, |limit| limit.unwrap_or(PollTimeout::MAX));
+        let mut fds = [&self.0, stream].map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+        loop {
+            match poll(&mut fds, limit) {
+                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+                Ok(_) => return Ok(!fds[0].any().unwrap_or(true) || self.is_watched()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
     /// Whether the keeper is still there.
     pub(super) fn is_watched(&self) -> bool {
         socket::recv(self.0.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)
